@@ -1,0 +1,121 @@
+"""Moderation: what moderators find in the admin, and what they may not do."""
+
+import pytest
+from django.urls import reverse
+from django.utils import timezone
+from django_celery_beat.models import PeriodicTask
+
+from {{ cookiecutter.project_slug }}.models import Submission, User
+
+LIST = reverse(f"admin:{Submission._meta.app_label}_submission_changelist")
+
+
+@pytest.fixture
+def admin(client, moderator):
+    """The admin as a moderator sees it."""
+    client.force_login(moderator)
+    return client
+
+
+def shown(admin, **query):
+    response = admin.get(LIST, query)
+    assert response.status_code == 200
+    return set(response.context["cl"].result_list)
+
+
+def act(admin, action, *submissions, **fields):
+    chosen = [submission.pk for submission in submissions]
+    return admin.post(LIST, {"action": action, "_selected_action": chosen, **fields}, follow=True)
+
+
+def test_the_list_opens_on_what_is_pending(admin, make_submission):
+    pending = make_submission()
+    flagged = make_submission(flagged_at=timezone.now())
+    assert shown(admin) == {pending}
+    assert shown(admin, status="flagged") == {flagged}
+    assert shown(admin, status="all") == {pending, flagged}
+
+
+def test_the_filter_counts(admin, make_submission):
+    make_submission()
+    make_submission()
+    make_submission(flagged_at=timezone.now())
+    text = admin.get(LIST).text
+    assert "Pending (2)" in text
+    assert "Flagged (1)" in text
+
+
+def test_the_list_can_be_searched(admin, make_submission):
+    found = make_submission(body="A needle")
+    make_submission(body="Hay")
+    assert shown(admin, q="needle") == {found}
+    assert shown(admin, q=found.author.email) == {found}
+
+
+def test_the_list_takes_the_same_queries_however_long_it_is(
+    admin, make_submission, django_assert_num_queries
+):
+    for _ in range(3):
+        make_submission()
+    with django_assert_num_queries(9):
+        assert len(shown(admin)) == 3
+    for _ in range(20):
+        make_submission()
+    with django_assert_num_queries(9):
+        assert len(shown(admin)) == 23
+
+
+@pytest.mark.parametrize(
+    ("action", "status"), [("approve", "approved"), ("flag", "flagged"), ("archive", "archived")]
+)
+def test_actions_on_many_at_once(admin, make_submission, action, status):
+    one, two, other = make_submission(), make_submission(), make_submission()
+    response = act(admin, action, one, two)
+    assert f"2 submissions were {status}." in response.text
+    found = {each.pk: each.status for each in Submission.objects.all()}
+    assert found == {one.pk: status, two.pk: status, other.pk: "pending"}
+
+
+def test_answering_many_at_once_asks_for_the_answer(admin, moderator, make_submission, queue):
+    one, two = make_submission(body="<b>One</b>"), make_submission()
+    response = act(admin, "answer", one, two)
+    assert "&lt;b&gt;One&lt;/b&gt;" in response.text
+    assert Submission.objects.pending().count() == 2
+
+    response = act(admin, "answer", one, two, response="")
+    assert "This field is required." in response.text
+
+    response = act(admin, "answer", one, two, response="We do.")
+    assert "2 submissions were answered." in response.text
+    for submission in Submission.objects.all():
+        assert (submission.response, submission.answered_by) == ("We do.", moderator)
+
+
+def test_answering_one_on_its_page(admin, moderator, make_submission, queue):
+    submission = make_submission()
+    page = submission.get_admin_url()
+    admin.post(page, {"response": "We do.", "expires_at_0": "", "expires_at_1": ""})
+    submission.refresh_from_db()
+    assert (submission.status, submission.answered_by) == ("answered", moderator)
+
+
+def test_what_a_person_posted_cannot_be_changed(admin, make_submission):
+    submission = make_submission(body="Mine")
+    admin.post(submission.get_admin_url(), {"body": "Yours", "response": ""})
+    submission.refresh_from_db()
+    assert submission.body == "Mine"
+
+
+@pytest.mark.parametrize("model", [PeriodicTask, User])
+def test_a_moderator_may_not_touch_anything_else(admin, model):
+    for page in ("changelist", "add"):
+        url = reverse(f"admin:{model._meta.app_label}_{model._meta.model_name}_{page}")
+        assert admin.get(url).status_code == 403
+
+
+def test_others_may_not_moderate(client, make_user, make_submission):
+    client.force_login(make_user("staff", is_staff=True))
+    submission = make_submission()
+    assert client.get(LIST).status_code == 403
+    assert act(client, "approve", submission).status_code == 403
+    assert Submission.objects.pending().count() == 1

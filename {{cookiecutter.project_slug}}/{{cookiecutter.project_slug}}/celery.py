@@ -1,0 +1,26 @@
+"""The Celery app. Schedules are rows in the database: see ``schedules.py``."""
+
+import logging
+import os
+
+from celery import Celery, signals
+
+os.environ.setdefault("DJANGO_SETTINGS_MODULE", "{{ cookiecutter.project_slug }}.settings")
+
+app = Celery(
+    "{{ cookiecutter.project_slug }}",
+    task_cls="{{ cookiecutter.project_slug }}.queueing:Task",
+)
+app.config_from_object("django.conf:settings", namespace="CELERY")
+app.autodiscover_tasks()
+
+
+@signals.setup_logging.connect
+def leave_logging_alone(**kwargs):
+    """Celery sets up no handlers where this signal is listened to; Django has done it."""
+
+
+@signals.worker_shutting_down.connect
+def log_shutdown(how, **kwargs):
+    """Tell that a worker ends: warm, once its tasks are done, or cold."""
+    logging.getLogger(__name__).info("%s shutdown", how)
