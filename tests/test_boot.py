@@ -1,0 +1,104 @@
+"""Boot: the processes of the generated Procfile start, do scheduled work, and stop."""
+
+import json
+import re
+
+import pytest
+
+from tests.servers import wait_for
+
+pytestmark = pytest.mark.slow
+
+SECRET_KEY = "a-key-for-this-test-alone-of-more-than-fifty-characters"
+
+#: What happens before the schedule is due: a moderator, and a submission that waits.
+POST = """
+from datetime import timedelta
+from django.utils import timezone
+admin = User.objects.create_superuser("admin", "admin@example.com", "secret")
+Submission.objects.create(author=admin, body="Please remember us.")
+an_hour_ago = timezone.now() - timedelta(hours=1)
+Submission.objects.update(created_at=an_hour_ago)
+"""
+
+#: What an administrator does in the admin: make a seeded schedule run every second.
+EDIT = """
+from django_celery_beat.models import IntervalSchedule, PeriodicTask
+schedule = PeriodicTask.objects.get(name="moderator-digest-hourly")
+schedule.crontab = None
+schedule.interval = IntervalSchedule.objects.create(every=1, period="seconds")
+schedule.save()
+"""
+
+
+def prove(service, smtp, **headers):
+    """Start all three processes and see a schedule of the database end in an e-mail."""
+    service.run(service.procfile()["release"])
+    service.shell(POST)
+
+    web, worker, beat = (service.start(name) for name in ("web", "worker", "beat"))
+    web.wait_for_text("Listening at")
+    worker.wait_for_text(" ready.", seconds=60)
+    beat.wait_for_text("beat: Starting...")
+
+    status, text = service.get("/health/live")
+    assert (status, json.loads(text)) == (200, {"status": "ok"})
+    status, text = service.get("/health/ready")
+    assert (status, json.loads(text)["checks"]) == (200, {"database": "ok", "broker": "ok"})
+    status, text = service.get("/admin/", **headers)
+    assert status == 200
+    assert "Prayer Room API" in text
+    stylesheet = re.search(r'href="(/static/admin/css/base[^"]*\.css)"', text)[1]
+    assert service.get(stylesheet, **headers)[0] == 200
+
+    service.shell(EDIT)
+    beat.wait_for_text("Sending due task moderator-digest-hourly")
+    wait_for(lambda: smtp.messages, 30, worker.text)
+    message = smtp.messages[0]
+    assert message["to"] == "admin@example.com"
+    text, html = (part.get_payload(decode=True).decode() for part in message.get_payload())
+    assert "Please remember us." in text
+    assert "Please remember us." in html
+
+    statuses = {process: process.stop() for process in (beat, web, worker)}
+    assert list(statuses.values()) == [0, 0, 0], [process.text() for process in statuses]
+
+
+def test_on_the_embedded_default(bake, make_service, smtp):
+    service = make_service(bake(), EMAIL_HOST="127.0.0.1", EMAIL_PORT=smtp.port)
+    service.install("--no-dev")
+    prove(service, smtp)
+
+
+@pytest.mark.parametrize("django_version", ["6.0", "5.2"])
+def test_in_production_mode(bake, make_service, smtp, postgres_url, rabbitmq_url, django_version):
+    project = bake(django_version=django_version, project_slug=f"boot{django_version[0]}")
+    service = make_service(
+        project,
+        DJANGO_MODE="prod",
+        SECRET_KEY=SECRET_KEY,
+        DATABASE_URL=postgres_url,
+        RABBITMQ_URL=rabbitmq_url,
+        EMAIL_HOST="127.0.0.1",
+        EMAIL_PORT=smtp.port,
+    )
+    service.install("--no-dev")
+    service.run("python manage.py collectstatic --noinput")
+    prove(service, smtp, Host=f"{project.name}.example.com", **{"X-Forwarded-Proto": "https"})
+
+
+@pytest.mark.parametrize("django_version", ["6.0", "5.2"])
+@pytest.mark.parametrize("mode", ["prod", "staging"])
+def test_checks_are_silent(bake, make_service, django_version, mode):
+    service = make_service(bake(django_version=django_version))
+    service.install("--no-dev")
+    service.run("python manage.py makemigrations --check --dry-run")
+    service.run("python manage.py check --fail-level WARNING")
+    said = service.run(
+        "python manage.py check --deploy --fail-level WARNING",
+        DJANGO_MODE=mode,
+        SECRET_KEY=SECRET_KEY,
+        DATABASE_URL="postgres://nobody@127.0.0.1/nothing",
+        RABBITMQ_URL="amqp://",
+    )
+    assert said.startswith("System check identified no issues")

@@ -1,0 +1,238 @@
+"""Output: the exact files, the same at every bake, valid in their languages, and finished."""
+
+import ast
+import json
+import re
+import subprocess
+import sys
+import tomllib
+
+import pytest
+import yaml
+
+from tests.conftest import ROOT
+
+FILES = """
+.env.example
+.github/workflows/ci.yml
+.gitignore
+.pre-commit-config.yaml
+.python-version
+Procfile
+Procfile.dev
+README.md
+SLUG/__init__.py
+SLUG/admin.py
+SLUG/api.py
+SLUG/apps.py
+SLUG/backends.py
+SLUG/celery.py
+SLUG/deliveries.py
+SLUG/digests.py
+SLUG/doctor.py
+SLUG/environment.py
+SLUG/gunicorn_log.py
+SLUG/health.py
+SLUG/locks.py
+SLUG/logins.py
+SLUG/logs.py
+SLUG/management/__init__.py
+SLUG/management/commands/__init__.py
+SLUG/management/commands/doctor.py
+SLUG/management/commands/prodserver.py
+SLUG/migrations/0001_initial.py
+SLUG/migrations/0002_seed_schedules.py
+SLUG/migrations/0003_moderators.py
+SLUG/migrations/0004_resume_deliveries.py
+SLUG/migrations/__init__.py
+SLUG/models.py
+SLUG/queueing.py
+SLUG/schedules.py
+SLUG/security.py
+SLUG/sentry.py
+SLUG/settings.py
+SLUG/static/admin/periodic_task.js
+SLUG/static/docs.css
+SLUG/static/site.css
+SLUG/tasks.py
+SLUG/templates/403_csrf.html
+SLUG/templates/admin/answer.html
+SLUG/templates/admin/djcelery/change_periodictask_form.html
+SLUG/templates/base.html
+SLUG/templates/docs.html
+SLUG/templates/email/moderator_digest.html
+SLUG/templates/email/moderator_digest.txt
+SLUG/templates/email/notification.html
+SLUG/templates/email/notification.txt
+SLUG/templates/email/user_digest.html
+SLUG/templates/email/user_digest.txt
+SLUG/templates/home.html
+SLUG/templates/unsubscribe.html
+SLUG/unsubscribe.py
+SLUG/urls.py
+SLUG/wsgi.py
+app.json
+docs/deploy.md
+manage.py
+pyproject.toml
+tests/conftest.py
+tests/test_api.py
+tests/test_beat.py
+tests/test_broker.py
+tests/test_deliveries.py
+tests/test_digests.py
+tests/test_doctor.py
+tests/test_environment.py
+tests/test_health.py
+tests/test_locks.py
+tests/test_logging.py
+tests/test_logins.py
+tests/test_moderation.py
+tests/test_pages.py
+tests/test_processes.py
+tests/test_schedules.py
+tests/test_security.py
+tests/test_submissions.py
+tests/test_unsubscribe.py
+"""
+
+#: What a choice adds to these.
+IMAGE_FILES = """
+.dockerignore
+Dockerfile
+docs/image.md
+"""
+COMPOSE_FILES = """
+compose.dev.yaml
+compose.yaml
+docs/compose.md
+"""
+
+#: Every kind of answer that changes the output.
+ANSWERS = {
+    "default": {},
+    "dockerfile": {"deploy": "dockerfile"},
+    "compose": {"compose": True},
+    "dockerfile and compose": {"deploy": "dockerfile", "compose": True},
+    "lts": {"django_version": "5.2"},
+    "short": {"project_slug": "q", "project_name": "Q", "timezone": "Europe/London"},
+    "long": {"project_slug": "a" * 30, "timezone": "America/Argentina/ComodRivadavia"},
+    "hostile": {
+        "project_name": 'Ångström & Söhne\'s "Räume" {x} \\',
+        "description": "a \"b\" 'c' \\ {d}\n🙏🏽 </script>",
+        "author_name": 'O\'Brien "Q" \\',
+        "author_email": "o'brien+x@example.com",
+        "compose": True,
+    },
+}
+
+
+@pytest.fixture(params=ANSWERS)
+def project(request, bake):
+    return bake(**ANSWERS[request.param])
+
+
+def files(project):
+    return sorted(
+        path.relative_to(project).as_posix() for path in project.rglob("*") if path.is_file()
+    )
+
+
+def texts(project, *endings):
+    paths = [path for path in files(project) if path.endswith(endings)]
+    assert paths
+    return {path: (project / path).read_text() for path in paths}
+
+
+@pytest.mark.parametrize("answers", ANSWERS.values(), ids=ANSWERS)
+def test_exact_set_of_files(bake, answers):
+    project = bake(**answers)
+    expected = FILES.replace("SLUG", project.name).split()
+    if answers.get("compose") or answers.get("deploy") == "dockerfile":
+        expected += IMAGE_FILES.split()
+    if answers.get("compose"):
+        expected += COMPOSE_FILES.split()
+    assert files(project) == sorted(expected)
+
+
+def test_same_bytes_when_baked_twice(bake):
+    for answers in ANSWERS.values():
+        one, two = bake(**answers), bake(**answers)
+        assert files(one) == files(two)
+        for path in files(one):
+            assert (one / path).read_bytes() == (two / path).read_bytes(), path
+            assert (one / path).stat().st_mode == (two / path).stat().st_mode, path
+
+
+def test_python_is_valid_formatted_and_clean(project):
+    for path, text in texts(project, ".py").items():
+        ast.parse(text, path, feature_version=(3, 12))
+    for command in (["check"], ["format", "--check", "--diff"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "ruff", *command, "--no-cache", "."],
+            cwd=project,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_data_files_are_valid(project):
+    for text in texts(project, ".toml").values():
+        assert tomllib.loads(text)
+    for text in texts(project, ".yml", ".yaml").values():
+        assert yaml.safe_load(text)
+    for line in texts(project, "Procfile")["Procfile"].splitlines():
+        assert re.fullmatch(r"\w+: \S.*", line)
+
+
+def test_nothing_is_left_of_the_template(project):
+    for path, text in texts(project, "").items():
+        found = re.findall(r"cookiecutter|\{%-? *raw", text)
+        assert not found, path
+        if not path.endswith((".html", ".txt", ".yml")):
+            assert not re.search(r"\{\{|\{%", text), path
+        assert text.endswith("\n") or not text, path
+        assert not re.search(r"[ \t]$", text, re.M), path
+
+
+def test_python_of_the_template_has_no_conditional():
+    for path in ROOT.glob("*cookiecutter.project_slug*/**/*.py"):
+        assert "{%" not in path.read_text(), path
+
+
+def test_the_tooling_is_valid_on_python_3_11():
+    for path in [ROOT / "local_extensions.py", *ROOT.glob("hooks/*.py")]:
+        ast.parse(path.read_text(), str(path), feature_version=(3, 11))
+
+
+def test_executable_files(default_project):
+    executable = [path for path in files(default_project) if is_executable(default_project / path)]
+    assert executable == ["manage.py"]
+
+
+def is_executable(path):
+    return bool(path.stat().st_mode & 0o111)
+
+
+def test_no_secret_in_the_context_or_the_output(default_project):
+    context = json.loads((ROOT / "cookiecutter.json").read_text())
+    assert not re.search(r"secret|password|token|random", json.dumps(context), re.I)
+    settings = (default_project / "prayer_room_api" / "settings.py").read_text()
+    assert re.findall(r"SECRET_KEY = (.*)", settings) == [
+        'env("django-insecure-for-development-only")',
+        "env(env.Required, cast=secret_key)",
+    ]
+
+
+def test_the_readme_lists_every_variable_that_the_settings_read(default_project):
+    settings = (default_project / "prayer_room_api" / "settings.py").read_text()
+    read = set(re.findall(r"^    ([A-Z_]+) = env", settings, re.M))
+    read |= set(re.findall(r"@env\S*\n    def ([A-Z_]+)\(", settings))
+    read |= set(re.findall(r'key="([A-Z_]+)"', settings))
+    assert {"SECRET_KEY", "DATABASE_URL", "RABBITMQ_URL", "ALLOWED_HOSTS", "PORT"} <= read
+    table = (default_project / "README.md").read_text().split("## Settings")[1]
+    documented = set(
+        re.findall(r"`([A-Z_]+)`", "\n".join(re.findall(r"^\| (.*?) \|", table, re.M)))
+    )
+    assert documented == read | {"DJANGO_MODE"}
