@@ -1,0 +1,141 @@
+"""In a browser: the admin and the API's pages work under the content security policy."""
+
+import re
+import shutil
+
+import pytest
+from playwright.sync_api import sync_playwright
+
+pytestmark = pytest.mark.slow
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+
+FILL = """
+admin = User.objects.create_superuser("admin", "admin@example.com", "secret")
+Submission.objects.create(author=admin, body="Please remember us.")
+from {slug} import unsubscribe
+print(unsubscribe.link(admin, "digest"))
+"""
+
+#: Tells in the console what the policy forbade.
+REPORT = """
+document.addEventListener("securitypolicyviolation", event => console.error(
+    "forbidden:", event.violatedDirective, event.blockedURI, event.sourceFile, event.sample
+));
+"""
+
+
+@pytest.fixture(params=["6.0", "5.2"])
+def service(request, bake, make_service, postgres_url, rabbitmq_url):
+    """A service in production mode whose web process runs, on http://localhost."""
+    if CHROMIUM is None:
+        pytest.skip("Chromium is not installed here; install its package, chromium")
+    version = request.param
+    service = make_service(
+        bake(django_version=version, project_slug=f"browser{version[0]}"),
+        DJANGO_MODE="prod",
+        SECRET_KEY="a-key-for-this-test-alone-of-more-than-fifty-characters",
+        DATABASE_URL=postgres_url,
+        RABBITMQ_URL=rabbitmq_url,
+        ALLOWED_HOSTS="localhost",
+        SECURE_SSL_REDIRECT="off",  # Browsers trust localhost as if it had a certificate.
+    )
+    service.install("--no-dev")
+    service.run("python manage.py collectstatic --noinput")
+    service.run(service.procfile()["release"])
+    service.start("web").wait_for_text("Listening at")
+    return service
+
+
+@pytest.fixture
+def context(service):
+    """A browser; ``context.problems`` is what its console and its pages complain of."""
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=CHROMIUM,
+            args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"],
+        )
+        context = browser.new_context(base_url=f"http://localhost:{service.port}")
+        context.problems = []
+        context.add_init_script(REPORT)
+        context.on("weberror", lambda error: context.problems.append(str(error.error)))
+        context.on("console", lambda message: complain(message, context.problems))
+        yield context
+        browser.close()
+
+
+def complain(message, problems):
+    # A browser asks for the icon of a site whether or not it has one.
+    if message.type == "error" and not message.location["url"].endswith("/favicon.ico"):
+        problems.append(message.text)
+
+
+def crawl(page):
+    """Open every page of the admin that links lead to; return their paths."""
+    paths, opened = ["/admin/"], []
+    while paths:
+        path = paths.pop(0)
+        assert page.goto(path).status == 200, path
+        opened.append(path)
+        for link in re.findall(r'href="(/admin/[\w/]*/)"', page.content()):
+            if link not in opened and link not in paths and "logout" not in link:
+                paths.append(link)
+    return opened
+
+
+def use_the_form_of_a_schedule(page):
+    page.goto("/admin/django_celery_beat/periodictask/add/")
+    page.fill("#id_name", "mine")
+    page.select_option("#id_regtask", index=1)
+    page.select_option("#id_crontab", index=1)
+    assert "Every hour" in page.inner_text(".field-crontab .help")
+    assert not page.locator(".field-crontab_translation").is_visible()
+    for field in ("#id_start_time_0", "#id_start_time_1"):
+        page.locator(".field-start_time .datetimeshortcuts a").filter(
+            has_text="Today" if field.endswith("0") else "Now"
+        ).first.click()
+        assert page.input_value(field)
+    page.locator("[id^=calendarlink]").first.click()
+    assert page.locator(".calendarbox").first.is_visible()
+    with page.context.expect_page() as popup:
+        page.click("#add_id_crontab")
+    popup.value.fill("#id_minute", "5")
+    popup.value.click("[name=_save]")
+    page.wait_for_function("document.querySelector('#id_crontab').selectedOptions[0].text[0] == 5")
+    page.click("[name=_save]")
+    assert "was added successfully" in page.inner_text(".messagelist")
+
+
+def try_the_api_out(page):
+    page.goto("/api/docs/")
+    for kind, status in (("get", "200"), ("post", "201")):
+        operation = page.locator(f".opblock-{kind}").first
+        operation.click()
+        operation.locator(".try-out__btn").click()
+        if kind == "post":
+            operation.locator("textarea").fill('{"body": "From the docs"}')
+        operation.locator("button.execute").click()
+        answer = operation.locator(".live-responses-table .response .response-col_status")
+        assert answer.first.inner_text().startswith(status)
+
+
+def test_no_page_wants_what_the_policy_forbids(service, context):
+    link = service.shell(FILL.format(slug=service.folder.name)).split()[-1]
+    page = context.new_page()
+    page.goto("/")
+    page.goto("/admin/")
+    page.fill("#id_username", "admin")
+    page.fill("#id_password", "secret")
+    page.click("[type=submit]")
+    opened = crawl(page)
+    assert len(opened) > 40
+    use_the_form_of_a_schedule(page)
+    try_the_api_out(page)
+    page.goto(re.sub(r"^https://[^/]+", "", link))
+    page.click("button")
+    assert "Done" in page.inner_text("main")
+    assert context.problems == []
+
+    # The test itself would see a violation.
+    page.evaluate("document.body.insertAdjacentHTML('beforeend', '<p style=\"color: red\">')")
+    assert context.problems[0].startswith(("forbidden: style-src", "Applying inline style"))
