@@ -15,6 +15,7 @@ import uuid
 from pathlib import Path
 from urllib.request import Request, urlopen
 
+import amqp
 import psycopg
 import pytest
 from aiosmtpd.controller import Controller
@@ -23,6 +24,9 @@ from aiosmtpd.handlers import Message
 from tests.servers import PostgreSQL, RabbitMQ, free_port, reachable, wait_for
 
 ROOT = Path(__file__).parent.parent
+
+#: The RabbitMQ of the machine; each service has a queue of its own name there.
+RABBITMQ_URL = "amqp://guest:guest@127.0.0.1:5672//"
 
 #: What a service could read, which the machine that runs the tests may have set.
 SERVICE_VARIABLES = {
@@ -124,9 +128,9 @@ def postgres_url(request):
 
 @pytest.fixture
 def rabbitmq_url(request):
-    """The URL of the machine's RabbitMQ; each service has a queue of its own name there."""
+    """The URL of the machine's RabbitMQ."""
     require(request, "RabbitMQ", 5672, "docker run -d -p 5672:5672 rabbitmq:4")
-    return "amqp://guest:guest@127.0.0.1:5672//"
+    return RABBITMQ_URL
 
 
 def own_server(kind, folder):
@@ -290,9 +294,16 @@ class Service:
         with urlopen(request, timeout=10) as response:
             return response.status, response.read().decode()
 
+    def delete_queue(self):
+        """Delete the service's queue on the machine's RabbitMQ, with all that waits in it."""
+        if RABBITMQ_URL in self.environment.values():
+            with amqp.Connection("127.0.0.1:5672") as connection:
+                connection.channel().queue_delete(self.folder.name)
+
     def close(self):
         for process in self.processes:
             process.kill_all()
+        self.delete_queue()
 
 
 @pytest.fixture(scope="session")
@@ -307,8 +318,10 @@ def make_service(uv, environments):
     services = []
 
     def make(folder, **variables):
-        services.append(Service(folder, uv, environments, **variables))
-        return services[-1]
+        service = Service(folder, uv, environments, **variables)
+        service.delete_queue()  # A run that was cut short leaves messages that count twice.
+        services.append(service)
+        return service
 
     yield make
     for service in services:
