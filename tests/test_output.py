@@ -26,6 +26,7 @@ SLUG/admin.py
 SLUG/api.py
 SLUG/apps.py
 SLUG/backends.py
+SLUG/broker.py
 SLUG/celery.py
 SLUG/deliveries.py
 SLUG/digests.py

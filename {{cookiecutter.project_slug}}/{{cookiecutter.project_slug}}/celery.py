@@ -4,8 +4,11 @@ import logging
 import os
 
 from celery import Celery, signals
+from kombu.transport import TRANSPORT_ALIASES
 
 os.environ.setdefault("DJANGO_SETTINGS_MODULE", "{{ cookiecutter.project_slug }}.settings")
+
+TRANSPORT_ALIASES["filesystem"] = "{{ cookiecutter.project_slug }}.broker:Transport"
 
 app = Celery(
     "{{ cookiecutter.project_slug }}",
