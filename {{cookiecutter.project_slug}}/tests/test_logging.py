@@ -154,7 +154,7 @@ class TestARequest:
         def fail(token):
             raise RuntimeError("hunter2@example.com")
 
-        monkeypatch.setattr(unsubscribe.signer, "unsign_object", fail)
+        monkeypatch.setattr(unsubscribe.signer, "unsign", fail)
         client.raise_request_exception = False
         response = client.get("/unsubscribe/some-token/?x=1")
         assert response.status_code == 500

@@ -89,7 +89,7 @@ class TestAnErrorPage:
             database_url = {"password": SECRET}
             raise RuntimeError("broken", len(broker), len(database_url))
 
-        monkeypatch.setattr(unsubscribe.signer, "unsign_object", fail)
+        monkeypatch.setattr(unsubscribe.signer, "unsign", fail)
         environment = {"DATABASE_URL": f"postgres://user:{SECRET}@db/name"}
         client = Client(raise_request_exception=False, **environment)
         return lambda **headers: client.get("/unsubscribe/token/", **headers)

@@ -16,6 +16,7 @@ from datetime import UTC, timedelta
 from email.utils import parseaddr
 from functools import cache
 
+import psycopg
 from django.conf import settings
 from django.core import mail
 from django.db import connection
@@ -26,7 +27,7 @@ from django_celery_beat.models import PeriodicTask
 from kombu.utils.json import loads
 
 from . import locks, tasks, unsubscribe
-from .digests import DIGESTS
+from .digests import DIGESTS, RECIPIENT_FIELDS
 from .models import DigestDelivery, DigestRun, Submission
 
 logger = logging.getLogger(__name__)
@@ -177,7 +178,8 @@ def send_chunk(run, chunk, last_try=False):
             ).values_list("recipient_id", flat=True)
         )
         everybody = DIGESTS[run.digest].recipients(run).filter(pk__gte=first, pk__lt=end)
-        recipients = [user for user in everybody.order_by("pk") if user.pk not in delivered]
+        everybody = everybody.only(*RECIPIENT_FIELDS).order_by("pk")
+        recipients = [user for user in everybody if user.pk not in delivered]
         if recipients:
             with fast_cursor() as cursor, mail.get_connection() as smtp:
                 _send(run, recipients, cursor, smtp, last_try)
@@ -246,10 +248,24 @@ def fast_cursor():
             return
         cursor.execute("SET synchronous_commit TO off")
         try:
-            yield cursor
+            with preparing_cursor(cursor.connection) as preparing:
+                yield preparing
         finally:
             if connection.is_usable():
                 cursor.execute("RESET synchronous_commit")
+
+
+def preparing_cursor(session):
+    """Return a cursor that has PostgreSQL plan a statement once, and not each time.
+
+    https://www.psycopg.org/psycopg3/docs/advanced/prepare.html
+    """
+    ordinary = session.cursor_factory
+    session.cursor_factory, session.prepare_threshold = psycopg.Cursor, 0
+    try:
+        return connection.cursor()
+    finally:
+        session.cursor_factory = ordinary
 
 
 # Notifications

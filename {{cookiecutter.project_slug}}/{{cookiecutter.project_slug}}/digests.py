@@ -15,6 +15,9 @@ from .models import DigestRun, Submission, User
 #: How many submissions a moderator's digest shows.
 NEWEST = 20
 
+#: What a digest shows of its recipient; any other field takes a query for each of them.
+RECIPIENT_FIELDS = ("email", "first_name", "last_name", "username")
+
 
 class ModeratorDigest:
     """What waits for a decision, to every moderator, where something is new."""

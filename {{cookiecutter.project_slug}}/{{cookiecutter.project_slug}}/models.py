@@ -200,7 +200,10 @@ class DigestDelivery(models.Model):
         FAILED = "failed", "Failed"
 
     digest = models.CharField(max_length=20)
-    recipient = models.ForeignKey(User, on_delete=models.CASCADE, related_name="deliveries")
+    # No index of its own: that of the constraint begins with it.
+    recipient = models.ForeignKey(
+        User, on_delete=models.CASCADE, related_name="deliveries", db_index=False
+    )
     period_start = models.DateTimeField()
     status = models.CharField(max_length=6, choices=Status)
     reason = models.CharField(max_length=500, blank=True)

@@ -175,6 +175,7 @@ class Migration(migrations.Migration):
                 (
                     "recipient",
                     models.ForeignKey(
+                        db_index=False,
                         on_delete=django.db.models.deletion.CASCADE,
                         related_name="deliveries",
                         to=settings.AUTH_USER_MODEL,
