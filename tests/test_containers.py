@@ -10,6 +10,7 @@ import uuid
 from urllib.request import Request, urlopen
 
 import pytest
+import yaml
 
 from tests.conftest import ROOT, clean_environment, free_port, wait_for
 
@@ -160,6 +161,16 @@ def test_the_image_is_as_small_as_the_documents_say(project, image):
         assert int(said.split()[0]) <= int(stated) + 5
     finally:
         docker("image", "rm", name)
+
+
+def test_the_workflow_builds_and_checks_the_image(project):
+    workflow = yaml.safe_load((project / ".github" / "workflows" / "image.yml").read_text())
+    build, check = (step["run"] for step in workflow["jobs"]["image"]["steps"] if "run" in step)
+    try:
+        run(build, cwd=project)
+        run(check, cwd=project)
+    finally:
+        succeeds("image", "rm", "--force", project.name.replace("_", "-"))
 
 
 def test_every_process_runs_hardened(project, image, postgres_image, rabbitmq_image):

@@ -99,6 +99,7 @@ tests/test_unsubscribe.py
 
 #: What a choice adds to these.
 IMAGE_FILES = """
+.github/workflows/image.yml
 .dockerignore
 Dockerfile
 docs/image.md
