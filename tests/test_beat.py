@@ -66,9 +66,9 @@ def test_the_second_takes_over_when_the_first_is_killed(service):
     assert dispatched(fourth) == 0
 
 
+# A lock on a file cannot be lost.
+@pytest.mark.parametrize("service", ["production"], indirect=True)
 def test_one_whose_connection_drops_dispatches_nothing_more(service):
-    if service.environment.get("DJANGO_MODE") != "prod":
-        pytest.skip("a lock on a file cannot be lost")
     first = service.start("beat")
     wait_for(lambda: dispatched(first) > 1, 30, first.text)
     second = service.start("beat")

@@ -5,7 +5,7 @@ from datetime import timedelta
 
 import pytest
 import time_machine
-from celery.exceptions import Retry
+from celery.exceptions import Retry, SoftTimeLimitExceeded
 from django.core import mail
 from django.core.mail.backends.locmem import EmailBackend
 from django.db import IntegrityError, connection
@@ -198,9 +198,13 @@ class TestRefusals:
             smtplib.SMTPSenderRefused(550, b"no", "noreply@example.com"),
             smtplib.SMTPAuthenticationError(535, b"no"),
             ConnectionRefusedError(),
+            SoftTimeLimitExceeded(),
+            KeyError("a slip in the code"),
         ],
     )
-    def test_an_error_of_the_connection_is_no_refusal(self, run, queue, readers, server, error):
+    def test_an_error_that_says_nothing_of_the_message_is_no_refusal(
+        self, run, queue, readers, server, error
+    ):
         server.refusals = {readers[1].email: error}
         with pytest.raises(type(error)):
             send(run, queue)

@@ -92,18 +92,18 @@ def refusal(error):
     """Return whether the refusal of one message is final, and its reason.
 
     Replies of the 5xx series are final, those of the 4xx series are not (RFC 5321,
-    section 4.2.1). An error that concerns every message, such as a lost connection or
-    a refused login, is raised again.
+    section 4.2.1). An error that says nothing of this one message, such as a lost
+    connection, a refused login or the end of the task's time, is raised again.
     """
     match error:
         case smtplib.SMTPRecipientsRefused():
             code, text = next(iter(error.recipients.values()))
         case smtplib.SMTPDataError():
             code, text = error.smtp_code, error.smtp_error
-        case OSError() if not isinstance(error, smtplib.SMTPNotSupportedError):
-            raise error
-        case _:
+        case smtplib.SMTPNotSupportedError() | ValueError():
             return True, str(error)
+        case _:
+            raise error
     text = text.decode(errors="replace") if isinstance(text, bytes) else text
     return code >= 500, f"{code} {text}"
 
@@ -195,20 +195,17 @@ def _send(run, recipients, cursor, smtp, last_try):
         if time.monotonic() > deadline:
             tasks.send_digest_chunk.delay(run.pk, recipient.pk // CHUNK)
             break
+        message = compose(
+            recipient,
+            digest.template,
+            digest.subject,
+            contents[recipient.pk],
+            f"{message_id}.{recipient.pk}",
+            digest.unsubscribe,
+        )
         with uninterrupted():
             try:
-                smtp.send_messages(
-                    [
-                        compose(
-                            recipient,
-                            digest.template,
-                            digest.subject,
-                            contents[recipient.pk],
-                            f"{message_id}.{recipient.pk}",
-                            digest.unsubscribe,
-                        )
-                    ]
-                )
+                smtp.send_messages([message])
             except Exception as error:
                 final, reason = refusal(error)
                 if final or last_try:
