@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from datetime import UTC, timedelta
 from email.utils import parseaddr
 from functools import cache
+from itertools import batched
 
 import psycopg
 from django.conf import settings
@@ -34,6 +35,9 @@ logger = logging.getLogger(__name__)
 
 #: How many keys a chunk spans, and so how many recipients are in memory at most.
 CHUNK = 500
+
+#: How many messages are composed at once.
+BATCH = 100
 
 #: How long a chunk may send before it makes way for other tasks, in seconds.
 CHUNK_SECONDS = 120
@@ -186,23 +190,12 @@ def send_chunk(run, chunk, last_try=False):
 
 
 def _send(run, recipients, cursor, smtp, last_try):
-    digest = DIGESTS[run.digest]
-    contents = digest.contents(recipients, run)
-    message_id = f"{run.digest}.{run.period_start.astimezone(UTC):%Y%m%dT%H%M}"
     deadline = time.monotonic() + CHUNK_SECONDS
     refused = 0
-    for recipient in recipients:
+    for recipient, message in _composed(run, recipients):
         if time.monotonic() > deadline:
             tasks.send_digest_chunk.delay(run.pk, recipient.pk // CHUNK)
             break
-        message = compose(
-            recipient,
-            digest.template,
-            digest.subject,
-            contents[recipient.pk],
-            f"{message_id}.{recipient.pk}",
-            digest.unsubscribe,
-        )
         with uninterrupted():
             try:
                 smtp.send_messages([message])
@@ -216,6 +209,31 @@ def _send(run, recipients, cursor, smtp, last_try):
                 record(cursor, run, recipient, DigestDelivery.Status.SENT)
     if refused:
         raise Refused(f"{refused} recipients were refused for now")
+
+
+def _composed(run, recipients):
+    """Yield each recipient with the message to them.
+
+    A batch is composed at once, which takes less time than one message between two commits.
+    """
+    digest = DIGESTS[run.digest]
+    contents = digest.contents(recipients, run)
+    message_id = f"{run.digest}.{run.period_start.astimezone(UTC):%Y%m%dT%H%M}"
+    for batch in batched(recipients, BATCH):
+        yield from [
+            (
+                recipient,
+                compose(
+                    recipient,
+                    digest.template,
+                    digest.subject,
+                    contents[recipient.pk],
+                    f"{message_id}.{recipient.pk}",
+                    digest.unsubscribe,
+                ),
+            )
+            for recipient in batch
+        ]
 
 
 def record(cursor, run, recipient, status, reason=""):
