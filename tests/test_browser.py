@@ -101,7 +101,8 @@ def use_the_form_of_a_schedule(page):
         page.click("#add_id_crontab")
     popup.value.fill("#id_minute", "5")
     popup.value.click("[name=_save]")
-    page.wait_for_function("document.querySelector('#id_crontab').selectedOptions[0].text[0] == 5")
+    chosen = page.locator("#id_crontab option:checked")
+    chosen.filter(has_text=re.compile(r"^\s*5 ")).wait_for(state="attached")
     page.click("[name=_save]")
     assert "was added successfully" in page.inner_text(".messagelist")
 
