@@ -124,7 +124,8 @@ def test_the_doctor_finds_what_is_broken_and_what_mends_it(service, smtp):
     processes = start(service)
     # Beat says that it starts a moment before it answers.
     wait_for(lambda: examine(service)[1] == WELL, 30, processes["beat"].text)
-    report, _ = examine(service)
+    report, statuses = examine(service)
+    assert statuses == WELL, report
     names = [schedule["name"] for schedule in report["schedules"]]
     assert "user-digest-daily" in names
     assert all(schedule["next_run"] for schedule in report["schedules"])

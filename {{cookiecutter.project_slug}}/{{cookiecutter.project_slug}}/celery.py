@@ -8,6 +8,7 @@ from kombu.transport import TRANSPORT_ALIASES
 
 os.environ.setdefault("DJANGO_SETTINGS_MODULE", "{{ cookiecutter.project_slug }}.settings")
 
+# The embedded broker, safe for processes that start and write at once.
 TRANSPORT_ALIASES["filesystem"] = "{{ cookiecutter.project_slug }}.broker:Transport"
 
 app = Celery(
