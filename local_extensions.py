@@ -1,9 +1,9 @@
-"""The template's own Jinja filters: they check the answers and quote free text.
+"""The template's Jinja filters, which validate answers and escape free text.
 
-A check is called from a private variable right after its field in
-``cookiecutter.json``, so that a bad answer ends the run before anything is on
-disk. It returns nothing to render, or raises ``FailedHookException`` with one
-line, which cookiecutter prints before it exits with status 1.
+``cookiecutter.json`` applies the ``check`` filter in a private variable after each
+field, so an invalid answer stops the run before cookiecutter writes any file. The
+filter renders an empty string or raises ``FailedHookException`` with a one-line
+message, which cookiecutter prints before it exits with status 1.
 """
 
 import json
@@ -17,11 +17,11 @@ from cookiecutter.exceptions import FailedHookException
 from jinja2.ext import Extension
 from slugify import slugify
 
-#: Longest package name: it stands in database tables, host names and queues.
+#: Maximum length of a package name, which is part of table, host and queue names.
 SLUG_LENGTH = 30
 
-#: What a service imports, runs or labels an app with, besides the standard library.
-#: ``tests/test_answers.py`` holds this against what a generated service installs.
+#: Names of modules, scripts and app labels that a generated service uses, without the
+#: standard library. ``tests/test_answers.py`` compares them with the installed packages.
 RESERVED_NAMES = frozenset(
     """
     admin auth contenttypes messages sessions staticfiles
@@ -39,27 +39,27 @@ RESERVED_NAMES = frozenset(
 )
 
 
-def refuse(field, value, rule):
-    """End the generation with one line that names the field, the value and the rule."""
-    shown = json.dumps(value, ensure_ascii=False)
-    if len(shown) > 80:
-        shown = f'{shown[:76]}..."'
-    raise FailedHookException(f"{field}: {shown} {rule}")
+def reject(field, value, reason):
+    """Stop the generation with one line that names the field, the value and the reason."""
+    quoted_value = json.dumps(value, ensure_ascii=False)
+    if len(quoted_value) > 80:
+        quoted_value = f'{quoted_value[:76]}..."'
+    raise FailedHookException(f"{field}: {quoted_value} {reason}")
 
 
-def reserved(name):
-    """Return what else has the name, or None where a service may have it."""
+def name_conflict(name):
+    """Return a description of what already uses the name, or None if it is available."""
     if keyword.iskeyword(name):
         return "a Python keyword"
     if name in sys.stdlib_module_names:
         return "a module of Python's standard library"
     if name in RESERVED_NAMES:
-        return "a package or app that the service itself uses"
+        return "a package or app that the service uses"
     return None
 
 
 def package_name(text):
-    """Return a package name made from a human one: ``Söhne's Räume`` is ``sohnes_raume``."""
+    """Convert a project name to a package name: ``Söhne's Räume`` to ``sohnes_raume``."""
     name = slugify(
         re.sub("['`\u2019]", "", text),
         separator="_",
@@ -69,42 +69,46 @@ def package_name(text):
     )
     if name[:1].isdigit():
         return f"app_{name}"[:SLUG_LENGTH].rstrip("_")
-    return f"{name}_service" if reserved(name) else name
+    return f"{name}_service" if name_conflict(name) else name
 
 
-def check_text(length):
-    """Return a check that refuses text that is empty, too long or holds control characters."""
+def check_length(field, text, max_length):
+    """Reject text that is longer than ``max_length``."""
+    if len(text) > max_length:
+        reject(field, text, f"must have at most {max_length} characters (it has {len(text)})")
 
-    def check(field, text):
+
+def text_check(max_length):
+    """Return a check that rejects blank text, long text and control characters."""
+
+    def check_text(field, text):
         if not text.strip():
-            refuse(field, text, "is empty; type at least one letter")
-        if len(text) > length:
-            refuse(field, text, f"is too long: {len(text)} characters, and {length} are allowed")
+            reject(field, text, "must not be blank")
+        check_length(field, text, max_length)
         if re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", text):
-            refuse(field, text, "holds a control character; use plain text")
+            reject(field, text, "must not contain control characters")
 
-    return check
+    return check_text
 
 
 def check_slug(field, slug):
-    """Refuse a name that no importable package of a service can have."""
+    """Reject a name that is not a valid, available package name."""
     if not slug:
-        refuse(field, slug, "is empty; a package needs a name such as prayer_room_api")
-    if len(slug) > SLUG_LENGTH:
-        refuse(field, slug, f"is too long: {len(slug)} characters, and {SLUG_LENGTH} are allowed")
+        reject(field, slug, "must not be blank; use a name such as prayer_room_api")
+    check_length(field, slug, SLUG_LENGTH)
     if not re.fullmatch(r"[a-z][a-z0-9]*(_[a-z0-9]+)*", slug):
-        refuse(
+        reject(
             field,
             slug,
-            "is no package name: lower-case letters a-z, digits and single underscores,"
-            " starting with a letter",
+            "is not a valid package name: use lowercase letters a-z, digits and single"
+            " underscores, and start with a letter",
         )
-    if taken := reserved(slug):
-        refuse(field, slug, f"is {taken}; choose another name")
+    if conflict := name_conflict(slug):
+        reject(field, slug, f"is {conflict}; choose another name")
 
 
 def is_domain(text):
-    """Tell whether the text is a fully qualified domain name in ASCII (RFC 1035, RFC 1123)."""
+    """Return whether the text is a fully qualified ASCII domain name (RFC 1035, RFC 1123)."""
     label = r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"
     return len(text) <= 253 and bool(
         re.fullmatch(rf"({label}\.)+(?!\d+$){label}", text, re.IGNORECASE)
@@ -112,36 +116,36 @@ def is_domain(text):
 
 
 def check_domain(field, domain):
-    """Refuse what is no domain: a URL, an address, a bare host name."""
+    """Reject anything but a domain name, for example a URL, an IP address or a host name."""
     if not is_domain(domain):
-        refuse(
+        reject(
             field,
             domain,
-            "is no domain: write it like api.example.com, without https:// or a port"
-            " (an international name in its xn-- form)",
+            "is not a valid domain name: use a name such as api.example.com, without https://"
+            " or a port (an internationalized name in its xn-- form)",
         )
 
 
 def check_email(field, address):
-    """Refuse what is no e-mail address: a local part (RFC 5322 dot-atom), an @ and a domain."""
+    """Reject anything but an email address: local part (RFC 5322 dot-atom), @ and domain."""
     local, _, domain = address.rpartition("@")
     atom = r"[a-zA-Z0-9!#$%&'*+/=?^_`{|}~-]+"
     if not re.fullmatch(rf"{atom}(\.{atom})*", local) or not is_domain(domain):
-        refuse(field, address, "is no e-mail address: write it like you@example.com")
+        reject(field, address, "is not a valid email address: use a form such as you@example.com")
 
 
 def check_timezone(field, name):
-    """Refuse a name that the IANA time zone database does not have."""
-    known = zoneinfo.available_timezones()
-    if known and name not in known:
-        refuse(field, name, "is no IANA time zone: write it like Europe/London or UTC")
+    """Reject a name that is not in the IANA time zone database, if there is one."""
+    available = zoneinfo.available_timezones()
+    if available and name not in available:
+        reject(field, name, "is not an IANA time zone: use a name such as Europe/London or UTC")
 
 
 CHECKS = {
-    "project_name": check_text(100),
+    "project_name": text_check(100),
     "project_slug": check_slug,
-    "description": check_text(500),
-    "author_name": check_text(100),
+    "description": text_check(500),
+    "author_name": text_check(100),
     "author_email": check_email,
     "domain_name": check_domain,
     "timezone": check_timezone,
@@ -149,30 +153,30 @@ CHECKS = {
 
 
 def check(answer, field):
-    """Refuse a bad answer to the field; render nothing for a good one."""
+    """Reject an invalid answer to the field. Render an empty string for a valid one."""
     CHECKS[field](field, answer)
     return ""
 
 
 def check_all(answers):
-    """Refuse the first bad answer of all; render nothing where all are good."""
+    """Reject the first invalid answer. Render an empty string if all answers are valid."""
     return "".join(check(answers[field], field) for field in CHECKS)
 
 
 def quoted(text):
-    """Return the text in double quotes, as JSON, TOML, YAML and Python all read it."""
+    """Return the text as a double-quoted string literal for TOML, YAML and Python."""
     escaped = json.dumps(text, ensure_ascii=False)
     return "".join(c if c.isprintable() else escape(c) for c in escaped)
 
 
 def escape(character):
-    """Return the escape for a character that does not print, as Python and TOML read it."""
+    """Return the escape sequence of a non-printable character for TOML, YAML and Python."""
     code = ord(character)
     return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
 
 
 def python_string(text):
-    """Return the text as a Python string literal in the quotes that ruff format chooses."""
+    """Return the text as a Python string literal with the quotes that ``ruff format`` prefers."""
     literal = quoted(text)
     if text.count('"') > text.count("'"):
         body = literal[1:-1].replace('\\"', '"').replace("'", "\\'")
@@ -181,12 +185,12 @@ def python_string(text):
 
 
 def one_line(text):
-    """Return the text with every run of white space as one space."""
+    """Collapse each run of whitespace into one space."""
     return " ".join(text.split())
 
 
 def markdown(text):
-    """Return the text with everything escaped that CommonMark would read as mark-up."""
+    """Escape the characters that CommonMark would interpret as markup."""
     text = re.sub(r"([\\`*_\[\]<>~|])", r"\\\1", text)
     text = re.sub(r"&(?=#?\w+;)", r"\\&", text)
     text = re.sub(r"(?m)^(\s*)([#+=-])", r"\1\\\2", text)
@@ -194,12 +198,12 @@ def markdown(text):
 
 
 def shell_word(text):
-    """Return the text as one word of a shell command."""
+    """Quote the text as one shell argument."""
     return shlex.quote(text)
 
 
 class Filters(Extension):
-    """Makes the functions above filters of the template's Jinja environment."""
+    """Registers the filters in the template's Jinja environment."""
 
     def __init__(self, environment):
         super().__init__(environment)

@@ -1,4 +1,4 @@
-"""Set the new service up: environment, database, first commit. Then say what comes next."""
+"""Set up the new service (environment, database, first commit) and print the next steps."""
 
 import os
 import shlex
@@ -9,11 +9,11 @@ from pathlib import Path
 
 SETUP = {{cookiecutter.setup}}
 
-# uvx tells where it is itself, which may be off the PATH.
+# uvx sets UV to its own path, which may not be on the PATH.
 UV = "uv" if shutil.which("uv") else os.environ.get("UV") or None
 
-# A step works on the new folder alone, whatever the shell was set up for.
-FOREIGN = {
+# Variables that would make setup act on something other than the new project.
+IGNORED_VARIABLES = {
     "CELERY_BROKER_URL",
     "DATABASE_URL",
     "DJANGO_MODE",
@@ -28,7 +28,7 @@ FOREIGN = {
 
 
 def run(command):
-    """Run a command with a dot for each second; return "" or, if it failed, why."""
+    """Run a command, printing a dot each second. Return "" on success, or the error."""
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as output:
         try:
             process = subprocess.Popen(
@@ -36,7 +36,7 @@ def run(command):
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env={name: value for name, value in os.environ.items() if name not in FOREIGN},
+                env={k: v for k, v in os.environ.items() if k not in IGNORED_VARIABLES},
             )
         except OSError as error:
             return str(error)
@@ -52,52 +52,55 @@ def run(command):
                 return "interrupted"
         output.seek(0)
         lines = [line.strip() for line in output if line.strip()] or ["no output"]
-        told = [line for line in lines if line.startswith(("error:", "fatal:", "cause:"))]
-        return "; ".join(dict.fromkeys([told[0], told[-1]])) if told else lines[-1]
+        errors = [line for line in lines if line.startswith(("error:", "fatal:", "cause:"))]
+        return "; ".join(dict.fromkeys([errors[0], errors[-1]])) if errors else lines[-1]
 
 
-def step(title, commands, by_hand):
-    """Run the commands of one step; where one fails, say why and what does it by hand."""
-    print(title, end="", flush=True)
+def run_step(title, commands, manual):
+    """Run the commands of a step. On failure, print the error and the manual command."""
+    print(f"{title}:", end="", flush=True)
     for command in commands:
-        if problem := run(command):
-            print(f" not done: {problem}. To do it: {by_hand}", flush=True)
+        if error := run(command):
+            print(f" failed: {error}. Run: {manual}", flush=True)
             return
     print(" done", flush=True)
 
 
-def set_up():
+def install_and_migrate():
+    title = "Install and migrate"
     if UV is None:
         print(
-            "Install and migrate: not done: uv was not found. To do it: "
-            "python3 -m pip install uv && uv sync && uv run manage.py migrate"
+            f"{title}: skipped: uv not found. "
+            "Run: python3 -m pip install uv && uv sync && uv run manage.py migrate"
         )
-    else:
-        uv = shlex.quote(UV)
-        step(
-            "Install and migrate:",
-            [f"{uv} sync --compile-bytecode", f"{uv} run manage.py migrate"],
-            f"{uv} sync && {uv} run manage.py migrate",
-        )
+        return
+    uv = shlex.quote(UV)
+    run_step(
+        title,
+        [f"{uv} sync --compile-bytecode", f"{uv} run manage.py migrate"],
+        f"{uv} sync && {uv} run manage.py migrate",
+    )
+
+
+def create_first_commit():
+    title = "First commit"
     commit = "git commit -m 'Start from cookiecutter-prodserver'"
+    manual = f"git init -b main && git add . && {commit}"
     if Path(".git").exists():
         return
     if shutil.which("git") is None:
-        print(
-            "First commit: not done: git was not found. To do it: install git, then "
-            f"git init -b main && git add . && {commit}"
-        )
-    else:
-        step(
-            "First commit:",
-            ["git init --quiet --initial-branch=main", "git add .", f"{commit} --quiet"],
-            "git config user.name YOU && git config user.email YOU@EXAMPLE.COM && "
-            f"git init -b main && git add . && {commit}",
-        )
+        print(f"{title}: skipped: git not found. Install git, then run: {manual}")
+        return
+    run_step(
+        title,
+        ["git init --quiet --initial-branch=main", "git add .", f"{commit} --quiet"],
+        f"git config user.name YOU && git config user.email YOU@EXAMPLE.COM && {manual}",
+    )
 
 
 if SETUP:
-    set_up()
+    install_and_migrate()
+    create_first_commit()
 uv = shlex.quote(UV or "uv")
 print()
 print(f"  cd {shlex.quote(os.path.relpath(Path.cwd(), os.environ.get('PWD', Path.cwd().parent)))}")

@@ -1,2 +1,2 @@
-"""Check every answer once more, for a replay file that was written by hand."""
+"""Validate every answer again, because a replay file may have been edited by hand."""
 # {{ cookiecutter | check_all }}

@@ -107,7 +107,7 @@ def test_the_commands_of_both_readmes(clone, environment, tmp_path):
     run(own_test, project, environment)
 
     # One test stands for all: this one runs within the whole.
-    one = {"PYTEST_ADDOPTS": "-k test_a_name_gives_a_sensible_slug"}
+    one = {"PYTEST_ADDOPTS": "-k test_default_slug_is_derived_from_the_project_name"}
     assert " passed" in run(test, clone, environment | one)
 
 

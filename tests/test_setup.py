@@ -1,4 +1,4 @@
-"""Set-up: a generated service is ready to run, or says in one line what is not."""
+"""Setup: a generated service is ready to run, or one line says what is missing."""
 
 import contextlib
 import os
@@ -31,7 +31,7 @@ def uv_cache(uv):
 
 @pytest.fixture
 def generate(run_cookiecutter, uv, uv_cache):
-    """Generate the default service with set-up on; return its folder and the lines printed."""
+    """Generate the default service with setup; return its folder and the printed lines."""
 
     def generate(**environment):
         tools = {"UV": uv, "UV_CACHE_DIR": uv_cache}
@@ -44,7 +44,7 @@ def generate(run_cookiecutter, uv, uv_cache):
 
 @pytest.fixture
 def path_without(tmp_path):
-    """Make a PATH of the tools that set-up uses, without the one named."""
+    """Return a function that makes a PATH with the tools of setup, except those named."""
 
     def make(*missing):
         tools = tmp_path / "tools"
@@ -68,7 +68,7 @@ def git(project, *arguments):
     return done.stdout
 
 
-def test_leaves_a_service_that_is_ready(generate):
+def test_setup_installs_migrates_and_commits(generate):
     project, lines = generate()
     assert [line.replace(".", "") for line in lines[:3]] == [
         "Install and migrate: done",
@@ -99,8 +99,7 @@ def test_leaves_a_service_that_is_ready(generate):
     assert not [path for path in committed if path.startswith((".venv", "var"))]
 
 
-def test_works_on_the_new_folder_alone(generate):
-    """A database that the shell is set up for is not migrated."""
+def test_setup_ignores_the_database_of_the_environment(generate):
     project, lines = generate(
         DATABASE_URL="postgres://nobody@127.0.0.1:1/nothing", DJANGO_MODE="prod"
     )
@@ -108,52 +107,51 @@ def test_works_on_the_new_folder_alone(generate):
     assert (project / "var" / "db.sqlite3").exists()
 
 
-def test_without_uv(generate, path_without):
+def test_missing_uv_skips_the_installation_with_instructions(generate, path_without):
     _, lines = generate(UV="", PATH=path_without("uv"))
     assert lines[0] == (
-        "Install and migrate: not done: uv was not found. To do it: "
-        "python3 -m pip install uv && uv sync && uv run manage.py migrate"
+        "Install and migrate: skipped: uv not found. "
+        "Run: python3 -m pip install uv && uv sync && uv run manage.py migrate"
     )
     assert lines[1].endswith("done")
 
 
-def test_without_network(generate, tmp_path):
+def test_missing_network_fails_the_installation_with_instructions(generate, tmp_path):
     _, lines = generate(UV_OFFLINE="1", UV_CACHE_DIR=tmp_path / "empty")
-    assert " not done: " in lines[0]
+    assert " failed: " in lines[0]
     assert lines[0].endswith("uv run manage.py migrate")
     assert lines[1].endswith("done")
     assert len(lines) == 6
 
 
-def test_with_a_uv_that_does_not_start(generate, path_without):
+def test_uv_that_does_not_start_fails_the_installation_with_instructions(generate, path_without):
     _, lines = generate(UV="no/such/uv", PATH=path_without("uv"))
     assert lines[0] == (
-        "Install and migrate: not done: [Errno 2] No such file or directory: 'no/such/uv'. "
-        "To do it: no/such/uv sync && no/such/uv run manage.py migrate"
+        "Install and migrate: failed: [Errno 2] No such file or directory: 'no/such/uv'. "
+        "Run: no/such/uv sync && no/such/uv run manage.py migrate"
     )
 
 
-def test_without_git(generate, path_without):
+def test_missing_git_skips_the_commit_with_instructions(generate, path_without):
     _, lines = generate(PATH=path_without("git"))
     assert lines[-5] == (
-        "First commit: not done: git was not found. To do it: install git, then "
-        f"git init -b main && {COMMIT}"
+        f"First commit: skipped: git not found. Install git, then run: git init -b main && {COMMIT}"
     )
 
 
-def test_without_a_git_identity(generate):
+def test_missing_git_identity_fails_the_commit_with_instructions(generate):
     project, lines = generate(
         GIT_AUTHOR_EMAIL="", GIT_AUTHOR_NAME="", GIT_COMMITTER_EMAIL="", GIT_COMMITTER_NAME=""
     )
-    assert lines[1].startswith("First commit: not done: fatal: ")
+    assert lines[1].startswith("First commit: failed: fatal: ")
     assert lines[1].endswith(
-        "To do it: git config user.name YOU && git config user.email YOU@EXAMPLE.COM && "
+        "Run: git config user.name YOU && git config user.email YOU@EXAMPLE.COM && "
         f"git init -b main && {COMMIT}"
     )
     assert git(project, "status", "--porcelain").startswith("A ")
 
 
-def test_switched_off_does_none_of_it(run_cookiecutter):
+def test_disabled_setup_does_nothing_and_prints_the_next_steps(run_cookiecutter):
     folder, done = run_cookiecutter("--no-input", "setup=no")
     project = folder / "prayer_room_api"
     assert done.returncode == 0
