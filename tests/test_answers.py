@@ -1,4 +1,4 @@
-"""Answers: a bad one ends in one line and leaves nothing; a good one is taken as typed."""
+"""Answers: invalid ones stop the run with one line, and valid ones are kept as typed."""
 
 import json
 import subprocess
@@ -8,69 +8,64 @@ import tomllib
 import pytest
 from markdown_it import MarkdownIt
 
-from local_extensions import (
-    RESERVED_NAMES,
-    SLUG_LENGTH,
-    package_name,
-    python_string,
-)
+from local_extensions import RESERVED_NAMES, SLUG_LENGTH, package_name, python_string
 from tests.conftest import ROOT
 
-BAD = [
-    ("project_name", "", "is empty"),
-    ("project_name", " \n", "is empty"),
-    ("project_name", "x" * 101, "is too long: 101 characters, and 100 are allowed"),
-    ("project_name", "bell\a", "holds a control character"),
-    ("description", "x" * 501, "is too long: 501 characters, and 500 are allowed"),
-    ("author_name", "", "is empty"),
-    ("project_slug", "", "is empty"),
-    ("project_slug", "x" * (SLUG_LENGTH + 1), "is too long"),
-    ("project_slug", "prayer-room", "is no package name"),
-    ("project_slug", "2fast", "is no package name"),
-    ("project_slug", "Prayer", "is no package name"),
-    ("project_slug", "prayer room", "is no package name"),
-    ("project_slug", "prayer.room", "is no package name"),
-    ("project_slug", "../prayer", "is no package name"),
-    ("project_slug", "räume", "is no package name"),
-    ("project_slug", "_private", "is no package name"),
-    ("project_slug", "a__b", "is no package name"),
+INVALID_ANSWERS = [
+    ("project_name", "", "must not be blank"),
+    ("project_name", " \n", "must not be blank"),
+    ("project_name", "x" * 101, "must have at most 100 characters (it has 101)"),
+    ("project_name", "bell\a", "must not contain control characters"),
+    ("description", "x" * 501, "must have at most 500 characters (it has 501)"),
+    ("author_name", "", "must not be blank"),
+    ("project_slug", "", "must not be blank"),
+    ("project_slug", "x" * (SLUG_LENGTH + 1), "must have at most 30 characters (it has 31)"),
+    ("project_slug", "prayer-room", "is not a valid package name"),
+    ("project_slug", "2fast", "is not a valid package name"),
+    ("project_slug", "Prayer", "is not a valid package name"),
+    ("project_slug", "prayer room", "is not a valid package name"),
+    ("project_slug", "prayer.room", "is not a valid package name"),
+    ("project_slug", "../prayer", "is not a valid package name"),
+    ("project_slug", "räume", "is not a valid package name"),
+    ("project_slug", "_private", "is not a valid package name"),
+    ("project_slug", "a__b", "is not a valid package name"),
     ("project_slug", "class", "is a Python keyword"),
     ("project_slug", "site", "is a module of Python's standard library"),
     ("project_slug", "json", "is a module of Python's standard library"),
-    ("project_slug", "test", "is a package or app that the service itself uses"),
-    ("project_slug", "django", "is a package or app that the service itself uses"),
-    ("project_slug", "celery", "is a package or app that the service itself uses"),
-    ("project_slug", "admin", "is a package or app that the service itself uses"),
-    ("timezone", "Europe/Atlantis", "is no IANA time zone"),
-    ("timezone", "", "is no IANA time zone"),
-    ("domain_name", "https://example.com", "is no domain"),
-    ("domain_name", "example.com:8000", "is no domain"),
-    ("domain_name", "localhost", "is no domain"),
-    ("domain_name", "127.0.0.1", "is no domain"),
-    ("domain_name", "-x.example.com", "is no domain"),
-    ("domain_name", "bücher.example", "is no domain"),
-    ("domain_name", "", "is no domain"),
-    ("author_email", "you", "is no e-mail address"),
-    ("author_email", "you@localhost", "is no e-mail address"),
-    ("author_email", "a b@example.com", "is no e-mail address"),
-    ("author_email", "a@b@example.com", "is no e-mail address"),
-    ("author_email", 'x"@example.com', "is no e-mail address"),
+    ("project_slug", "test", "is a package or app that the service uses"),
+    ("project_slug", "django", "is a package or app that the service uses"),
+    ("project_slug", "celery", "is a package or app that the service uses"),
+    ("project_slug", "admin", "is a package or app that the service uses"),
+    ("timezone", "Europe/Atlantis", "is not an IANA time zone"),
+    ("timezone", "", "is not an IANA time zone"),
+    ("domain_name", "https://example.com", "is not a valid domain name"),
+    ("domain_name", "example.com:8000", "is not a valid domain name"),
+    ("domain_name", "localhost", "is not a valid domain name"),
+    ("domain_name", "127.0.0.1", "is not a valid domain name"),
+    ("domain_name", "-x.example.com", "is not a valid domain name"),
+    ("domain_name", "bücher.example", "is not a valid domain name"),
+    ("domain_name", "", "is not a valid domain name"),
+    ("author_email", "you", "is not a valid email address"),
+    ("author_email", "you@localhost", "is not a valid email address"),
+    ("author_email", "a b@example.com", "is not a valid email address"),
+    ("author_email", "a@b@example.com", "is not a valid email address"),
+    ("author_email", 'x"@example.com', "is not a valid email address"),
 ]
 
 
-@pytest.mark.parametrize(("field", "value", "rule"), BAD)
-def test_a_bad_answer_names_the_field_the_value_and_the_rule(cookies, field, value, rule):
+@pytest.mark.parametrize(("field", "value", "reason"), INVALID_ANSWERS)
+def test_invalid_answer_error_names_field_value_and_reason(cookies, field, value, reason):
     result = cookies.bake(extra_context={field: value, "setup": False}, template=str(ROOT))
     message = str(result.exception)
     assert result.exit_code != 0
     assert message.startswith(f"{field}: ")
     assert json.dumps(value, ensure_ascii=False)[:70].rstrip('"') in message
-    assert rule in message
+    assert reason in message
     assert "\n" not in message
 
 
 @pytest.mark.parametrize("hooks", ["yes", "no"])
-def test_a_bad_answer_ends_in_one_line_and_leaves_nothing(run_cookiecutter, hooks):
+def test_invalid_answer_prints_one_line_and_creates_no_files(run_cookiecutter, hooks):
     folder, done = run_cookiecutter("--no-input", "--accept-hooks", hooks, "project_slug=site")
     assert done.returncode == 1
     assert done.stdout == (
@@ -79,7 +74,7 @@ def test_a_bad_answer_ends_in_one_line_and_leaves_nothing(run_cookiecutter, hook
     assert list(folder.iterdir()) == []
 
 
-def test_a_bad_answer_at_a_prompt_ends_at_once(run_cookiecutter):
+def test_invalid_answer_at_a_prompt_stops_immediately(run_cookiecutter):
     folder, done = run_cookiecutter(stdin="My service\nclass\n")
     assert done.returncode == 1
     assert done.stdout.splitlines()[-1].endswith(
@@ -88,7 +83,7 @@ def test_a_bad_answer_at_a_prompt_ends_at_once(run_cookiecutter):
     assert list(folder.iterdir()) == []
 
 
-def test_a_bad_answer_in_a_replay_file_leaves_nothing(run_cookiecutter, tmp_path):
+def test_invalid_answer_in_a_replay_file_creates_no_files(run_cookiecutter, tmp_path):
     folder, done = run_cookiecutter("--no-input", "setup=no", environment={"HOME": str(tmp_path)})
     assert done.returncode == 0
     (replay,) = tmp_path.glob(".cookiecutter_replay/*.json")
@@ -97,7 +92,7 @@ def test_a_bad_answer_in_a_replay_file_leaves_nothing(run_cookiecutter, tmp_path
     (tmp_path / "replay.json").write_text(json.dumps(answers))
     folder, done = run_cookiecutter("--replay-file", str(tmp_path / "replay.json"))
     assert done.returncode == 1
-    assert 'timezone: "Europe/Atlantis" is no IANA time zone' in done.stdout.splitlines()[-1]
+    assert 'timezone: "Europe/Atlantis" is not an IANA time zone' in done.stdout.splitlines()[-1]
     assert list(folder.iterdir()) == []
 
 
@@ -116,11 +111,11 @@ def test_a_bad_answer_in_a_replay_file_leaves_nothing(run_cookiecutter, tmp_path
         ("🙏", ""),
     ],
 )
-def test_a_name_gives_a_sensible_slug(name, slug):
+def test_default_slug_is_derived_from_the_project_name(name, slug):
     assert package_name(name) == slug
 
 
-HOSTILE = [
+HOSTILE_TEXTS = [
     'Ångström & Söhne\'s "Räume"',
     "back\\slash \\n and trailing \\",
     "quotes ' \" \"\"\" ''' `",
@@ -133,8 +128,8 @@ HOSTILE = [
 ]
 
 
-@pytest.mark.parametrize("text", HOSTILE)
-def test_free_text_comes_out_as_it_was_typed(bake, text):
+@pytest.mark.parametrize("text", HOSTILE_TEXTS)
+def test_free_text_is_preserved_in_the_output(bake, text):
     project = bake(project_name=text, project_slug="service", description=text, author_name=text)
     metadata = tomllib.loads((project / "pyproject.toml").read_text())["project"]
     assert metadata["description"] == text
@@ -146,18 +141,18 @@ def test_free_text_comes_out_as_it_was_typed(bake, text):
 
     readme = MarkdownIt("commonmark").parse((project / "README.md").read_text())
     heading, paragraph = (token for token in readme[:6] if token.type == "inline")
-    assert plain(heading) == " ".join(text.split())
-    assert plain(paragraph).split() == text.split()
+    assert rendered_text(heading) == " ".join(text.split())
+    assert rendered_text(paragraph).split() == text.split()
 
 
-def plain(inline):
-    """Return the text that a reader of the rendered Markdown sees; fail where there is mark-up."""
+def rendered_text(inline):
+    """Return the rendered text of a Markdown token. Fail if it contains markup."""
     kinds = {"text": None, "text_special": None, "softbreak": "\n"}
     return "".join(kinds[token.type] or token.content for token in inline.children)
 
 
-@pytest.mark.parametrize("text", HOSTILE)
-def test_a_python_string_needs_no_reformatting(text):
+@pytest.mark.parametrize("text", HOSTILE_TEXTS)
+def test_python_string_matches_ruff_format(text):
     line = f"x = {python_string(text)}\n"
     formatted = subprocess.run(
         [sys.executable, "-m", "ruff", "format", "--isolated", "--line-length=320", "-"],
@@ -170,8 +165,8 @@ def test_a_python_string_needs_no_reformatting(text):
     assert eval(python_string(text)) == text
 
 
-def test_a_typed_brace_pair_is_no_template(run_cookiecutter):
-    """At a prompt; on the command line cookiecutter renders what it is given."""
+def test_answer_at_a_prompt_is_not_rendered_as_a_template(run_cookiecutter):
+    """Cookiecutter does render the values that it gets on the command line."""
     answers = ["My service", "", "What {{ 7*7 }} is", "", "", "", "", "", "", "", "n"]
     folder, done = run_cookiecutter(stdin="\n".join(answers) + "\n")
     assert done.returncode == 0, done.stdout
@@ -180,7 +175,7 @@ def test_a_typed_brace_pair_is_no_template(run_cookiecutter):
 
 
 @pytest.mark.slow
-def test_every_module_that_a_service_installs_is_a_reserved_name(bake, make_service):
+def test_installed_module_names_are_reserved(bake, make_service):
     service = make_service(bake())
     service.install()
     modules = service.run(
