@@ -1,12 +1,12 @@
-"""Measure the daily digest of a generated service, beside the naive way.
+"""Benchmark the daily digest of a generated service against a naive implementation.
 
     uv run bench/digest.py [N ...]
 
-Bakes the default service, fills PostgreSQL (127.0.0.1:5432, user postgres, trust) with N
-users who have an answered submission each, and sends their daily digest in one process
-with Django's dummy e-mail backend. The naive way is one task that reads every user,
-queries the submissions of each, renders, sends and commits a delivery. Each figure comes
-from a process of its own; the last column is a ratio of figures of the same run.
+Generates the default service, creates N users with one answered submission each in
+PostgreSQL (127.0.0.1:5432, user postgres, trust), and sends their daily digest in one
+process with Django's dummy email backend. The naive implementation is one task that, for
+each user, queries the submissions, renders and sends the email, and commits a delivery.
+Each row is measured in its own process. The last column compares rows of the same run.
 """
 
 import json
@@ -20,11 +20,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 SERVER = "postgres://postgres@127.0.0.1:5432"
 SIZES = [1_000, 10_000, 100_000]
-WAYS = ["chunks", "naive"]
+METHODS = ["chunks", "naive"]
 
 
 def main(sizes):
-    """Bake, fill, measure each size in each way, and print a table."""
+    """Measure each method with each number of users, and print a table."""
     import psycopg
     from cookiecutter.main import cookiecutter
 
@@ -38,28 +38,28 @@ def main(sizes):
         answers = {"setup": False}
         project = cookiecutter(str(ROOT), no_input=True, extra_context=answers, output_dir=folder)
         service = Service(project, f"{SERVER}/{name}")
-        service.run("uv", "sync", "--quiet", "--no-dev", "--compile-bytecode")
-        header = "recipients", "way", "recipients/s", "queries/1000", "peak MiB", "times naive"
+        service.run(os.environ.get("UV", "uv"), "sync", "--quiet", "--no-dev", "--compile-bytecode")
+        header = "recipients", "method", "recipients/s", "queries/1000", "peak MiB", "times naive"
         row = "{:>10}  {:<6}  {:>12}  {:>12}  {:>8}  {:>11}".format
         print(row(*header), flush=True)
         for size in sizes:
             rates = {}
-            for way in reversed(WAYS):
+            for method in reversed(METHODS):
                 server.execute(f"CREATE DATABASE {name}")
                 try:
                     service.python("manage.py", "migrate", "-v0")
-                    found = json.loads(service.python(__file__, "measure", way, str(size)))
+                    result = json.loads(service.python(__file__, "measure", method, str(size)))
                 finally:
                     server.execute(f"DROP DATABASE {name} WITH (FORCE)")
-                rates[way] = found["rate"]
-                ratio = f"{rates[way] / rates['naive']:.1f}" if way == "chunks" else ""
+                rates[method] = result["rate"]
+                ratio = f"{rates[method] / rates['naive']:.1f}" if method == "chunks" else ""
                 print(
                     row(
                         size,
-                        way,
-                        f"{found['rate']:.0f}",
-                        f"{found['queries']:.0f}",
-                        f"{found['memory']:.1f}",
+                        method,
+                        f"{result['rate']:.0f}",
+                        f"{result['queries']:.0f}",
+                        f"{result['memory']:.1f}",
                         ratio,
                     ),
                     flush=True,
@@ -67,7 +67,7 @@ def main(sizes):
 
 
 class Service:
-    """A generated service whose commands run in production mode on a database."""
+    """Runs the commands of a generated service in production mode."""
 
     def __init__(self, project, database_url):
         self.project = project
@@ -86,16 +86,16 @@ class Service:
             command, cwd=self.project, env=self.environment, stdout=subprocess.PIPE, text=True
         )
         if done.returncode:
-            sys.exit(f"{' '.join(command)} ended with status {done.returncode}")
+            sys.exit(f"{' '.join(command)} exited with status {done.returncode}")
         return done.stdout
 
     def python(self, *arguments):
         return self.run(f"{self.project}/.venv/bin/python", *arguments)
 
 
-# What follows runs in the generated service.
+# The functions below run in the environment of the generated service.
 
-FILL = """
+CREATE_DATA = """
 INSERT INTO {users} (
     username, email, password, first_name, last_name, is_superuser, is_staff, is_active,
     date_joined, digest_frequency, notify_on_response
@@ -111,8 +111,8 @@ ANALYZE;
 """
 
 
-def measure(way, size):
-    """Send the digest to ``size`` users and print the figures as JSON."""
+def measure(method, size):
+    """Send the digest to ``size`` users and print the measurements as JSON."""
     import resource
     import time
 
@@ -128,8 +128,8 @@ def measure(way, size):
     settings.EMAIL_BACKEND = "django.core.mail.backends.dummy.EmailBackend"
     tables = {"users": User._meta.db_table, "submissions": Submission._meta.db_table}
     with connection.cursor() as cursor:
-        cursor.execute(FILL.format(size=size, **tables))
-    # A worker imports the URLs with its first link; that is no part of any digest.
+        cursor.execute(CREATE_DATA.format(size=size, **tables))
+    # Import the URLconf outside the measurement: a worker does this once, not for each digest.
     reverse("unsubscribe", args=["token"])
     queries = 0
 
@@ -140,7 +140,7 @@ def measure(way, size):
 
     with connection.execute_wrapper(count):
         start = time.perf_counter()
-        {"chunks": send_in_chunks, "naive": send_naively}[way]()
+        {"chunks": send_in_chunks, "naive": send_naively}[method]()
         seconds = time.perf_counter() - start
     assert DigestDelivery.objects.filter(status="sent").count() == size
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -149,7 +149,7 @@ def measure(way, size):
 
 
 def send_in_chunks():
-    """Run the scheduled task, and each task that it queues, one after the other."""
+    """Run the scheduled task, then the tasks that it queued."""
     from unittest.mock import patch
 
     from prayer_room_api import tasks
@@ -162,7 +162,7 @@ def send_in_chunks():
 
 
 def send_naively():
-    """Query, render, send and commit for one user after the other, all in one task."""
+    """Query, render, send and commit for one user at a time."""
     from django.core.mail import EmailMultiAlternatives
     from django.template.loader import render_to_string
     from django.utils import timezone
