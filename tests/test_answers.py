@@ -115,7 +115,7 @@ def test_default_slug_is_derived_from_the_project_name(name, slug):
     assert package_name(name) == slug
 
 
-HOSTILE_TEXTS = [
+HOSTILE = [
     'Ångström & Söhne\'s "Räume"',
     "back\\slash \\n and trailing \\",
     "quotes ' \" \"\"\" ''' `",
@@ -128,7 +128,7 @@ HOSTILE_TEXTS = [
 ]
 
 
-@pytest.mark.parametrize("text", HOSTILE_TEXTS)
+@pytest.mark.parametrize("text", HOSTILE)
 def test_free_text_is_preserved_in_the_output(bake, text):
     project = bake(project_name=text, project_slug="service", description=text, author_name=text)
     metadata = tomllib.loads((project / "pyproject.toml").read_text())["project"]
@@ -141,17 +141,17 @@ def test_free_text_is_preserved_in_the_output(bake, text):
 
     readme = MarkdownIt("commonmark").parse((project / "README.md").read_text())
     heading, paragraph = (token for token in readme[:6] if token.type == "inline")
-    assert rendered_text(heading) == " ".join(text.split())
-    assert rendered_text(paragraph).split() == text.split()
+    assert plain(heading) == " ".join(text.split())
+    assert plain(paragraph).split() == text.split()
 
 
-def rendered_text(inline):
+def plain(inline):
     """Return the rendered text of a Markdown token. Fail if it contains markup."""
     kinds = {"text": None, "text_special": None, "softbreak": "\n"}
     return "".join(kinds[token.type] or token.content for token in inline.children)
 
 
-@pytest.mark.parametrize("text", HOSTILE_TEXTS)
+@pytest.mark.parametrize("text", HOSTILE)
 def test_python_string_matches_ruff_format(text):
     line = f"x = {python_string(text)}\n"
     formatted = subprocess.run(
