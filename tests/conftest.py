@@ -1,7 +1,8 @@
-"""What the tests stand on: bakes, services of this machine, and real processes of a service."""
+"""Shared fixtures: generated projects, servers, and services with real processes."""
 
 import asyncio
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -25,10 +26,21 @@ from tests.servers import PostgreSQL, RabbitMQ, free_port, reachable, wait_for
 
 ROOT = Path(__file__).parent.parent
 
-#: The RabbitMQ of the machine; each service has a queue of its own name there.
+#: The RabbitMQ server of this machine. Each service uses the queue named after its slug.
 RABBITMQ_URL = "amqp://guest:guest@127.0.0.1:5672//"
 
-#: What a service could read, which the machine that runs the tests may have set.
+#: A secret key that passes the deployment checks.
+SECRET_KEY = "a-key-for-this-test-alone-of-more-than-fifty-characters"
+
+#: An author for commits on machines that have no git configuration.
+GIT_IDENTITY = {
+    "GIT_AUTHOR_NAME": "A",
+    "GIT_AUTHOR_EMAIL": "a@example.com",
+    "GIT_COMMITTER_NAME": "A",
+    "GIT_COMMITTER_EMAIL": "a@example.com",
+}
+
+#: Variables that a service reads and that this machine may have set.
 SERVICE_VARIABLES = {
     "CELERY_BROKER_URL",
     "DATABASE_URL",
@@ -49,17 +61,17 @@ def pytest_addoption(parser):
     parser.addoption(
         "--require-services",
         action="store_true",
-        help="fail, and do not skip, where PostgreSQL or RabbitMQ is not running",
+        help="fail instead of skip if PostgreSQL or RabbitMQ is not running",
     )
 
 
 def pytest_xdist_auto_num_workers(config):
-    """One worker more than there are cores, for a slow test spends half its time waiting."""
+    """Use one worker more than there are cores, because slow tests mostly wait."""
     return (os.cpu_count() or 1) + 1
 
 
 def clean_environment(**extra):
-    """Return this process's environment without what a service would read from it."""
+    """Return the environment of this process without the variables that a service reads."""
     kept = {
         name: value
         for name, value in os.environ.items()
@@ -68,42 +80,62 @@ def clean_environment(**extra):
     return kept | {name: str(value) for name, value in extra.items()}
 
 
-@pytest.fixture(scope="session")
-def uv():
-    """The path of uv, which runs these tests."""
-    return os.environ.get("UV") or shutil.which("uv") or pytest.fail("run the tests with uv run")
+def production_variables(database_url, rabbitmq_url):
+    """Return the environment variables that a service requires in production mode."""
+    return {
+        "DJANGO_MODE": "prod",
+        "SECRET_KEY": SECRET_KEY,
+        "DATABASE_URL": database_url,
+        "RABBITMQ_URL": rabbitmq_url,
+    }
 
 
-@pytest.fixture
-def bake(cookies):
-    """Generate a service with these answers, set-up off; return its folder or fail."""
-
-    def bake(**answers):
-        result = cookies.bake(extra_context={"setup": False} | answers, template=str(ROOT))
-        if result.exception:
-            raise result.exception
-        return result.project_path
-
-    return bake
+def read_procfile(path):
+    """Return the commands of a Procfile by process name."""
+    return dict(line.split(": ", 1) for line in path.read_text().splitlines())
 
 
-@pytest.fixture(scope="session")
-def default_project(cookies_session):
-    """The service that the default answers give, for tests that only read it."""
-    result = cookies_session.bake(extra_context={"setup": False}, template=str(ROOT))
+def generate_project(cookies, **answers):
+    """Generate a service without setup. Return its folder, or raise cookiecutter's error."""
+    result = cookies.bake(extra_context={"setup": False} | answers, template=str(ROOT))
     if result.exception:
         raise result.exception
     return result.project_path
 
 
-# Services of the machine
+@pytest.fixture(scope="session")
+def uv():
+    """The path of the uv that runs these tests."""
+    return os.environ.get("UV") or shutil.which("uv") or pytest.fail("run the tests with uv run")
 
 
-def require(request, name, port, start):
-    """Skip, or fail with ``--require-services``, where nothing listens on the port."""
+@pytest.fixture(scope="session")
+def uv_cache(uv):
+    """The package cache of uv, for commands that run with another home directory."""
+    done = subprocess.run([uv, "cache", "dir"], capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+@pytest.fixture
+def bake(cookies):
+    """A function that generates a service with the given answers and returns its folder."""
+    return functools.partial(generate_project, cookies)
+
+
+@pytest.fixture(scope="session")
+def default_project(cookies_session):
+    """The default service, for tests that do not change it."""
+    return generate_project(cookies_session)
+
+
+# Servers
+
+
+def require_server(request, name, port, start_command):
+    """Skip the test (with ``--require-services``: fail) if the server is not running."""
     if reachable(port):
         return
-    message = f"{name} is not running on 127.0.0.1:{port}; start it with: {start}"
+    message = f"{name} is not running on 127.0.0.1:{port}; start it with: {start_command}"
     if request.config.getoption("--require-services"):
         pytest.fail(message)
     pytest.skip(message)
@@ -112,7 +144,7 @@ def require(request, name, port, start):
 @pytest.fixture
 def postgres_url(request):
     """The URL of a new, empty PostgreSQL database."""
-    require(
+    require_server(
         request,
         "PostgreSQL",
         5432,
@@ -128,17 +160,17 @@ def postgres_url(request):
 
 @pytest.fixture
 def rabbitmq_url(request):
-    """The URL of the machine's RabbitMQ."""
-    require(request, "RabbitMQ", 5672, "docker run -d -p 5672:5672 rabbitmq:4")
+    """The URL of this machine's RabbitMQ server."""
+    require_server(request, "RabbitMQ", 5672, "docker run -d -p 5672:5672 rabbitmq:4")
     return RABBITMQ_URL
 
 
-def own_server(kind, folder):
-    """Run a server of the test's own, or skip where it is not installed."""
-    if kind.server is None:
-        pytest.skip(f"{kind.__name__} is not installed here; install its server package")
+def run_dedicated_server(server_class, folder):
+    """Run a server for one test, or skip the test if the server is not installed."""
+    if server_class.server is None:
+        pytest.skip(f"{server_class.__name__} is not installed; install its server package")
     folder.mkdir()
-    server = kind(folder)
+    server = server_class(folder)
     server.start()
     yield server
     with contextlib.suppress(Exception):
@@ -146,19 +178,19 @@ def own_server(kind, folder):
 
 
 @pytest.fixture
-def own_rabbitmq(tmp_path):
-    """A RabbitMQ node that the test may stop and start."""
-    yield from own_server(RabbitMQ, tmp_path / "rabbitmq")
+def dedicated_rabbitmq(tmp_path):
+    """A RabbitMQ node that the test can stop and start."""
+    yield from run_dedicated_server(RabbitMQ, tmp_path / "rabbitmq")
 
 
 @pytest.fixture
-def own_postgres(tmp_path):
-    """A PostgreSQL server that the test may stop and start."""
-    yield from own_server(PostgreSQL, tmp_path / "postgres")
+def dedicated_postgres(tmp_path):
+    """A PostgreSQL server that the test can stop and start."""
+    yield from run_dedicated_server(PostgreSQL, tmp_path / "postgres")
 
 
 class Mailbox(Message):
-    """Keeps every message that the SMTP server takes, each after ``delay`` seconds."""
+    """Stores each message that the SMTP server receives, after ``delay`` seconds."""
 
     def __init__(self):
         super().__init__()
@@ -175,7 +207,7 @@ class Mailbox(Message):
 
 @pytest.fixture
 def smtp():
-    """A real SMTP server; ``smtp.messages`` is what it took."""
+    """An SMTP server. ``smtp.messages`` are the messages that it received."""
     mailbox = Mailbox()
     controller = Controller(mailbox, hostname="127.0.0.1", port=free_port())
     controller.start()
@@ -184,11 +216,11 @@ def smtp():
     controller.stop()
 
 
-# A service and its processes
+# Services and their processes
 
 
 class Process:
-    """A running process of a service, with what it printed."""
+    """A running process and its output."""
 
     def __init__(self, arguments, folder, environment, log):
         self.log = log
@@ -209,13 +241,13 @@ class Process:
     def wait_for_text(self, text, seconds=30):
         def printed():
             if self.popen.poll() is not None:
-                pytest.fail(f"ended with status {self.popen.returncode}:\n{self.text()}")
+                pytest.fail(f"exited with status {self.popen.returncode}:\n{self.text()}")
             return text in self.text()
 
         wait_for(printed, seconds, lambda: f"no {text!r} in:\n{self.text()}")
 
     def stop(self, number=signal.SIGTERM, seconds=10):
-        """Signal the process; return its exit status, or fail if it does not end in time."""
+        """Send a signal and return the exit status. Fail if the process does not exit in time."""
         self.popen.send_signal(number)
         try:
             return self.popen.wait(timeout=seconds)
@@ -229,7 +261,7 @@ class Process:
 
 
 class Service:
-    """A generated service, installed, and run in an environment of its own."""
+    """A generated service with its own environment variables and processes."""
 
     def __init__(self, folder, uv, environments, **variables):
         self.folder = folder
@@ -242,7 +274,7 @@ class Service:
         self.environment["PATH"] = f"{scripts}{os.pathsep}{self.environment['PATH']}"
 
     def run(self, command, **variables):
-        """Run a command in the service's folder; return what it printed, or fail."""
+        """Run a command in the service's folder. Return its output, or fail the test."""
         done = subprocess.run(
             shlex.split(command),
             cwd=self.folder,
@@ -253,15 +285,15 @@ class Service:
             text=True,
         )
         if done.returncode:
-            pytest.fail(f"{command} ended with status {done.returncode}:\n{done.stdout}")
+            pytest.fail(f"{command} exited with status {done.returncode}:\n{done.stdout}")
         return done.stdout
 
     def install(self, *options):
-        """Install what the service depends on, once for all services that depend on the same."""
+        """Install the dependencies. Services with the same dependencies share an environment."""
         project = tomllib.loads((self.folder / "pyproject.toml").read_text())
         python = (self.folder / ".python-version").read_text()
-        wanted = [project["project"]["dependencies"], python, options]
-        name = hashlib.sha256(json.dumps(wanted).encode()).hexdigest()[:16]
+        key = [project["project"]["dependencies"], python, options]
+        name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
         environment = self.environments / name
         if not environment.exists():
             command = [self.uv, "sync", "--quiet", "--compile-bytecode", *options]
@@ -269,33 +301,32 @@ class Service:
         (self.folder / ".venv").symlink_to(environment)
 
     def procfile(self):
-        """Return the commands of the generated Procfile by their names."""
-        lines = (self.folder / "Procfile").read_text().splitlines()
-        return dict(line.split(": ", 1) for line in lines)
+        """Return the commands of the generated Procfile by process name."""
+        return read_procfile(self.folder / "Procfile")
 
     def start(self, name):
-        """Start the process of that name by its line of the Procfile."""
+        """Start a process of the Procfile."""
         return self.spawn(name, *shlex.split(self.procfile()[name]))
 
     def spawn(self, name, *arguments):
-        """Start a command beside the others; its log has that name."""
+        """Start a command in the background. The name is the prefix of its log file."""
         log = self.folder.parent / f"{name}-{len(self.processes)}.log"
         process = Process(arguments, self.folder, self.environment, log)
         self.processes.append(process)
         return process
 
     def shell(self, code):
-        """Run Python in the service's shell, with its models imported; return what it printed."""
+        """Run code in Django's shell, which imports the models. Return the output."""
         return self.run(shlex.join(["python", "manage.py", "shell", "-v0", "-c", code]))
 
     def get(self, path, **headers):
-        """Return status and text of the answer that web gives, redirects followed."""
+        """Return the status and text of the web process's response, after any redirects."""
         request = Request(f"http://127.0.0.1:{self.port}{path}", headers=headers)
         with urlopen(request, timeout=10) as response:
             return response.status, response.read().decode()
 
     def delete_queue(self):
-        """Delete the service's queue on the machine's RabbitMQ, with all that waits in it."""
+        """Delete the service's queue on this machine's RabbitMQ, with its messages."""
         if RABBITMQ_URL in self.environment.values():
             with amqp.Connection("127.0.0.1:5672") as connection:
                 connection.channel().queue_delete(self.folder.name)
@@ -308,18 +339,18 @@ class Service:
 
 @pytest.fixture(scope="session")
 def environments(tmp_path_factory):
-    """The folder of the environments that services are installed into."""
+    """The folder of the virtual environments of the services."""
     return tmp_path_factory.mktemp("environments")
 
 
 @pytest.fixture
 def make_service(uv, environments):
-    """Make a ``Service`` of a folder and variables; its processes end with the test."""
+    """A function that returns a ``Service``. Its processes are killed after the test."""
     services = []
 
     def make(folder, **variables):
         service = Service(folder, uv, environments, **variables)
-        service.delete_queue()  # A run that was cut short leaves messages that count twice.
+        service.delete_queue()  # An interrupted run may have left messages.
         services.append(service)
         return service
 
@@ -330,7 +361,7 @@ def make_service(uv, environments):
 
 @pytest.fixture(scope="session")
 def run_cookiecutter(tmp_path_factory):
-    """Run cookiecutter's command line in an empty folder; return the folder and what it said."""
+    """A function that runs cookiecutter in an empty folder and returns folder and process."""
 
     def run(*arguments, stdin=None, environment=None):
         folder = tmp_path_factory.mktemp("cli")

@@ -1,4 +1,4 @@
-"""Servers of a test's own, on ports and in folders of their own, that it may stop and start."""
+"""Dedicated servers for one test, which it can stop and start, and helpers for ports."""
 
 import contextlib
 import glob
@@ -13,39 +13,41 @@ import pytest
 
 
 def free_port():
-    """Return a TCP port of 127.0.0.1 that nothing listens on."""
+    """Return an unused TCP port on 127.0.0.1."""
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         return server.getsockname()[1]
 
 
 def reachable(port):
-    """Tell whether something accepts connections on the port of 127.0.0.1."""
+    """Return whether a server accepts connections on 127.0.0.1:port."""
     with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=2):
         return True
     return False
 
 
-def wait_for(condition, seconds, problem):
-    """Wait until the condition is true and return it; fail with what ``problem()`` says."""
+def wait_for(condition, seconds, describe_failure):
+    """Wait until the condition is true and return its value, or fail the test."""
     deadline = time.monotonic() + seconds
-    while not (found := condition()):
+    while not (value := condition()):
         if time.monotonic() > deadline:
-            pytest.fail(f"waited {seconds} s: {problem()}")
+            pytest.fail(f"timed out after {seconds} s: {describe_failure()}")
         time.sleep(0.1)
-    return found
+    return value
 
 
-def program(name, *patterns):
+def find_program(name, *patterns):
     """Return the path of an installed program, or None."""
-    found = [path for pattern in patterns for path in sorted(glob.glob(pattern))]
-    return shutil.which(name) or (found[-1] if found else None)
+    paths = [path for pattern in patterns for path in sorted(glob.glob(pattern))]
+    return shutil.which(name) or (paths[-1] if paths else None)
 
 
 class RabbitMQ:
     """A RabbitMQ node."""
 
-    server = program("/usr/lib/rabbitmq/bin/rabbitmq-server") or program("rabbitmq-server")
+    server = find_program("/usr/lib/rabbitmq/bin/rabbitmq-server") or find_program(
+        "rabbitmq-server"
+    )
 
     def __init__(self, folder):
         self.folder = folder
@@ -69,7 +71,7 @@ class RabbitMQ:
         self.popen = None
 
     def start(self):
-        """Start the node and wait until it takes connections."""
+        """Start the node and wait until it accepts connections."""
         with (self.folder / "node.log").open("ab") as log:
             self.popen = subprocess.Popen(
                 [self.server],
@@ -82,7 +84,7 @@ class RabbitMQ:
         wait_for(lambda: reachable(self.port), 60, (self.folder / "node.log").read_text)
 
     def stop(self):
-        """End the node in good order; its queues stay on the disk."""
+        """Shut the node down cleanly. Its durable queues stay on disk."""
         self.popen.terminate()
         try:
             self.popen.wait(timeout=30)
@@ -92,9 +94,9 @@ class RabbitMQ:
 
 
 class PostgreSQL:
-    """A PostgreSQL server with one database, ``service``."""
+    """A PostgreSQL server."""
 
-    server = program("postgres", "/usr/lib/postgresql/*/bin/postgres")
+    server = find_program("postgres", "/usr/lib/postgresql/*/bin/postgres")
 
     def __init__(self, folder):
         self.folder = folder
@@ -121,7 +123,7 @@ class PostgreSQL:
         )
 
     def start(self):
-        """Start the server and wait until it takes connections."""
+        """Start the server and wait until it accepts connections."""
         options = f"-p {self.port} -c listen_addresses=127.0.0.1 -k {self.folder}"
         self._run(
             "pg_ctl",
@@ -136,5 +138,5 @@ class PostgreSQL:
         )
 
     def stop(self):
-        """End the server at once, with all its connections."""
+        """Stop the server and disconnect its clients (fast shutdown)."""
         self._run("pg_ctl", "-w", "-D", self.folder / "data", "-m", "fast", "stop")

@@ -1,14 +1,16 @@
-"""The API: schemathesis, against the live service, finds no crash and nothing off the schema."""
+"""API: Schemathesis tests the running service against its OpenAPI schema."""
 
 import subprocess
 import sys
 
 import pytest
 
+from tests.conftest import production_variables
+
 pytestmark = pytest.mark.slow
 
-#: Production without the throttles, which would answer most of the requests.
-SETTINGS = """
+#: Production settings without throttling, which would reject most requests.
+FUZZ_SETTINGS = """
 from fuzzed.settings import ProdSettings
 
 class FuzzSettings(ProdSettings):
@@ -19,7 +21,7 @@ class FuzzSettings(ProdSettings):
 __getattr__, __dir__ = FuzzSettings.use(default="fuzz", env="NO_MODE")
 """
 
-FILL = """
+CREATE_DATA = """
 from django.utils import timezone
 from rest_framework.authtoken.models import Token
 user = User.objects.create_user("user", "user@example.com", "secret")
@@ -29,30 +31,37 @@ for n in range(60):
 print(Token.objects.create(user=user))
 """
 
+CHECKS = ",".join(
+    [
+        "not_a_server_error",
+        "status_code_conformance",
+        "content_type_conformance",
+        "response_headers_conformance",
+        "response_schema_conformance",
+    ]
+)
 
-def test_schemathesis(bake, make_service, postgres_url, rabbitmq_url):
+
+def test_responses_conform_to_the_openapi_schema(bake, make_service, postgres_url, rabbitmq_url):
     project = bake(project_slug="fuzzed")
-    (project / "fuzz.py").write_text(SETTINGS)
+    (project / "fuzz.py").write_text(FUZZ_SETTINGS)
     service = make_service(
         project,
-        DJANGO_MODE="prod",
         DJANGO_SETTINGS_MODULE="fuzz",
-        SECRET_KEY="a-key-for-this-test-alone-of-more-than-fifty-characters",
-        DATABASE_URL=postgres_url,
-        RABBITMQ_URL=rabbitmq_url,
+        **production_variables(postgres_url, rabbitmq_url),
     )
     service.install("--no-dev")
     service.run(service.procfile()["release"])
-    token = service.shell(FILL).split()[-1]
+    token = service.shell(CREATE_DATA).split()[-1]
     web = service.start("web")
     web.wait_for_text("Listening at")
 
-    address = f"http://127.0.0.1:{service.port}/api/schema/"
+    schema_url = f"http://127.0.0.1:{service.port}/api/schema/"
     for headers in ([], ["--header", f"Authorization: Token {token}"]):
         done = subprocess.run(
             [
                 sys.executable,
-                *("-m", "schemathesis.cli", "run", address),
+                *("-m", "schemathesis.cli", "run", schema_url),
                 *("--checks", CHECKS, "--max-examples", "60", "--seed", "1", "--no-color"),
                 *("--generation-deterministic", "--suppress-health-check", "all"),
                 *headers,
@@ -67,14 +76,3 @@ def test_schemathesis(bake, make_service, postgres_url, rabbitmq_url):
         assert "/api/submissions/mine/" in web.text()
     assert '"status": 500' not in web.text()
     assert '"POST /api/submissions/ 201 ' in web.text()
-
-
-CHECKS = ",".join(
-    [
-        "not_a_server_error",
-        "status_code_conformance",
-        "content_type_conformance",
-        "response_headers_conformance",
-        "response_schema_conformance",
-    ]
-)

@@ -1,15 +1,16 @@
-"""Beat stands by: two never both dispatch, and the second takes over within seconds."""
+"""Beat: only one of several processes dispatches, and a standby takes over within seconds."""
 
 import time
 
 import psycopg
 import pytest
 
+from tests.conftest import production_variables
 from tests.servers import wait_for
 
 pytestmark = pytest.mark.slow
 
-SCHEDULE = """
+RUN_ONE_SCHEDULE_EVERY_SECOND = """
 from django_celery_beat.models import IntervalSchedule, PeriodicTask
 PeriodicTask.objects.exclude(name="deliveries-resume").update(enabled=False)
 interval, _ = IntervalSchedule.objects.get_or_create(every=1, period="seconds")
@@ -23,54 +24,51 @@ task.save()
 def service(request, bake, make_service):
     variables = {}
     if request.param == "production":
-        variables = {
-            "DJANGO_MODE": "prod",
-            "SECRET_KEY": "a-key-for-this-test-alone-of-more-than-fifty-characters",
-            "DATABASE_URL": request.getfixturevalue("postgres_url"),
-            "RABBITMQ_URL": request.getfixturevalue("rabbitmq_url"),
-        }
+        variables = production_variables(
+            request.getfixturevalue("postgres_url"), request.getfixturevalue("rabbitmq_url")
+        )
     service = make_service(bake(project_slug="beats"), **variables)
     service.install("--no-dev")
     service.run(service.procfile()["release"])
-    service.shell(SCHEDULE)
+    service.shell(RUN_ONE_SCHEDULE_EVERY_SECOND)
     return service
 
 
-def dispatched(*beats):
-    """Return how often the beats have dispatched."""
+def count_dispatches(*beats):
+    """Return how many tasks the beat processes have dispatched."""
     return sum(beat.text().count("Sending due task") for beat in beats)
 
 
-def test_the_second_takes_over_when_the_first_is_killed(service):
+def test_standby_takes_over_when_the_active_beat_is_killed_or_stopped(service):
     first = service.start("beat")
-    wait_for(lambda: dispatched(first) > 1, 30, first.text)
+    wait_for(lambda: count_dispatches(first) > 1, 30, first.text)
     second = service.start("beat")
     second.wait_for_text("Standing by: another beat runs")
-    before = dispatched(first)
+    before = count_dispatches(first)
     time.sleep(4)
-    assert dispatched(first) > before + 1
-    assert dispatched(second) == 0
+    assert count_dispatches(first) > before + 1
+    assert count_dispatches(second) == 0
 
     first.kill_all()
     killed = time.monotonic()
-    wait_for(lambda: dispatched(second), 10, second.text)
+    wait_for(lambda: count_dispatches(second), 10, second.text)
     print(f"took over after {time.monotonic() - killed:.1f} s")
 
     third = service.start("beat")
     third.wait_for_text("Standing by: another beat runs")
     assert second.stop() == 0
-    wait_for(lambda: dispatched(third), 10, third.text)
+    wait_for(lambda: count_dispatches(third), 10, third.text)
     fourth = service.start("beat")
     fourth.wait_for_text("Standing by: another beat runs")
     assert fourth.stop() == 0
-    assert dispatched(fourth) == 0
+    assert count_dispatches(fourth) == 0
 
 
-# A lock on a file cannot be lost.
+# The embedded default locks a file, which has no connection to lose.
 @pytest.mark.parametrize("service", ["production"], indirect=True)
-def test_one_whose_connection_drops_dispatches_nothing_more(service):
+def test_only_one_beat_dispatches_after_a_lost_connection(service):
     first = service.start("beat")
-    wait_for(lambda: dispatched(first) > 1, 30, first.text)
+    wait_for(lambda: count_dispatches(first) > 1, 30, first.text)
     second = service.start("beat")
     second.wait_for_text("Standing by: another beat runs")
     url = service.environment["DATABASE_URL"]
@@ -81,8 +79,8 @@ def test_one_whose_connection_drops_dispatches_nothing_more(service):
         ).fetchone()
         server.execute("SELECT pg_terminate_backend(%s)", [pid])
     first.wait_for_text("starting afresh")
-    # Whichever comes first has the lock now; the other stands by.
-    before = dispatched(first), dispatched(second)
-    wait_for(lambda: dispatched(first, second) > sum(before) + 2, 15, first.text)
-    gained = dispatched(first) - before[0], dispatched(second) - before[1]
+    # Either process may hold the lock now. The other one stands by.
+    before = count_dispatches(first), count_dispatches(second)
+    wait_for(lambda: count_dispatches(first, second) > sum(before) + 2, 15, first.text)
+    gained = count_dispatches(first) - before[0], count_dispatches(second) - before[1]
     assert min(gained) == 0, (first.text(), second.text())

@@ -1,18 +1,17 @@
-"""Boot: the processes of the generated Procfile start, do scheduled work, and stop."""
+"""Boot: the processes of the generated Procfile start, run a scheduled task and stop."""
 
 import json
 import re
 
 import pytest
 
+from tests.conftest import production_variables
 from tests.servers import wait_for
 
 pytestmark = pytest.mark.slow
 
-SECRET_KEY = "a-key-for-this-test-alone-of-more-than-fifty-characters"
-
-#: What happens before the schedule is due: a moderator, and a submission that waits.
-POST = """
+#: Creates a moderator and a submission that is due for the moderator digest.
+CREATE_DATA = """
 from datetime import timedelta
 from django.utils import timezone
 admin = User.objects.create_superuser("admin", "admin@example.com", "secret")
@@ -21,8 +20,8 @@ an_hour_ago = timezone.now() - timedelta(hours=1)
 Submission.objects.update(created_at=an_hour_ago)
 """
 
-#: What an administrator does in the admin: make a seeded schedule run every second.
-EDIT = """
+#: Changes a seeded schedule, as an administrator can, to run every second.
+RUN_DIGEST_EVERY_SECOND = """
 from django_celery_beat.models import IntervalSchedule, PeriodicTask
 schedule = PeriodicTask.objects.get(name="moderator-digest-hourly")
 schedule.crontab = None
@@ -31,10 +30,10 @@ schedule.save()
 """
 
 
-def prove(service, smtp, **headers):
-    """Start all three processes and see a schedule of the database end in an e-mail."""
+def check_processes(service, smtp, **headers):
+    """Start all processes and check that a schedule in the database sends an email."""
     service.run(service.procfile()["release"])
-    service.shell(POST)
+    service.shell(CREATE_DATA)
 
     web, worker, beat = (service.start(name) for name in ("web", "worker", "beat"))
     web.wait_for_text("Listening at")
@@ -51,7 +50,7 @@ def prove(service, smtp, **headers):
     stylesheet = re.search(r'href="(/static/admin/css/base[^"]*\.css)"', text)[1]
     assert service.get(stylesheet, **headers)[0] == 200
 
-    service.shell(EDIT)
+    service.shell(RUN_DIGEST_EVERY_SECOND)
     beat.wait_for_text("Sending due task moderator-digest-hourly")
     wait_for(lambda: smtp.messages, 30, worker.text)
     message = smtp.messages[0]
@@ -64,41 +63,39 @@ def prove(service, smtp, **headers):
     assert list(statuses.values()) == [0, 0, 0], [process.text() for process in statuses]
 
 
-def test_on_the_embedded_default(bake, make_service, smtp):
+def test_processes_run_schedules_with_the_embedded_defaults(bake, make_service, smtp):
     service = make_service(bake(), EMAIL_HOST="127.0.0.1", EMAIL_PORT=smtp.port)
     service.install("--no-dev")
-    prove(service, smtp)
+    check_processes(service, smtp)
 
 
 @pytest.mark.parametrize("django_version", ["6.0", "5.2"])
-def test_in_production_mode(bake, make_service, smtp, postgres_url, rabbitmq_url, django_version):
+def test_processes_run_schedules_in_production(
+    bake, make_service, smtp, postgres_url, rabbitmq_url, django_version
+):
     project = bake(django_version=django_version, project_slug=f"boot{django_version[0]}")
     service = make_service(
         project,
-        DJANGO_MODE="prod",
-        SECRET_KEY=SECRET_KEY,
-        DATABASE_URL=postgres_url,
-        RABBITMQ_URL=rabbitmq_url,
         EMAIL_HOST="127.0.0.1",
         EMAIL_PORT=smtp.port,
+        **production_variables(postgres_url, rabbitmq_url),
     )
     service.install("--no-dev")
     service.run("python manage.py collectstatic --noinput")
-    prove(service, smtp, Host=f"{project.name}.example.com", **{"X-Forwarded-Proto": "https"})
+    headers = {"Host": f"{project.name}.example.com", "X-Forwarded-Proto": "https"}
+    check_processes(service, smtp, **headers)
 
 
 @pytest.mark.parametrize("django_version", ["6.0", "5.2"])
 @pytest.mark.parametrize("mode", ["prod", "staging"])
-def test_checks_are_silent(bake, make_service, django_version, mode):
+def test_system_checks_report_no_issues(bake, make_service, django_version, mode):
     service = make_service(bake(django_version=django_version))
     service.install("--no-dev")
     service.run("python manage.py makemigrations --check --dry-run")
     service.run("python manage.py check --fail-level WARNING")
-    said = service.run(
+    variables = production_variables("postgres://nobody@127.0.0.1/nothing", "amqp://")
+    output = service.run(
         "python manage.py check --deploy --fail-level WARNING",
-        DJANGO_MODE=mode,
-        SECRET_KEY=SECRET_KEY,
-        DATABASE_URL="postgres://nobody@127.0.0.1/nothing",
-        RABBITMQ_URL="amqp://",
+        **variables | {"DJANGO_MODE": mode},
     )
-    assert said.startswith("System check identified no issues")
+    assert output.startswith("System check identified no issues")

@@ -1,4 +1,4 @@
-"""In a browser: the admin and the API's pages work under the content security policy."""
+"""Browser: the admin and the API documentation work under the content security policy."""
 
 import re
 import shutil
@@ -6,39 +6,38 @@ import shutil
 import pytest
 from playwright.sync_api import sync_playwright
 
+from tests.conftest import production_variables
+
 pytestmark = pytest.mark.slow
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
-FILL = """
+CREATE_DATA = """
 admin = User.objects.create_superuser("admin", "admin@example.com", "secret")
 Submission.objects.create(author=admin, body="Please remember us.")
 from {slug} import unsubscribe
 print(unsubscribe.link(admin, "digest"))
 """
 
-#: Tells in the console what the policy forbade.
-REPORT = """
+#: Logs violations of the content security policy to the console.
+LOG_VIOLATIONS = """
 document.addEventListener("securitypolicyviolation", event => console.error(
-    "forbidden:", event.violatedDirective, event.blockedURI, event.sourceFile, event.sample
+    "CSP violation:", event.violatedDirective, event.blockedURI, event.sourceFile, event.sample
 ));
 """
 
 
 @pytest.fixture(params=["6.0", "5.2"])
 def service(request, bake, make_service, postgres_url, rabbitmq_url):
-    """A service in production mode whose web process runs, on http://localhost."""
+    """A service in production mode with a running web process at http://localhost."""
     if CHROMIUM is None:
-        pytest.skip("Chromium is not installed here; install its package, chromium")
+        pytest.skip("Chromium is not installed; install the package chromium")
     version = request.param
     service = make_service(
         bake(django_version=version, project_slug=f"browser{version[0]}"),
-        DJANGO_MODE="prod",
-        SECRET_KEY="a-key-for-this-test-alone-of-more-than-fifty-characters",
-        DATABASE_URL=postgres_url,
-        RABBITMQ_URL=rabbitmq_url,
         ALLOWED_HOSTS="localhost",
-        SECURE_SSL_REDIRECT="off",  # Browsers trust localhost as if it had a certificate.
+        SECURE_SSL_REDIRECT="off",  # Browsers treat http://localhost as a secure origin.
+        **production_variables(postgres_url, rabbitmq_url),
     )
     service.install("--no-dev")
     service.run("python manage.py collectstatic --noinput")
@@ -49,41 +48,41 @@ def service(request, bake, make_service, postgres_url, rabbitmq_url):
 
 @pytest.fixture
 def context(service):
-    """A browser; ``context.problems`` is what its console and its pages complain of."""
+    """A browser context. ``context.errors`` are the errors of its pages and console."""
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(
             executable_path=CHROMIUM,
             args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"],
         )
         context = browser.new_context(base_url=f"http://localhost:{service.port}")
-        context.problems = []
-        context.add_init_script(REPORT)
-        context.on("weberror", lambda error: context.problems.append(str(error.error)))
-        context.on("console", lambda message: complain(message, context.problems))
+        context.errors = []
+        context.add_init_script(LOG_VIOLATIONS)
+        context.on("weberror", lambda error: context.errors.append(str(error.error)))
+        context.on("console", lambda message: record_error(message, context.errors))
         yield context
         browser.close()
 
 
-def complain(message, problems):
-    # A browser asks for the icon of a site whether or not it has one.
+def record_error(message, errors):
+    # Browsers request the icon of a site even if it has none.
     if message.type == "error" and not message.location["url"].endswith("/favicon.ico"):
-        problems.append(message.text)
+        errors.append(message.text)
 
 
 def crawl(page):
-    """Open every page of the admin that links lead to; return their paths."""
-    paths, opened = ["/admin/"], []
-    while paths:
-        path = paths.pop(0)
+    """Follow all links in the admin and return the paths of the opened pages."""
+    queue, opened = ["/admin/"], []
+    while queue:
+        path = queue.pop(0)
         assert page.goto(path).status == 200, path
         opened.append(path)
         for link in re.findall(r'href="(/admin/[\w/]*/)"', page.content()):
-            if link not in opened and link not in paths and "logout" not in link:
-                paths.append(link)
+            if link not in opened and link not in queue and "logout" not in link:
+                queue.append(link)
     return opened
 
 
-def use_the_form_of_a_schedule(page):
+def add_schedule(page):
     page.goto("/admin/django_celery_beat/periodictask/add/")
     page.fill("#id_name", "mine")
     page.select_option("#id_regtask", index=1)
@@ -107,7 +106,7 @@ def use_the_form_of_a_schedule(page):
     assert "was added successfully" in page.inner_text(".messagelist")
 
 
-def try_the_api_out(page):
+def try_out_api_operations(page):
     page.goto("/api/docs/")
     for kind, status in (("get", "200"), ("post", "201")):
         operation = page.locator(f".opblock-{kind}").first
@@ -116,12 +115,12 @@ def try_the_api_out(page):
         if kind == "post":
             operation.locator("textarea").fill('{"body": "From the docs"}')
         operation.locator("button.execute").click()
-        answer = operation.locator(".live-responses-table .response .response-col_status")
-        assert answer.first.inner_text().startswith(status)
+        status_cell = operation.locator(".live-responses-table .response .response-col_status")
+        assert status_cell.first.inner_text().startswith(status)
 
 
-def test_no_page_wants_what_the_policy_forbids(service, context):
-    link = service.shell(FILL.format(slug=service.folder.name)).split()[-1]
+def test_pages_do_not_violate_the_content_security_policy(service, context):
+    link = service.shell(CREATE_DATA.format(slug=service.folder.name)).split()[-1]
     page = context.new_page()
     page.goto("/")
     page.goto("/admin/")
@@ -130,13 +129,13 @@ def test_no_page_wants_what_the_policy_forbids(service, context):
     page.click("[type=submit]")
     opened = crawl(page)
     assert len(opened) > 40
-    use_the_form_of_a_schedule(page)
-    try_the_api_out(page)
+    add_schedule(page)
+    try_out_api_operations(page)
     page.goto(re.sub(r"^https://[^/]+", "", link))
     page.click("button")
     assert "Done" in page.inner_text("main")
-    assert context.problems == []
+    assert context.errors == []
 
-    # The test itself would see a violation.
+    # Check that a violation is detected.
     page.evaluate("document.body.insertAdjacentHTML('beforeend', '<p style=\"color: red\">')")
-    assert context.problems[0].startswith(("forbidden: style-src", "Applying inline style"))
+    assert context.errors[0].startswith(("CSP violation: style-src", "Applying inline style"))

@@ -1,4 +1,4 @@
-"""Once: every recipient gets the digest, whatever is killed, doubled or stopped on the way."""
+"""Digest delivery: each recipient gets one digest despite killed workers and a broker outage."""
 
 import collections
 import random
@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from tests.conftest import production_variables
 from tests.servers import wait_for
 
 pytestmark = pytest.mark.slow
@@ -14,8 +15,8 @@ pytestmark = pytest.mark.slow
 RECIPIENTS = 2_000
 KILLS = 10
 
-#: People with an answer of yesterday, and a schedule that is due all the time.
-FILL = f"""
+#: Creates users whose submissions were answered yesterday, and runs the digest every second.
+CREATE_DATA = f"""
 from datetime import timedelta
 from django.utils import timezone
 from django_celery_beat.models import IntervalSchedule, PeriodicTask
@@ -36,22 +37,19 @@ schedule.save()
 
 
 @pytest.fixture
-def service(request, bake, make_service, smtp, postgres_url):
-    """A service in production mode with that many recipients; its SMTP server takes its time."""
+def service(bake, make_service, smtp, postgres_url, broker_url):
+    """A service in production mode with ``RECIPIENTS`` users and a slow SMTP server."""
     smtp.delay = 0.002
     service = make_service(
         bake(project_slug="once"),
-        DJANGO_MODE="prod",
-        SECRET_KEY="a-key-for-this-test-alone-of-more-than-fifty-characters",
-        DATABASE_URL=postgres_url,
-        RABBITMQ_URL=request.getfixturevalue("broker_url"),
         EMAIL_HOST="127.0.0.1",
         EMAIL_PORT=smtp.port,
         WORKER_CONCURRENCY=1,
+        **production_variables(postgres_url, broker_url),
     )
     service.install("--no-dev")
     service.run(service.procfile()["release"])
-    service.shell(FILL)
+    service.shell(CREATE_DATA)
     return service
 
 
@@ -60,30 +58,37 @@ def broker_url(rabbitmq_url):
     return rabbitmq_url
 
 
-def recipients(smtp):
+def count_messages(smtp):
+    """Return the number of messages by recipient."""
     return collections.Counter(message["to"] for message in smtp.messages)
 
 
-def all_are_there(smtp):
-    return len(recipients(smtp)) == RECIPIENTS
+def is_complete(smtp):
+    """Return whether every recipient has a message."""
+    return len(count_messages(smtp)) == RECIPIENTS
 
 
-def tally(smtp):
-    """Return how many recipients were missed, and how many messages came twice."""
-    counts = recipients(smtp)
-    for message_id, count in collections.Counter(m["message-id"] for m in smtp.messages).items():
+def count_missing_and_repeated(smtp):
+    """Return the number of recipients without a message, and of repeated messages."""
+    counts = count_messages(smtp)
+    message_ids = collections.Counter(message["message-id"] for message in smtp.messages)
+    for message_id, count in message_ids.items():
         assert count == 1 or message_id.startswith("<daily."), message_id
-    assert len({message["message-id"] for message in smtp.messages}) == len(counts)
+    assert len(message_ids) == len(counts)
     return RECIPIENTS - len(counts), sum(counts.values()) - len(counts)
 
 
-def settle(smtp):
-    """Wait for the last recipient, and a little longer for what should not come."""
-    wait_for(lambda: all_are_there(smtp), 120, lambda: f"{tally(smtp)} missing and repeated")
+def wait_for_digests(smtp):
+    """Wait until every recipient has a message, and a little longer for repeated ones."""
+    wait_for(
+        lambda: is_complete(smtp),
+        120,
+        lambda: f"missing and repeated: {count_missing_and_repeated(smtp)}",
+    )
     time.sleep(3)
 
 
-def test_with_a_worker_that_is_killed_and_two_beats(service, smtp):
+def test_killed_workers_and_two_beats_lose_no_digest(service, smtp):
     service.start("beat")
     service.start("beat")
     rng = random.Random(20261122)
@@ -93,31 +98,31 @@ def test_with_a_worker_that_is_killed_and_two_beats(service, smtp):
         before = len(smtp.messages)
         wait_for(lambda start=before: len(smtp.messages) > start, 60, worker.text)
         time.sleep(rng.uniform(0, 0.4))
-        assert not all_are_there(smtp), f"all was sent before kill {kills + 1}"
+        assert not is_complete(smtp), f"all digests were sent before kill {kills + 1}"
         worker.kill_all()
         kills += 1
     service.start("worker")
-    settle(smtp)
-    missing, repeated = tally(smtp)
+    wait_for_digests(smtp)
+    missing, repeated = count_missing_and_repeated(smtp)
     print(f"{RECIPIENTS} recipients, {kills} kills: {missing} missing, {repeated} repeated")
     assert missing == 0
     assert repeated <= kills
 
 
-class TestBroker:
+class TestBrokerOutage:
     @pytest.fixture
-    def broker_url(self, own_rabbitmq):
-        return own_rabbitmq.url
+    def broker_url(self, dedicated_rabbitmq):
+        return dedicated_rabbitmq.url
 
-    def test_that_stops_in_the_middle(self, service, smtp, own_rabbitmq):
+    def test_loses_and_repeats_no_digest(self, service, smtp, dedicated_rabbitmq):
         service.start("beat")
         worker = service.start("worker")
         wait_for(lambda: len(smtp.messages) > 200, 60, worker.text)
-        own_rabbitmq.stop()
+        dedicated_rabbitmq.stop()
         time.sleep(3)
-        own_rabbitmq.start()
-        settle(smtp)
-        missing, repeated = tally(smtp)
-        print(f"{RECIPIENTS} recipients, broker stopped: {missing} missing, {repeated} repeated")
+        dedicated_rabbitmq.start()
+        wait_for_digests(smtp)
+        missing, repeated = count_missing_and_repeated(smtp)
+        print(f"{RECIPIENTS} recipients, broker outage: {missing} missing, {repeated} repeated")
         assert (missing, repeated) == (0, 0)
         assert worker.stop(signal.SIGTERM, seconds=30) == 0

@@ -1,4 +1,4 @@
-"""Failures: a process that is killed or a server that stops leaves no work for a hand."""
+"""Failures: a service recovers by itself from killed processes and server outages."""
 
 import contextlib
 import http.cookiejar
@@ -12,14 +12,15 @@ import urllib.request
 
 import pytest
 
+from tests.conftest import production_variables
 from tests.servers import wait_for
 
 pytestmark = pytest.mark.slow
 
-#: How long a server is away, in seconds.
-AWAY = 20
+#: How long a server is stopped, in seconds.
+OUTAGE = 20
 
-FILL = """
+CREATE_DATA = """
 from django_celery_beat.models import IntervalSchedule, PeriodicTask
 task = PeriodicTask.objects.get(name="deliveries-resume")
 task.interval = IntervalSchedule.objects.create(every=1, period="seconds")
@@ -31,8 +32,12 @@ for number in range(3):
 """
 
 
-class Watch(threading.Thread):
-    """Asks the health checks all the time; ``ready`` is the last answer of ``/health/ready``."""
+class HealthMonitor(threading.Thread):
+    """Polls the health checks.
+
+    ``live`` are the statuses of ``/health/live``, ``ready`` is the last status and checks of
+    ``/health/ready``, and ``slowest`` is its longest response time.
+    """
 
     def __init__(self, service):
         super().__init__(daemon=True)
@@ -40,16 +45,16 @@ class Watch(threading.Thread):
         self.live = []
         self.ready = None
         self.slowest = 0
-        self.ended = threading.Event()
+        self.stopped = threading.Event()
 
     def run(self):
-        while not self.ended.wait(0.2):
+        while not self.stopped.wait(0.2):
             start = time.monotonic()
-            self.ready = self.ask("/health/ready")
+            self.ready = self.request("/health/ready")
             self.slowest = max(self.slowest, time.monotonic() - start)
-            self.live.append(self.ask("/health/live")[0])
+            self.live.append(self.request("/health/live")[0])
 
-    def ask(self, path):
+    def request(self, path):
         try:
             status, text = self.service.get(path)
         except urllib.error.HTTPError as error:
@@ -60,7 +65,7 @@ class Watch(threading.Thread):
 
 
 class Moderator:
-    """A browser in which a moderator is logged in and answers submissions."""
+    """A logged-in moderator who answers submissions in the admin."""
 
     def __init__(self, service):
         self.service = service
@@ -73,7 +78,7 @@ class Moderator:
         self.submit("/admin/login/", username="admin", password="secret", next="/admin/")
 
     def submit(self, path, **fields):
-        """Fill the form of a page in and submit it; return the seconds that this took."""
+        """Submit the form of a page. Return how long the response took, in seconds."""
         url = f"http://127.0.0.1:{self.service.port}{path}"
         headers = {
             "Host": "failures.example.com",
@@ -85,7 +90,7 @@ class Moderator:
         fields["csrfmiddlewaretoken"] = re.search(r'csrfmiddlewaretoken" value="(\w+)"', page)[1]
         start = time.monotonic()
         data = urllib.parse.urlencode(fields).encode()
-        with contextlib.suppress(Redirected):
+        with contextlib.suppress(RedirectError):
             self.opener.open(urllib.request.Request(url, data, headers), timeout=30).read()
         return time.monotonic() - start
 
@@ -98,100 +103,91 @@ class Moderator:
         )
 
 
-class Redirected(Exception):
-    """The service sends on to an https address, where nothing listens in a test."""
+class RedirectError(Exception):
+    """The response redirects to an https URL, which no server serves in a test."""
 
 
 class NoRedirect(urllib.request.HTTPRedirectHandler):
     def redirect_request(self, *args):
-        raise Redirected
+        raise RedirectError
 
 
 @pytest.fixture
-def service(bake, make_service, smtp, own_postgres, own_rabbitmq):
+def service(bake, make_service, smtp, dedicated_postgres, dedicated_rabbitmq):
     service = make_service(
         bake(project_slug="failures"),
-        DJANGO_MODE="prod",
-        SECRET_KEY="a-key-for-this-test-alone-of-more-than-fifty-characters",
-        DATABASE_URL=own_postgres.url,
-        RABBITMQ_URL=own_rabbitmq.url,
         EMAIL_HOST="127.0.0.1",
         EMAIL_PORT=smtp.port,
+        **production_variables(dedicated_postgres.url, dedicated_rabbitmq.url),
     )
     service.install("--no-dev")
     service.run("python manage.py collectstatic --noinput")
     service.run(service.procfile()["release"])
-    service.shell(FILL)
+    service.shell(CREATE_DATA)
     return service
 
 
-def test_the_service_heals(service, smtp, own_postgres, own_rabbitmq):
-    """Processes and servers go in turn; each time all is well again, and the work is done."""
+def test_service_recovers_from_killed_processes_and_server_outages(
+    service, smtp, dedicated_postgres, dedicated_rabbitmq
+):
     processes = {name: service.start(name) for name in ("web", "worker", "beat")}
-    watch = Watch(service)
+    monitor = HealthMonitor(service)
     processes["web"].wait_for_text("Listening at")
-    watch.start()
+    monitor.start()
 
-    def is_well():
-        return watch.ready == (200, {"database": "ok", "broker": "ok"})
-
-    def works():
-        """Beat dispatches, and the worker runs what it dispatched."""
-        seen = processes["worker"].text().count("succeeded")
+    def wait_for_work():
+        """Wait until the service is ready and completes another scheduled task."""
+        ready = (200, {"database": "ok", "broker": "ok"})
+        wait_for(lambda: monitor.ready == ready, 30, processes["web"].text)
+        completed = processes["worker"].text().count("succeeded")
         wait_for(
-            lambda: processes["worker"].text().count("succeeded") > seen,
+            lambda: processes["worker"].text().count("succeeded") > completed,
             60,
             lambda: processes["beat"].text() + processes["worker"].text(),
         )
 
-    def report(what, since):
-        print(f"{what}: well again after {time.monotonic() - since:.1f} s")
+    def check_recovery(event, since):
+        wait_for_work()
+        print(f"{event}: recovered after {time.monotonic() - since:.1f} s")
 
-    wait_for(is_well, 30, processes["web"].text)
-    works()
+    wait_for_work()
 
     for name in processes:
         since = time.monotonic()
         processes[name].kill_all()
         processes[name] = service.start(name)
-        wait_for(is_well, 30, processes["web"].text)
-        works()
-        report(f"{name} killed", since)
+        check_recovery(f"{name} killed", since)
 
-    watch.live.clear()
-    own_postgres.stop()
-    wait_for(lambda: watch.ready == (503, {"database": "unavailable", "broker": "ok"}), 10, str)
-    time.sleep(AWAY)
-    assert watch.ready == (503, {"database": "unavailable", "broker": "ok"})
-    own_postgres.start()
-    since = time.monotonic()
-    wait_for(is_well, 30, processes["web"].text)
-    works()
-    report("PostgreSQL stopped", since)
+    monitor.live.clear()
+    dedicated_postgres.stop()
+    unavailable = (503, {"database": "unavailable", "broker": "ok"})
+    wait_for(lambda: monitor.ready == unavailable, 10, str)
+    time.sleep(OUTAGE)
+    assert monitor.ready == unavailable
+    dedicated_postgres.start()
+    check_recovery("PostgreSQL stopped", time.monotonic())
 
     moderator = Moderator(service)
-    own_rabbitmq.stop()
-    wait_for(lambda: watch.ready == (503, {"database": "ok", "broker": "unavailable"}), 20, str)
-    away = time.monotonic()
+    dedicated_rabbitmq.stop()
+    unavailable = (503, {"database": "ok", "broker": "unavailable"})
+    wait_for(lambda: monitor.ready == unavailable, 20, str)
+    start = time.monotonic()
     seconds = [moderator.answer(number) for number in (1, 2)]
-    time.sleep(max(0, away + AWAY - time.monotonic()))
-    assert watch.ready == (503, {"database": "ok", "broker": "unavailable"})
-    own_rabbitmq.start()
-    since = time.monotonic()
-    wait_for(is_well, 30, processes["web"].text)
-    works()
-    report("RabbitMQ stopped", since)
+    time.sleep(max(0, start + OUTAGE - time.monotonic()))
+    assert monitor.ready == unavailable
+    dedicated_rabbitmq.start()
+    check_recovery("RabbitMQ stopped", time.monotonic())
     wait_for(lambda: len(smtp.messages) >= 2, 120, processes["worker"].text)
     seconds.append(moderator.answer(3))
     wait_for(lambda: len(smtp.messages) >= 3, 30, processes["worker"].text)
 
-    watch.ended.set()
-    watch.join()
-    print(f"answers queued without a broker took {max(seconds[:2]):.1f} s at most")
-    print(f"slowest /health/ready: {watch.slowest:.1f} s")
-    assert set(watch.live) == {200}
+    monitor.stopped.set()
+    monitor.join()
+    print(f"slowest answer in the admin without a broker: {max(seconds[:2]):.1f} s")
+    print(f"slowest /health/ready: {monitor.slowest:.1f} s")
+    assert set(monitor.live) == {200}
     assert max(seconds) < 5
-    assert watch.slowest < 10
+    assert monitor.slowest < 10
     assert sorted(message["message-id"].split("@")[0] for message in smtp.messages) == [
         "<notification.1",
         "<notification.2",

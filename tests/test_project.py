@@ -1,4 +1,4 @@
-"""The generated project's own tests pass, in a fresh environment."""
+"""Generated tests: the test suite of a generated project passes in a new environment."""
 
 import pytest
 
@@ -9,7 +9,9 @@ pytestmark = pytest.mark.slow
     ("python", "django_version", "timezone"),
     [("3.13", "6.0", "UTC"), ("3.12", "5.2", "America/New_York")],
 )
-def test_on_the_embedded_default(bake, make_service, python, django_version, timezone):
+def test_generated_tests_pass_with_the_embedded_defaults(
+    bake, make_service, python, django_version, timezone
+):
     project = bake(django_version=django_version, timezone=timezone)
     (project / ".python-version").write_text(f"{python}\n")
     service = make_service(project)
@@ -18,7 +20,9 @@ def test_on_the_embedded_default(bake, make_service, python, django_version, tim
     service.run("pytest -q")
 
 
-def test_on_postgresql_and_rabbitmq(bake, make_service, postgres_url, rabbitmq_url):
+def test_generated_tests_pass_on_postgresql_and_rabbitmq(
+    bake, make_service, postgres_url, rabbitmq_url
+):
     service = make_service(
         bake(project_slug="own_tests"), DATABASE_URL=postgres_url, CELERY_BROKER_URL=rabbitmq_url
     )
@@ -26,7 +30,7 @@ def test_on_postgresql_and_rabbitmq(bake, make_service, postgres_url, rabbitmq_u
     service.run("pytest -q")
 
 
-def test_the_continuous_integration_runs_these(default_project):
+def test_generated_workflow_runs_linters_and_tests(default_project):
     workflow = (default_project / ".github" / "workflows" / "ci.yml").read_text()
     for command in ("ruff check", "ruff format --check", "makemigrations --check", "pytest"):
         assert f"uv run {command}" in workflow or f"uv run manage.py {command}" in workflow

@@ -8,25 +8,11 @@ import subprocess
 
 import pytest
 
-from tests.conftest import clean_environment
+from tests.conftest import GIT_IDENTITY, clean_environment
 
 pytestmark = pytest.mark.slow
 
-IDENTITY = {
-    "GIT_AUTHOR_NAME": "A",
-    "GIT_AUTHOR_EMAIL": "a@example.com",
-    "GIT_COMMITTER_NAME": "A",
-    "GIT_COMMITTER_EMAIL": "a@example.com",
-    "GIT_CONFIG_GLOBAL": os.devnull,
-}
 COMMIT = "git add . && git commit -m 'Start from cookiecutter-prodserver'"
-
-
-@pytest.fixture(scope="session")
-def uv_cache(uv):
-    """Where uv keeps its packages, for runs that have a home of their own."""
-    found = subprocess.run([uv, "cache", "dir"], capture_output=True, text=True, check=True)
-    return found.stdout.strip()
 
 
 @pytest.fixture
@@ -34,8 +20,9 @@ def generate(run_cookiecutter, uv, uv_cache):
     """Generate the default service with setup; return its folder and the printed lines."""
 
     def generate(**environment):
-        tools = {"UV": uv, "UV_CACHE_DIR": uv_cache}
-        folder, done = run_cookiecutter("--no-input", environment=IDENTITY | tools | environment)
+        defaults = {"UV": uv, "UV_CACHE_DIR": uv_cache, "GIT_CONFIG_GLOBAL": os.devnull}
+        environment = GIT_IDENTITY | defaults | environment
+        folder, done = run_cookiecutter("--no-input", environment=environment)
         assert done.returncode == 0, done.stdout
         return folder / "prayer_room_api", done.stdout.splitlines()
 
