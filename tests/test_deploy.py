@@ -1,4 +1,4 @@
-"""Deploying: app.json, Dockerfile, compose files and docs agree with the Procfile and each other."""
+"""Deployment files: app.json, image, compose files and documents match the Procfile."""
 
 import json
 import re
@@ -7,20 +7,17 @@ import shlex
 import pytest
 import yaml
 
+from tests.conftest import read_procfile
 from tests.test_output import ANSWERS, texts
-
-
-def lines(project, name):
-    """Return the commands of a Procfile by their names."""
-    return dict(line.split(": ", 1) for line in (project / name).read_text().splitlines())
 
 
 @pytest.fixture
 def containers(bake):
+    """A service with a Dockerfile and compose files."""
     return bake(deploy="dockerfile", compose=True)
 
 
-def test_the_procfile_is_what_dokku_starts(default_project):
+def test_procfile_defines_the_processes_for_dokku(default_project):
     assert (default_project / "Procfile").read_text() == (
         "web: python manage.py prodserver web\n"
         "worker: python manage.py prodserver worker\n"
@@ -31,16 +28,16 @@ def test_the_procfile_is_what_dokku_starts(default_project):
 
 def test_app_json_starts_every_process_of_the_procfile(default_project):
     app = json.loads((default_project / "app.json").read_text())
-    processes = lines(default_project, "Procfile").keys() - {"release"}
+    processes = read_procfile(default_project / "Procfile").keys() - {"release"}
     assert app["formation"] == {process: {"quantity": 1} for process in processes}
     assert app["healthchecks"].keys() == {"web"}
 
 
-def test_app_json_checks_before_a_deploy(default_project):
+def test_app_json_runs_checks_before_a_deploy(default_project):
     app = json.loads((default_project / "app.json").read_text())
     (check,) = app["healthchecks"]["web"]
     assert (check["type"], check["path"]) == ("startup", "/health/ready")
-    # What Dokku sends has neither the domain nor HTTPS, so only the log may come before.
+    # Dokku's request has neither the domain nor HTTPS, so only the log may precede the check.
     settings = (default_project / "prayer_room_api" / "settings.py").read_text()
     middleware = re.search(r"MIDDLEWARE = \[(.*?)\]", settings, re.S)[1]
     assert re.findall(r'"prayer_room_api\.(.*)"', middleware)[:2] == [
@@ -53,35 +50,35 @@ def test_app_json_checks_before_a_deploy(default_project):
     )
 
 
-def test_the_image_runs_what_the_procfile_names(containers):
+def test_image_runs_the_web_process_of_the_procfile(containers):
     dockerfile = (containers / "Dockerfile").read_text()
     command = json.loads(re.search(r"^CMD (.*)", dockerfile, re.M)[1])
-    assert command == shlex.split(lines(containers, "Procfile")["web"])
+    assert command == shlex.split(read_procfile(containers / "Procfile")["web"])
     assert not re.search(r"^(EXPOSE|ENTRYPOINT|# *syntax)", dockerfile, re.M)
     assert re.findall(r"^USER (.*)", dockerfile, re.M) == ["1001"]
 
 
-def test_every_image_is_of_the_same_python_and_uv(containers):
+def test_images_use_the_same_python_and_uv(containers):
     python = (containers / ".python-version").read_text().strip()
-    named = [
+    images = [
         re.findall(r"(?:FROM |--from=)(\S+[:/]\S+)", (containers / name).read_text())
         for name in ("Dockerfile", "compose.dev.yaml")
     ]
-    assert set(named[0]) == set(named[1])
-    assert f"python:{python}-slim" in named[0]
+    assert set(images[0]) == set(images[1])
+    assert f"python:{python}-slim" in images[0]
 
 
-def test_compose_runs_what_the_procfiles_name(containers):
+def test_compose_runs_the_processes_of_the_procfiles(containers):
     for procfile, name in (("Procfile", "compose.yaml"), ("Procfile.dev", "compose.dev.yaml")):
         services = yaml.safe_load((containers / name).read_text())["services"]
+        commands = read_procfile(containers / procfile)
         for process in ("web", "worker", "beat"):
-            command = services[process]["command"]
-            assert command == lines(containers, procfile)[process], process
-            # The first keeps the environment of all, whatever it adds.
+            assert services[process]["command"] == commands[process], process
+            # All processes run the image that ``migrate`` builds.
             assert services[process]["image"] == services["migrate"]["image"]
 
 
-def test_compose_waits_for_health_and_the_migration(containers):
+def test_compose_processes_wait_for_servers_and_migrations(containers):
     services = yaml.safe_load((containers / "compose.yaml").read_text())["services"]
     for process in ("web", "worker", "beat"):
         assert services[process]["depends_on"] == {
@@ -92,21 +89,21 @@ def test_compose_waits_for_health_and_the_migration(containers):
     assert {name for name, service in services.items() if "healthcheck" not in service} == {
         "migrate"
     }
-    # A worker may finish its task before it is killed.
+    # A worker can finish its task before Docker kills it.
     settings = (containers / "prayer_room_api" / "settings.py").read_text()
     limit = int(re.search(r"CELERY_TASK_TIME_LIMIT = (\d+)", settings)[1])
     assert int(services["worker"]["stop_grace_period"].rstrip("s")) > limit
 
 
-def test_compose_holds_no_secret(containers):
+def test_compose_files_contain_no_secrets(containers):
     for name in ("compose.yaml", "compose.dev.yaml"):
         text = (containers / name).read_text()
-        for found in re.findall(r"(?:SECRET_KEY|PASSWORD|PASS): *(.+)|://\w+:(.+?)@", text):
-            assert "".join(found).startswith("${"), found
+        for values in re.findall(r"(?:SECRET_KEY|PASSWORD|PASS): *(.+)|://\w+:(.+?)@", text):
+            assert "".join(values).startswith("${"), values
 
 
 @pytest.mark.parametrize("answers", ANSWERS.values(), ids=ANSWERS)
-def test_links_between_the_documents_lead_somewhere(bake, answers):
+def test_relative_links_between_documents_resolve(bake, answers):
     project = bake(**answers)
     for path, text in texts(project, ".md").items():
         for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", text):
@@ -121,12 +118,12 @@ def test_links_between_the_documents_lead_somewhere(bake, answers):
         ({"deploy": "dockerfile"}, "dockerfile"),
     ],
 )
-def test_the_builder_is_named_whatever_files_there_are(bake, answers, builder):
+def test_deploy_guide_selects_the_builder_explicitly(bake, answers, builder):
     deploy = (bake(**answers) / "docs" / "deploy.md").read_text()
     assert f"dokku builder:set prayer-room-api selected {builder}\n" in deploy
 
 
-def test_every_command_for_dokku_is_one(bake):
+def test_deploy_guide_commands_name_the_app(bake):
     project = bake(author_email="o'brien+x@example.com", project_slug="prayers")
     blocks = re.findall(r"^```sh\n(.*?)```$", (project / "docs/deploy.md").read_text(), re.M | re.S)
     commands = [shlex.split(line) for block in blocks for line in block.splitlines()]
