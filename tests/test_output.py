@@ -14,6 +14,7 @@ from tests.conftest import ROOT
 
 FILES = """
 .env.example
+.github/dependabot.yml
 .github/workflows/ci.yml
 .gitignore
 .pre-commit-config.yaml
@@ -21,6 +22,7 @@ FILES = """
 Procfile
 Procfile.dev
 README.md
+SECURITY.md
 SLUG/__init__.py
 SLUG/admin.py
 SLUG/api.py
@@ -117,6 +119,8 @@ ANSWERS = {
     "compose": {"compose": True},
     "dockerfile and compose": {"deploy": "dockerfile", "compose": True},
     "lts": {"django_version": "5.2"},
+    "mit": {"license": "MIT"},
+    "apache": {"license": "Apache-2.0"},
     "short": {"project_slug": "q", "project_name": "Q", "timezone": "Europe/London"},
     "long": {"project_slug": "a" * 30, "timezone": "America/Argentina/ComodRivadavia"},
     "hostile": {
@@ -124,6 +128,7 @@ ANSWERS = {
         "description": "a \"b\" 'c' \\ {d}\n🙏🏽 </script>",
         "author_name": 'O\'Brien "Q" \\',
         "author_email": "o'brien+x@example.com",
+        "license": "MIT",
         "compose": True,
     },
 }
@@ -154,6 +159,8 @@ def test_exact_set_of_files(bake, answers):
         expected += IMAGE_FILES.split()
     if answers.get("compose"):
         expected += COMPOSE_FILES.split()
+    if "license" in answers:
+        expected += ["LICENSE"]
     assert files(project) == sorted(expected)
 
 
