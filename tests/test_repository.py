@@ -1,0 +1,179 @@
+"""The files around the code, here and in a generated service: policies, updates, linting."""
+
+import re
+import subprocess
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+from markdown_it import MarkdownIt
+
+from tests.conftest import ROOT
+from tests.test_answers import HOSTILE, plain
+
+TEMPLATE = ROOT / "{{cookiecutter.project_slug}}"
+
+
+def tracked():
+    """Return the files that git tracks or would add, as paths."""
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    paths = [ROOT / name for name in listed.stdout.split("\0") if name]
+    return [path for path in paths if path.is_file()]
+
+
+@pytest.mark.parametrize(
+    "name",
+    """
+    .github/dependabot.yml .pre-commit-config.yaml CHANGELOG.md CONTRIBUTING.md LICENSE README.md
+    SECURITY.md docs/decisions.md
+    """.split(),
+)
+def test_the_repository_has(name):
+    assert (ROOT / name).read_text().strip()
+
+
+def test_the_repository_declares_its_license():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["license"] == "MIT"
+    assert project["license-files"] == ["LICENSE"]
+
+
+def test_no_file_names_a_package_index_or_a_path_of_this_machine():
+    hosts = r"\b(pypi|pythonhosted|npmjs|crates)\.(org|com|io)\b"
+    folders = "|".join(re.escape(f"{path}/") for path in (ROOT, Path.home()))
+    pattern = re.compile(rf"{hosts}|{folders}", re.IGNORECASE)
+    for path in tracked():
+        found = pattern.search(path.read_text(errors="replace"))
+        assert not found, f"{path.relative_to(ROOT)}: {found.group()}"
+
+
+def test_relative_links_lead_to_files(default_project):
+    for folder in (ROOT, default_project):
+        documents = [*folder.glob("*.md"), *folder.glob("docs/*.md")]
+        assert documents
+        for document in documents:
+            for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", document.read_text()):
+                assert (document.parent / target).exists(), f"{document.name}: {target}"
+
+
+# Workflows and updates
+
+
+def steps(folder):
+    """Return the steps of all jobs of all workflows in the folder."""
+    workflows = sorted(folder.glob(".github/workflows/*.yml"))
+    assert workflows
+    found = []
+    for path in workflows:
+        workflow = yaml.safe_load(path.read_text())
+        assert workflow["permissions"] == {"contents": "read"}, path
+        for job in workflow["jobs"].values():
+            assert job["timeout-minutes"] <= 60, path
+            found += job["steps"]
+    return found
+
+
+def test_both_workflows_lint(default_project):
+    for folder in (ROOT, default_project):
+        commands = [step.get("run") for step in steps(folder)]
+        assert "uv run ruff check" in commands
+        assert "uv run ruff format --check" in commands
+
+
+def test_the_cheap_hooks_run_at_every_push():
+    commands = [step.get("run", "") for step in steps(ROOT)]
+    assert any(command.endswith("pre-commit run --all-files") for command in commands)
+
+
+def updates(folder):
+    """Return the ecosystems that Dependabot updates; fail where one is not weekly and grouped."""
+    config = yaml.safe_load((folder / ".github" / "dependabot.yml").read_text())
+    assert config["version"] == 2
+    for update in config["updates"]:
+        assert update["directory"] == "/"
+        assert update["schedule"] == {"interval": "weekly"}
+        assert update["groups"] == {"minor": {"update-types": ["minor", "patch"]}}
+    return [update["package-ecosystem"] for update in config["updates"]]
+
+
+def test_dependabot_updates_this_repository():
+    assert updates(ROOT) == ["uv", "github-actions"]
+
+
+@pytest.mark.parametrize(
+    ("answers", "dockerfile"),
+    [({}, False), ({"deploy": "dockerfile"}, True), ({"compose": True}, True)],
+)
+def test_dependabot_updates_images_where_there_is_a_dockerfile(bake, answers, dockerfile):
+    """Without a Dockerfile the ecosystem is an error."""
+    project = bake(**answers)
+    assert (project / "Dockerfile").exists() is dockerfile
+    assert updates(project) == ["uv", "github-actions"] + ["docker"] * dockerfile
+
+
+def actions(folder):
+    """Return the version of each action that the workflows use."""
+    used = [step["uses"].split("@") for step in steps(folder) if "uses" in step]
+    versions = dict(used)
+    assert sorted(versions.items()) == sorted({tuple(pair) for pair in used})
+    return versions
+
+
+def requirements(folder):
+    """Return the version range of each development dependency."""
+    groups = tomllib.loads((folder / "pyproject.toml").read_text())["dependency-groups"]
+    return dict(re.fullmatch(r"([\w-]+\S*?\]?)([<>=].*)", line).groups() for line in groups["dev"])
+
+
+def hooks(folder):
+    """Return the version of each repository of pre-commit hooks."""
+    config = yaml.safe_load((folder / ".pre-commit-config.yaml").read_text())
+    return {repo["repo"]: repo["rev"] for repo in config["repos"] if "rev" in repo}
+
+
+@pytest.mark.parametrize("versions", [actions, requirements, hooks])
+def test_the_template_uses_the_versions_of_this_repository(bake, versions):
+    """Dependabot reads the repository alone; this test carries its updates to the template."""
+    own, generated = versions(ROOT), versions(bake(compose=True))
+    shared = own.keys() & generated.keys()
+    assert shared
+    assert {name: own[name] for name in shared} == {name: generated[name] for name in shared}
+
+
+# Security policies
+
+
+def test_vulnerabilities_of_the_template_are_reported_on_github():
+    policy = (ROOT / "SECURITY.md").read_text()
+    assert "private vulnerability reporting" in policy
+    assert "@" not in policy
+
+
+@pytest.mark.parametrize(
+    "address", ["you@example.com", "o'brien+x@example.com", "_*a*_`@x.example"]
+)
+def test_vulnerabilities_of_a_service_are_reported_to_its_author(bake, address):
+    policy = (bake(author_email=address) / "SECURITY.md").read_text()
+    inlines = [token for token in MarkdownIt("commonmark").parse(policy) if token.children]
+    texts = [
+        child.content
+        for inline in inlines
+        for before, child in zip(inline.children, inline.children[1:], strict=False)
+        if before.type == "link_open"
+    ]
+    assert texts == [address]
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_the_policy_of_a_service_has_its_name_as_typed(bake, text):
+    policy = (bake(project_name=text, project_slug="service") / "SECURITY.md").read_text()
+    inlines = [token for token in MarkdownIt("commonmark").parse(policy) if token.type == "inline"]
+    last = " ".join(plain(inlines[-1]).split())
+    assert last.startswith(f"This policy covers the code of {' '.join(text.split())}. ")
