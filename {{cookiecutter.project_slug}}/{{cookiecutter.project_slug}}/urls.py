@@ -1,4 +1,4 @@
-"""Addresses of the service. Health checks are answered before: see ``health.py``."""
+"""URLs of the service. Middleware answers the health checks: see ``ops/health.py``."""
 
 from django.conf import settings
 from django.contrib import admin
@@ -6,7 +6,9 @@ from django.urls import include, path
 from django.views.generic import TemplateView
 from drf_spectacular.views import SpectacularAPIView, SpectacularSwaggerSplitView
 
-from . import api, unsubscribe
+from .api import router
+from .ops import unsubscribe
+from .ops.api import TokenView
 
 home = TemplateView.as_view(
     template_name="home.html", extra_context={"site_name": settings.SITE_NAME}
@@ -17,8 +19,8 @@ docs = SpectacularSwaggerSplitView.as_view(template_name="docs.html")
 urlpatterns = [
     path("", home, name="home"),
     path("unsubscribe/<token>/", unsubscribe.view, name="unsubscribe"),
-    path("api/", include(api.router.urls)),
-    path("api/token/", api.TokenView.as_view(), name="token"),
+    path("api/", include(router.urls)),
+    path("api/token/", TokenView.as_view(), name="token"),
     path("api/schema/", SpectacularAPIView.as_view(), name="schema"),
     path("api/docs/", docs, name="docs"),
     path(settings.ADMIN_PATH, admin.site.urls),

@@ -1,7 +1,7 @@
-"""The embedded broker: Celery's filesystem transport, for processes that start and write at once.
+"""The embedded broker for development: Celery's filesystem transport, made safe for several processes.
 
-kombu's own shows files before they are written: a process that reads one too early ends with
-an error, and the message is lost; two that make the same file lose what the first wrote.
+kombu's transport makes files visible before they are complete: a reader that is too early
+fails and loses the message, and two processes that create the same file lose one write.
 
 https://docs.celeryq.dev/projects/kombu/en/stable/reference/kombu.transport.filesystem.html
 """
@@ -9,6 +9,7 @@ https://docs.celeryq.dev/projects/kombu/en/stable/reference/kombu.transport.file
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 from kombu.transport import filesystem
@@ -16,14 +17,19 @@ from kombu.utils.json import dumps
 
 
 class Channel(filesystem.Channel):
-    """A channel whose files are whole from the moment that they can be seen."""
+    """A channel that writes each file completely before it becomes visible."""
 
-    def _put(self, queue, payload, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        for folder in (self.data_folder_in, self.data_folder_out, self.control_folder):
+            Path(folder).mkdir(parents=True, exist_ok=True)
+
+    def _put(self, queue: str, payload: Any, **kwargs: Any) -> None:
         name = f"{time.monotonic_ns() // 1_000_000}_{uuid4()}.{queue}.msg"
         draft = write_draft(Path(self.data_folder_out, name), payload)
         draft.rename(draft.with_name(name))
 
-    def _queue_bind(self, exchange, routing_key, pattern, queue):
+    def _queue_bind(self, exchange: str, routing_key: str, pattern: str, queue: str) -> None:
         table = self._exchange_file(exchange)
         if not table.exists():
             draft = write_draft(table, [])
@@ -39,8 +45,8 @@ class Transport(filesystem.Transport):
     Channel = Channel
 
 
-def write_draft(path, content):
-    """Write JSON beside the path, to a file that no queue is looked for in; return its path."""
+def write_draft(path: Path, content: Any) -> Path:
+    """Write JSON to a hidden file beside the path, which no queue reads; return its path."""
     draft = path.with_name(f".{uuid4()}")
     draft.write_text(dumps(content))
     return draft

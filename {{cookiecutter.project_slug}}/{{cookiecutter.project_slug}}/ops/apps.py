@@ -1,0 +1,43 @@
+"""The app of the template's part of the service."""
+
+from pathlib import Path
+from typing import Any
+
+from django.apps import AppConfig
+from django.conf import settings
+from django.core.management import call_command
+from django.db import connection
+from django.db.models.signals import post_migrate
+from django.utils.module_loading import autodiscover_modules
+
+from . import sentry
+
+
+class OpsConfig(AppConfig):
+    """Registers system checks and digests, and prepares what the processes need."""
+
+    name = __package__
+    label = "ops"
+    verbose_name = "Operations"
+    default_auto_field = "django.db.models.BigAutoField"
+
+    def ready(self) -> None:
+        """Called once by each process after all models are loaded."""
+        from . import checks  # noqa: F401  (registers them; needs loaded apps)
+
+        autodiscover_modules("digests")
+        post_migrate.connect(create_cache_tables, sender=self)
+        create_database_folder()
+        if settings.SENTRY_DSN:
+            sentry.configure()
+
+
+def create_cache_tables(using: str, **kwargs: Any) -> None:
+    """Create the tables of the database caches, which have no migrations."""
+    call_command("createcachetable", database=using, verbosity=0)
+
+
+def create_database_folder() -> None:
+    """Create the folder of the embedded database; SQLite creates only the file."""
+    if connection.vendor == "sqlite":
+        Path(connection.settings_dict["NAME"]).parent.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,67 @@
+"""The class of the Celery app, and the base class of its tasks."""
+
+import logging
+from datetime import datetime
+from typing import Any
+
+from celery import Celery, signals
+from celery.contrib.django.task import DjangoTask
+from django.db import transaction
+from django.utils import timezone
+from kombu.transport import TRANSPORT_ALIASES
+
+from .beat import Beat
+
+logger = logging.getLogger(__name__)
+
+TRANSPORT_ALIASES["filesystem"] = f"{__package__}.broker:Transport"
+
+
+class Task(DjangoTask):
+    """The base class of every task of the service."""
+
+    def apply_async(self, args: Any = None, kwargs: Any = None, **options: Any) -> Any:
+        """Queue the task with a timestamp, so that a late worker knows when it was due."""
+        headers = options.pop("headers", None) or {}
+        headers.setdefault("queued_at", timezone.now().isoformat())
+        return super().apply_async(args, kwargs, headers=headers, **options)
+
+    def delay_on_commit(self, *args: Any, **kwargs: Any) -> None:
+        """Queue the task once the transaction is committed.
+
+        If the broker is unavailable the error is logged and the request continues: store
+        what must not be lost in the database, where a schedule can find it again.
+        """
+
+        def queue() -> None:
+            self.delay(*args, **kwargs)
+
+        transaction.on_commit(queue, robust=True)
+
+    @property
+    def queued_at(self) -> datetime:
+        """When the running task was queued; the current time if it was called directly."""
+        headers = self.request.headers or {}
+        timestamp = self.request.get("queued_at") or headers.get("queued_at")
+        return datetime.fromisoformat(timestamp) if timestamp else timezone.now()
+
+
+class CeleryApp(Celery):
+    """A Celery app with this service's task class, embedded broker and standby beat."""
+
+    task_cls = Task
+    Beat = Beat
+
+
+@signals.setup_logging.connect
+def keep_django_logging(**kwargs: Any) -> None:
+    """Prevent Celery from replacing the handlers that ``LOGGING`` configures.
+
+    Celery leaves logging alone as soon as this signal has a receiver.
+    """
+
+
+@signals.worker_shutting_down.connect
+def log_shutdown(how: str, **kwargs: Any) -> None:
+    """Log whether the worker finishes its tasks first (warm shutdown) or not (cold)."""
+    logger.info("%s shutdown", how)

@@ -1,0 +1,299 @@
+"""Settings that every service shares: the base classes of the classes in ``settings.py``.
+
+``Defaults`` is for all modes; ``TestDefaults``, ``ProductionDefaults`` and
+``StagingDefaults`` change it for one mode. A class in ``settings.py`` can override each.
+
+https://django-classy-settings.readthedocs.io/
+"""
+
+from pathlib import Path
+from typing import Any
+
+from cbs import BaseSettings
+from dotenv import load_dotenv
+
+from .environment import (
+    boolean,
+    broker_url,
+    database_url,
+    email_address,
+    env,
+    host,
+    hosts,
+    integer,
+    one_of,
+    or_empty,
+    path,
+    port,
+    secret_key,
+    sentry_dsn,
+    site_url,
+)
+
+#: The Python package of the service, such as ``prayer_room_api``.
+PACKAGE = __package__.partition(".")[0]
+
+BASE_DIR = Path(__file__).resolve().parents[2]
+
+# The embedded database and broker keep their files here; git ignores it.
+VAR_DIR = BASE_DIR / "var"
+
+# Variables that are set already take precedence.
+load_dotenv(BASE_DIR / ".env")
+
+
+class Defaults(BaseSettings):
+    """All modes, with the values for development."""
+
+    BASE_DIR = BASE_DIR
+
+    # Security
+    DEBUG = env(True, cast=boolean)
+    SECRET_KEY = env("django-insecure-for-development-only")
+    ALLOWED_HOSTS = env("localhost,127.0.0.1,[::1]", cast=hosts)
+    ADMIN_PATH = env("admin/", cast=path)
+    AUTHENTICATION_BACKENDS = [f"{PACKAGE}.ops.logins.ThrottledBackend"]
+    SECURE_REFERRER_POLICY = "same-origin"
+    # Pages load resources only from this service and run no inline scripts or styles.
+    SECURE_CSP = {
+        "default-src": ["'self'"],
+        "img-src": ["'self'", "data:"],
+        "object-src": ["'none'"],
+        "base-uri": ["'none'"],
+        "form-action": ["'self'"],
+        "frame-ancestors": ["'none'"],
+    }
+
+    # Caches: one in each process, and one that all processes share to count failed logins
+    CACHES = {
+        "default": {"BACKEND": "django.core.cache.backends.locmem.LocMemCache"},
+        "logins": {
+            "BACKEND": "django.core.cache.backends.db.DatabaseCache",
+            "LOCATION": "failed_logins",
+            "OPTIONS": {"MAX_ENTRIES": 10_000},
+        },
+    }
+
+    # Static files, served by WhiteNoise; directly from the apps while DEBUG is on
+    STATIC_URL = "static/"
+    STATIC_ROOT = BASE_DIR / "staticfiles"
+    STORAGES = {
+        "default": {"BACKEND": "django.core.files.storage.FileSystemStorage"},
+        "staticfiles": {"BACKEND": "django.contrib.staticfiles.storage.StaticFilesStorage"},
+    }
+
+    # Database: SQLite, configured for several processes that write at the same time
+    @env(key="DATABASE_URL", cast=database_url)
+    def database(self) -> dict[str, Any]:
+        return {
+            "ENGINE": "django.db.backends.sqlite3",
+            "NAME": VAR_DIR / "db.sqlite3",
+            "OPTIONS": {
+                "timeout": 20,
+                "transaction_mode": "IMMEDIATE",
+                "init_command": "PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL;",
+            },
+        }
+
+    def DATABASES(self) -> dict[str, Any]:
+        return {"default": self.database}
+
+    # E-mail: printed by the process that sends it unless EMAIL_HOST is set
+    EMAIL_HOST = env("", cast=or_empty(host))
+    EMAIL_PORT = env(25, cast=port)
+    EMAIL_HOST_USER = env("")
+    EMAIL_HOST_PASSWORD = env("")
+    EMAIL_USE_TLS = env(False, cast=boolean)
+    EMAIL_TIMEOUT = 30
+
+    @env(cast=email_address)
+    def DEFAULT_FROM_EMAIL(self) -> str:
+        return f"noreply@{self.DOMAIN}"
+
+    def EMAIL_BACKEND(self) -> str:
+        backend = "smtp" if self.EMAIL_HOST else "console"
+        return f"django.core.mail.backends.{backend}.EmailBackend"
+
+    def SERVER_EMAIL(self) -> str:
+        return self.DEFAULT_FROM_EMAIL
+
+    # Broker: folders that the processes share, unless CELERY_BROKER_URL is set
+    CELERY_BROKER_URL = env(
+        "filesystem://localhost", cast=broker_url("amqp", "amqps", "filesystem", "memory")
+    )
+
+    def CELERY_BROKER_TRANSPORT_OPTIONS(self) -> dict[str, Any]:
+        if not self.CELERY_BROKER_URL.startswith("filesystem:"):
+            return {"confirm_publish": True}
+        return {
+            "data_folder_in": str(VAR_DIR / "queue"),
+            "data_folder_out": str(VAR_DIR / "queue"),
+            "control_folder": str(VAR_DIR / "control"),
+        }
+
+    # Queues: quorum queues on RabbitMQ; delayed messages need a topic exchange for them
+    # https://docs.celeryq.dev/en/stable/getting-started/backends-and-brokers/rabbitmq.html
+    CELERY_TASK_DEFAULT_QUEUE = PACKAGE
+    CELERY_TASK_DEFAULT_QUEUE_TYPE = "quorum"
+    CELERY_TASK_DEFAULT_EXCHANGE_TYPE = "topic"
+    CELERY_TASK_CREATE_MISSING_QUEUE_TYPE = "quorum"
+
+    # Reliability: a message is acknowledged only after its task has finished
+    CELERY_TASK_ACKS_LATE = True
+    CELERY_TASK_REJECT_ON_WORKER_LOST = True
+    CELERY_WORKER_PREFETCH_MULTIPLIER = 1
+    CELERY_WORKER_CANCEL_LONG_RUNNING_TASKS_ON_CONNECTION_LOSS = True
+    CELERY_BROKER_CONNECTION_RETRY_ON_STARTUP = True
+    CELERY_BROKER_CONNECTION_MAX_RETRIES = None
+
+    # Time limits of tasks, in seconds: an exception at the first, SIGKILL at the second
+    CELERY_TASK_SOFT_TIME_LIMIT = 240
+    CELERY_TASK_TIME_LIMIT = 300
+
+    # Messages are JSON, which runs no code; results are not stored
+    CELERY_ACCEPT_CONTENT = ["json"]
+    CELERY_TASK_IGNORE_RESULT = True
+    CELERY_RESULT_EXPIRES = None
+
+    # Beat: schedules from the database, each run saved at once; a run that was missed by
+    # up to an hour is made up for
+    CELERY_BEAT_SCHEDULER = "django_celery_beat.schedulers:DatabaseScheduler"
+    CELERY_BEAT_SYNC_EVERY = 1
+    CELERY_BEAT_CRON_STARTING_DEADLINE = 3600
+
+    def CELERY_TIMEZONE(self) -> str:
+        return self.TIME_ZONE
+
+    # Remote control: beat answers `celery inspect ping` as workers do; the exchange is this
+    # service's own, so that services can share a RabbitMQ virtual host
+    CELERY_BEAT_ENABLE_REMOTE_CONTROL = True
+    CELERY_CONTROL_EXCHANGE = PACKAGE
+    # An exclusive queue would stop two processes with the same node name from overlapping.
+    CELERY_CONTROL_QUEUE_EXCLUSIVE = False
+    CELERY_CONTROL_QUEUE_DURABLE = True
+
+    # Processes
+    PORT = env(8000, cast=or_empty(port, 8000))  # Dokku sets it to "" for all but web.
+    BIND_HOST = env("127.0.0.1", cast=host)
+    WEB_CONCURRENCY = env(1, cast=integer(1))
+    WEB_THREADS = env(4, cast=integer(1))
+    WORKER_CONCURRENCY = env(2, cast=integer(1))
+    WORKER_POOL = "threads"  # Ctrl-C also reaches child processes and would end their tasks.
+
+    @env(cast=site_url)
+    def SITE_URL(self) -> str:
+        return f"http://localhost:{self.PORT}"
+
+    # Logs: one line for each event, all through one handler; see logs.py
+    LOG_LEVEL = env("INFO", cast=one_of("DEBUG", "INFO", "WARNING", "ERROR"))
+    LOG_FORMAT = env("text", cast=one_of("text", "json"))
+    LOG_REDACTED_PATHS: tuple[str, ...] = ()
+
+    def LOGGING(self) -> dict[str, Any]:
+        return {
+            "version": 1,
+            "disable_existing_loggers": False,
+            "formatters": {
+                "text": {"()": f"{PACKAGE}.ops.logs.TextFormatter"},
+                "json": {"()": f"{PACKAGE}.ops.logs.JsonFormatter"},
+            },
+            "handlers": {
+                "console": {
+                    "()": f"{PACKAGE}.ops.logs.make_handler",
+                    "formatter": self.LOG_FORMAT,
+                },
+            },
+            "root": {"handlers": ["console"], "level": self.LOG_LEVEL},
+            "loggers": {
+                # Remove Django's own handlers.
+                "django": {"level": self.LOG_LEVEL},
+                "django.server": {"propagate": True},
+                # The request log has a line for each 4xx response already.
+                "django.request": {"level": "ERROR"},
+            },
+        }
+
+    # Sentry: errors and missed schedules, if SENTRY_DSN is set
+    SENTRY_DSN = env("", cast=or_empty(sentry_dsn))
+    SENTRY_ENVIRONMENT = "development"
+
+
+class TestDefaults(Defaults):
+    """Tests: no message leaves the process unless the environment names a broker."""
+
+    DEBUG = False
+    CELERY_BROKER_URL = env("memory://", cast=broker_url("amqp", "amqps", "memory"))
+    WHITENOISE_AUTOREFRESH = True
+    PASSWORD_HASHERS = ["django.contrib.auth.hashers.MD5PasswordHasher"]
+
+
+class ProductionDefaults(Defaults):
+    """Production: required secrets, HTTPS only, PostgreSQL and RabbitMQ."""
+
+    # Security
+    DEBUG = False
+    SECRET_KEY = env(env.Required, cast=secret_key)
+
+    @env(cast=hosts)
+    def ALLOWED_HOSTS(self) -> list[str]:
+        return [self.DOMAIN]
+
+    @env(cast=site_url)
+    def SITE_URL(self) -> str:
+        return f"https://{self.DOMAIN}"
+
+    # HTTPS: behind a proxy that sets X-Forwarded-Proto
+    SECURE_PROXY_SSL_HEADER = ("HTTP_X_FORWARDED_PROTO", "https")
+    SECURE_SSL_REDIRECT = env(True, cast=boolean)
+    SECURE_HSTS_SECONDS = env(3600, cast=integer(0))
+    SECURE_HSTS_INCLUDE_SUBDOMAINS = env(True, cast=boolean)
+    SILENCED_SYSTEM_CHECKS = ["security.W021"]  # HSTS preloading is hard to undo.
+    SESSION_COOKIE_SECURE = True
+    CSRF_COOKIE_SECURE = True
+
+    # Static files: hashed names, compressed, cached by browsers for good
+    STORAGES = {
+        "default": {"BACKEND": "django.core.files.storage.FileSystemStorage"},
+        "staticfiles": {"BACKEND": "whitenoise.storage.CompressedManifestStaticFilesStorage"},
+    }
+    WHITENOISE_KEEP_ONLY_HASHED_FILES = True
+
+    # Database: persistent connections, checked before they are used again
+    database = env(env.Required, key="DATABASE_URL", cast=database_url)
+
+    def DATABASES(self) -> dict[str, Any]:
+        return {
+            "default": {"CONN_MAX_AGE": 60, "CONN_HEALTH_CHECKS": True, **self.database},
+        }
+
+    # E-mail
+    EMAIL_HOST = env("localhost", cast=host)
+
+    # Broker: CELERY_BROKER_URL, or the variable that Dokku's RabbitMQ plugin sets
+    @env(cast=broker_url("amqp", "amqps"))
+    def CELERY_BROKER_URL(self) -> str:
+        url: str = env(env.Required, key="RABBITMQ_URL", cast=broker_url("amqp", "amqps"))()
+        return url
+
+    # Processes
+    BIND_HOST = env("0.0.0.0", cast=host)
+    WEB_CONCURRENCY = env(2, cast=integer(1))
+    WORKER_POOL = "prefork"
+
+    # Logs and errors
+    LOG_FORMAT = env("json", cast=one_of("text", "json"))
+    SENTRY_ENVIRONMENT = "production"
+
+
+class StagingDefaults(ProductionDefaults):
+    """Staging: like production, on a domain of its own, without e-mail to real people."""
+
+    SECURE_HSTS_SECONDS = env(60, cast=integer(0))
+    SENTRY_ENVIRONMENT = "staging"
+
+    # E-mail: discarded unless EMAIL_HOST is set, because logs must not contain it
+    EMAIL_HOST = env("", cast=or_empty(host))
+
+    def EMAIL_BACKEND(self) -> str:
+        backend = "smtp" if self.EMAIL_HOST else "dummy"
+        return f"django.core.mail.backends.{backend}.EmailBackend"
