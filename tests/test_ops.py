@@ -1,4 +1,4 @@
-"""Operations: real processes say what is wrong with them, and nothing that is private."""
+"""Operations: startup errors, doctor, logs and Sentry, without secrets or personal data."""
 
 import gzip
 import http.server
@@ -11,15 +11,14 @@ import time
 
 import pytest
 
+from tests.conftest import SECRET_KEY, production_variables
 from tests.servers import wait_for
 
 pytestmark = pytest.mark.slow
 
-SECRET_KEY = "a-key-for-this-test-alone-of-more-than-fifty-characters"
 
-
-def run(service, command, **variables):
-    """Run a command to its end, whatever that is."""
+def run_unchecked(service, command, **variables):
+    """Run a command and return the completed process, whatever its exit status."""
     return subprocess.run(
         shlex.split(command),
         cwd=service.folder,
@@ -31,26 +30,26 @@ def run(service, command, **variables):
     )
 
 
-class TestABadVariable:
+class TestInvalidVariable:
     @pytest.fixture
     def service(self, bake, make_service):
         service = make_service(bake(project_slug="variables"))
         service.install("--no-dev")
         return service
 
-    def test_ends_every_process_and_command_in_one_line(self, service):
+    def test_stops_every_process_and_command_with_one_line(self, service):
         for command in (
             *service.procfile().values(),
             "python manage.py doctor --json",
             "celery --app variables worker",
             "gunicorn variables.wsgi --check-config",
         ):
-            done = run(service, command, PORT="80a")
+            done = run_unchecked(service, command, PORT="80a")
             assert (done.returncode, done.stdout) == (1, ""), command
             assert done.stderr == 'PORT: got "80a", wants a whole number from 1 to 65535\n', command
 
-    def test_has_a_line_of_its_own_and_tells_no_secret(self, service):
-        done = run(
+    def test_gets_its_own_line_without_secrets(self, service):
+        done = run_unchecked(
             service,
             "python manage.py prodserver web",
             DJANGO_MODE="prod",
@@ -67,20 +66,17 @@ class TestABadVariable:
         ]
 
 
-# A service with all processes
+# Services with all processes
 
 
 @pytest.fixture(params=["embedded", "production"])
 def service(request, bake, make_service, smtp):
-    """A service that is installed and migrated, with a moderator and a submission."""
+    """An installed and migrated service."""
     variables = {"EMAIL_HOST": "127.0.0.1", "EMAIL_PORT": smtp.port}
     if request.param == "production":
-        variables |= {
-            "DJANGO_MODE": "prod",
-            "SECRET_KEY": SECRET_KEY,
-            "DATABASE_URL": request.getfixturevalue("postgres_url"),
-            "RABBITMQ_URL": request.getfixturevalue("rabbitmq_url"),
-        }
+        variables |= production_variables(
+            request.getfixturevalue("postgres_url"), request.getfixturevalue("rabbitmq_url")
+        )
     service = make_service(bake(project_slug=f"ops_{request.param}"), **variables)
     service.install("--no-dev")
     service.run(service.procfile()["release"])
@@ -89,8 +85,8 @@ def service(request, bake, make_service, smtp):
     return service
 
 
-def start(service):
-    """Start all three processes; return them by their names, at work."""
+def start_processes(service):
+    """Start all processes, wait until they are ready, and return them by name."""
     processes = {name: service.start(name) for name in ("web", "worker", "beat")}
     processes["web"].wait_for_text("Listening at")
     processes["worker"].wait_for_text(" ready.", seconds=60)
@@ -98,11 +94,11 @@ def start(service):
     return processes
 
 
-def examine(service, **variables):
-    """Run the doctor; return its report by the status of each check."""
-    began = time.monotonic()
-    done = run(service, "python manage.py doctor --json", **variables)
-    assert time.monotonic() - began < 25
+def run_doctor(service, **variables):
+    """Run the doctor. Return its report, and the status of each check by name."""
+    start = time.monotonic()
+    done = run_unchecked(service, "python manage.py doctor --json", **variables)
+    assert time.monotonic() - start < 25
     report = json.loads(done.stdout)
     assert done.returncode == (0 if report["ok"] else 1)
     assert "guest:guest" not in done.stdout + done.stderr
@@ -110,71 +106,71 @@ def examine(service, **variables):
     return report, {name: check["status"] for name, check in report["checks"].items()}
 
 
-WELL = dict.fromkeys(
+ALL_OK = dict.fromkeys(
     ("database", "migrations", "broker", "worker", "beat", "schedules", "e-mail"), "ok"
 )
 
-LOST = """
+BREAK_SCHEDULE = """
 from django_celery_beat.models import PeriodicTask
 PeriodicTask.objects.filter(name="user-digest-daily").update(task="no.such.task")
 """
 
 
-def test_the_doctor_finds_what_is_broken_and_what_mends_it(service, smtp):
-    processes = start(service)
-    # Beat says that it starts a moment before it answers.
-    wait_for(lambda: examine(service)[1] == WELL, 30, processes["beat"].text)
-    report, statuses = examine(service)
-    assert statuses == WELL, report
+def test_doctor_reports_failures_and_commands_that_fix_them(service, smtp):
+    processes = start_processes(service)
+    # Beat logs that it starts shortly before it responds to the doctor.
+    wait_for(lambda: run_doctor(service)[1] == ALL_OK, 30, processes["beat"].text)
+    report, statuses = run_doctor(service)
+    assert statuses == ALL_OK, report
     names = [schedule["name"] for schedule in report["schedules"]]
     assert "user-digest-daily" in names
     assert all(schedule["next_run"] for schedule in report["schedules"])
 
-    # A process that has ended, and the command that brings it back.
+    # A stopped process, and the command that starts it again.
     for name in ("worker", "beat"):
         processes[name].stop()
-        report, statuses = examine(service)
-        assert statuses == WELL | {name: "broken"}
+        report, statuses = run_doctor(service)
+        assert statuses == ALL_OK | {name: "broken"}
         command = report["checks"][name]["next"]
-        mended = service.spawn(name, *shlex.split(command))
-        wait_for(lambda: examine(service)[1] == WELL, 30, mended.text)
+        restarted = service.spawn(name, *shlex.split(command))
+        wait_for(lambda: run_doctor(service)[1] == ALL_OK, 30, restarted.text)
 
-    # A schedule whose task is gone, and the command that stops it.
-    service.shell(LOST)
-    report, statuses = examine(service)
-    assert statuses == WELL | {"schedules": "broken"}
-    (lost,) = [schedule for schedule in report["schedules"] if schedule["problem"]]
-    assert lost["problem"] == "its task does not exist: no.such.task"
-    service.run(lost["next"])
-    assert examine(service)[1] == WELL
+    # A schedule whose task does not exist, and the command that disables it.
+    service.shell(BREAK_SCHEDULE)
+    report, statuses = run_doctor(service)
+    assert statuses == ALL_OK | {"schedules": "broken"}
+    (broken,) = [schedule for schedule in report["schedules"] if schedule["problem"]]
+    assert broken["problem"] == "its task does not exist: no.such.task"
+    service.run(broken["next"])
+    assert run_doctor(service)[1] == ALL_OK
 
-    # A migration that is not applied.
+    # An unapplied migration.
     service.run(f"python manage.py migrate {service.folder.name} 0003")
-    report, statuses = examine(service)
-    assert statuses == WELL | {"migrations": "broken"}
+    report, statuses = run_doctor(service)
+    assert statuses == ALL_OK | {"migrations": "broken"}
     service.run(report["checks"]["migrations"]["next"])
-    assert examine(service)[1] == WELL
+    assert run_doctor(service)[1] == ALL_OK
 
 
-def test_the_doctor_waits_for_nobody(bake, make_service):
-    """Servers that take a connection and never say a word."""
+def test_doctor_times_out_on_unresponsive_servers(bake, make_service):
+    """Unresponsive servers accept a connection and send nothing."""
     service = make_service(bake(project_slug="ops_silent"))
     service.install("--no-dev")
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-        report, statuses = examine(
+        report, statuses = run_doctor(
             service,
             DATABASE_URL=f"postgres://user:hunter2@127.0.0.1:{port}/name",
             CELERY_BROKER_URL=f"amqp://user:hunter2@127.0.0.1:{port}//",
             EMAIL_HOST="127.0.0.1",
             EMAIL_PORT=str(port),
         )
-    down = dict.fromkeys(("database", "broker", "e-mail"), "broken")
-    assert statuses == dict.fromkeys(WELL, "unknown") | down
-    assert all(report["checks"][name]["next"] for name in down)
+    unresponsive = dict.fromkeys(("database", "broker", "e-mail"), "broken")
+    assert statuses == dict.fromkeys(ALL_OK, "unknown") | unresponsive
+    assert all(report["checks"][name]["next"] for name in unresponsive)
 
 
-PEOPLE = """
+CREATE_DATA = """
 from datetime import timedelta
 from django.utils import timezone
 from django_celery_beat.models import IntervalSchedule, PeriodicTask
@@ -190,16 +186,16 @@ schedule.save()
 
 
 @pytest.mark.parametrize("service", ["production"], indirect=True)
-def test_a_log_in_production_is_json_and_names_nobody(service, smtp):
-    async def refuse(server, session, envelope, address, options):
+def test_production_logs_are_json_without_personal_data(service, smtp):
+    async def handle_rcpt(server, session, envelope, address, options):
         if address == "bad@example.com":
             return f"550 5.1.1 <{address}>: no such user"
         envelope.rcpt_tos.append(address)
         return "250 OK"
 
-    smtp.handle_RCPT = refuse
-    service.shell(PEOPLE)
-    processes = start(service)
+    smtp.handle_RCPT = handle_rcpt
+    service.shell(CREATE_DATA)
+    processes = start_processes(service)
     headers = {"Host": "ops-production.example.com", "X-Forwarded-Proto": "https"}
     service.get("/?token=hunter2", **headers, **{"X-Request-ID": "request-0001"})
     service.get("/health/live")
@@ -210,14 +206,14 @@ def test_a_log_in_production_is_json_and_names_nobody(service, smtp):
     processes["worker"].wait_for_text("was refused: 550 5.1.1 <***@***>")
     assert [process.stop() for process in processes.values()] == [0, 0, 0]
 
-    text = ""
+    output = ""
     for name, process in processes.items():
-        text += process.text()
+        output += process.text()
         events = [json.loads(line) for line in process.text().splitlines()]
         assert all({"time", "level", "message"} <= event.keys() for event in events)
         assert {event["process"] for event in events} == {name}
     for private in ("@example.com", "hunter2", "guest:guest", "postgres@", SECRET_KEY):
-        assert private not in text
+        assert private not in output
 
     web = [json.loads(line) for line in processes["web"].text().splitlines()]
     requests = [event for event in web if event["logger"].endswith(".access")]
@@ -232,8 +228,8 @@ def test_a_log_in_production_is_json_and_names_nobody(service, smtp):
     assert refused["task_id"]
 
 
-class SentryRequest(http.server.BaseHTTPRequestHandler):
-    """Takes what is reported to Sentry; ``items`` of the server are the texts of it."""
+class SentryHandler(http.server.BaseHTTPRequestHandler):
+    """Receives Sentry envelopes and appends their text to the server's ``items``."""
 
     def do_POST(self):
         body = self.rfile.read(int(self.headers["Content-Length"]))
@@ -250,14 +246,15 @@ class SentryRequest(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def sentry():
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), SentryRequest) as server:
+    """A server that accepts Sentry envelopes. ``sentry.items`` are their texts."""
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), SentryHandler) as server:
         server.items = []
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield server
         server.shutdown()
 
 
-DUE = """
+MAKE_RESUME_DUE = """
 from datetime import timedelta
 from django.utils import timezone
 from django_celery_beat.models import PeriodicTask
@@ -267,19 +264,18 @@ PeriodicTask.objects.filter(name="deliveries-resume").update(last_run_at=past)
 
 
 @pytest.mark.parametrize("service", ["embedded"], indirect=True)
-def test_sentry_gets_errors_and_schedules_and_nobodys_data(service, sentry):
+def test_sentry_receives_errors_and_check_ins_without_personal_data(service, sentry):
     unsubscribe = service.folder / service.folder.name / "unsubscribe.py"
-    text = unsubscribe.read_text()
-    before, line, after = text.partition("    try:\n")
+    before, line, after = unsubscribe.read_text().partition("    try:\n")
     assert line
     unsubscribe.write_text(f'{before}    raise RuntimeError("bob@example.com")\n{line}{after}')
-    service.shell(DUE)
+    service.shell(MAKE_RESUME_DUE)
     service.environment["SENTRY_DSN"] = f"http://key@127.0.0.1:{sentry.server_port}/1"
-    start(service)
+    start_processes(service)
     with pytest.raises(OSError, match="500"):
         service.get("/unsubscribe/hunter2/?email=bob@example.com")
 
-    def reported(*parts):
+    def find_items(*parts):
         return [item for item in sentry.items if all(part in item for part in parts)]
 
     for parts in (
@@ -287,6 +283,6 @@ def test_sentry_gets_errors_and_schedules_and_nobodys_data(service, sentry):
         ('"type":"check_in"', '"monitor_slug":"deliveries-resume"', '"status":"in_progress"'),
         ('"type":"check_in"', '"monitor_slug":"deliveries-resume"', '"status":"ok"'),
     ):
-        wait_for(lambda parts=parts: reported(*parts), 20, lambda: "\n".join(sentry.items))
-    assert not reported("bob@example.com")
-    assert not reported("hunter2")
+        wait_for(lambda parts=parts: find_items(*parts), 20, lambda: "\n".join(sentry.items))
+    assert not find_items("bob@example.com")
+    assert not find_items("hunter2")

@@ -1,4 +1,4 @@
-"""README: its commands run as they stand, here and in the generated project."""
+"""README: its commands work as documented, here and in the generated project."""
 
 import os
 import re
@@ -9,31 +9,32 @@ import urllib.request
 
 import pytest
 
-from tests.conftest import ROOT, Process, clean_environment
+from tests.conftest import GIT_IDENTITY, ROOT, Process, clean_environment
 from tests.servers import reachable, wait_for
 
 pytestmark = pytest.mark.slow
 
 ADDRESS = "http://127.0.0.1:8000/"
 
+LIST_SCHEDULES = """
+from django_celery_beat.models import PeriodicTask
+print(*PeriodicTask.objects.order_by("name").values_list("name", flat=True))
+"""
 
-def commands(readme):
+
+def shell_commands(readme):
     """Return the command lines of the README's shell blocks."""
     return re.findall(r"^```sh\n(.*)\n```$", readme.read_text(), re.M)
 
 
 @pytest.fixture
-def environment(tmp_path, uv):
-    """A machine on which nothing is prepared but the download caches and a git identity."""
-    cache = subprocess.run([uv, "cache", "dir"], capture_output=True, text=True, check=True)
+def environment(tmp_path, uv_cache):
+    """The environment of a new machine without uv, but with its cache and a git identity."""
     environment = clean_environment(
         HOME=tmp_path / "home",
         PIP_CACHE_DIR=tmp_path / "pip",
-        UV_CACHE_DIR=cache.stdout.strip(),
-        GIT_AUTHOR_NAME="A",
-        GIT_AUTHOR_EMAIL="a@example.com",
-        GIT_COMMITTER_NAME="A",
-        GIT_COMMITTER_EMAIL="a@example.com",
+        UV_CACHE_DIR=uv_cache,
+        **GIT_IDENTITY,
     )
     del environment["UV"]
     path = environment["PATH"].split(os.pathsep)
@@ -45,7 +46,7 @@ def environment(tmp_path, uv):
 
 @pytest.fixture
 def clone(tmp_path):
-    """A clone of this repository as it stands in the working tree."""
+    """A copy of this repository's working tree, without ignored files."""
     listed = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"],
         cwd=ROOT,
@@ -60,10 +61,10 @@ def clone(tmp_path):
     return tmp_path / "clone"
 
 
-def prove(command, folder, environment, log):
-    """Run the command, see all three processes at work, and stop them with one Ctrl-C."""
+def check_processes(command, folder, environment, log):
+    """Run the command, check all processes, and stop them with one Ctrl-C."""
     if reachable(8000):
-        pytest.fail("port 8000 is in use on this machine; free it to run the README's commands")
+        pytest.fail("port 8000 is in use; the README's commands need it")
     process = Process(["bash", "-c", command], folder, environment, log)
     try:
         process.wait_for_text(f"Open {ADDRESS}", seconds=180)
@@ -83,41 +84,36 @@ def prove(command, folder, environment, log):
         process.kill_all()
 
 
-def test_the_commands_of_both_readmes(clone, environment, tmp_path):
-    start, _, test = commands(clone / "README.md")
-    prove(start, clone, environment, tmp_path / "start.log")
+def test_commands_of_both_readmes_work(clone, environment, tmp_path):
+    start, _, test = shell_commands(clone / "README.md")
+    check_processes(start, clone, environment, tmp_path / "start.log")
 
     project = clone / "prayer_room_api"
-    said = subprocess.run(
-        [".venv/bin/python", "manage.py", "shell", "-v0", "-c", SCHEDULES],
+    done = subprocess.run(
+        [".venv/bin/python", "manage.py", "shell", "-v0", "-c", LIST_SCHEDULES],
         cwd=project,
         env=environment,
         capture_output=True,
         text=True,
         check=True,
     )
-    assert said.stdout.split() == [
+    assert done.stdout.split() == [
         "deliveries-resume",
         "moderator-digest-hourly",
         "user-digest-daily",
         "user-digest-weekly",
     ]
-    develop, own_test = commands(project / "README.md")
-    prove(develop, project, environment, tmp_path / "develop.log")
-    run(own_test, project, environment)
+    develop, generated_test = shell_commands(project / "README.md")
+    check_processes(develop, project, environment, tmp_path / "develop.log")
+    run(generated_test, project, environment)
 
-    # One test stands for all: this one runs within the whole.
-    one = {"PYTEST_ADDOPTS": "-k test_default_slug_is_derived_from_the_project_name"}
-    assert " passed" in run(test, clone, environment | one)
-
-
-SCHEDULES = """
-from django_celery_beat.models import PeriodicTask
-print(*PeriodicTask.objects.order_by("name").values_list("name", flat=True))
-"""
+    # Run only one test, because this test is itself part of the test run.
+    select = {"PYTEST_ADDOPTS": "-k test_default_slug_is_derived_from_the_project_name"}
+    assert " passed" in run(test, clone, environment | select)
 
 
 def run(command, folder, environment):
+    """Run a shell command. Return its output, or fail the test."""
     done = subprocess.run(
         ["bash", "-c", command],
         cwd=folder,
@@ -131,8 +127,8 @@ def run(command, folder, environment):
     return done.stdout
 
 
-def test_continuous_integration_runs_the_same_command():
-    _, _, test = commands(ROOT / "README.md")
+def test_ci_script_runs_the_test_command_of_the_readme():
+    _, _, test = shell_commands(ROOT / "README.md")
     script = (ROOT / ".ci" / "run").read_text()
     (pattern,) = re.findall(r"grep -E '(.*)' README.md", script)
     assert re.findall(pattern, (ROOT / "README.md").read_text(), re.M) == [test]

@@ -1,8 +1,8 @@
-"""Deploys: three in a row, as Dokku does them, while people and schedules are at work.
+"""Zero-downtime deploys: three deploys as Dokku does them, under load.
 
-A rehearsal with the service's own Procfile and app.json and with real processes. Dokku's
-order: predeploy, release, a new web until its health check passes, new worker and beat
-beside the old ones, the proxy switches, SIGTERM to the old ones.
+The test starts real processes from the service's Procfile and app.json, in Dokku's order:
+run predeploy and release, start the new web process and wait for its health check, start
+the new worker and beat beside the old ones, switch the proxy, send SIGTERM to the old ones.
 https://dokku.com/docs/deployment/zero-downtime-deploys/
 """
 
@@ -17,13 +17,14 @@ import urllib.request
 
 import pytest
 
+from tests.conftest import production_variables
 from tests.servers import free_port, wait_for
 
 pytestmark = pytest.mark.slow
 
 DEPLOYS = 3
 
-#: A task that takes its time and leaves a line when it is done.
+#: A slow task that writes a line to a file when it completes.
 TASK = """
 
 @shared_task
@@ -36,7 +37,7 @@ def rehearse(number):
         file.write(f"{number}\\n")
 """
 
-SCHEDULE = """
+RUN_ONE_SCHEDULE_EVERY_TWO_SECONDS = """
 from django_celery_beat.models import IntervalSchedule, PeriodicTask
 PeriodicTask.objects.exclude(name="deliveries-resume").update(enabled=False)
 task = PeriodicTask.objects.get(name="deliveries-resume")
@@ -44,8 +45,8 @@ task.interval = IntervalSchedule.objects.create(every=2, period="seconds")
 task.save()
 """
 
-#: Queues tasks until it is told to stop, and then says how many there were.
-QUEUE = """
+#: Queues tasks until a file named "stop" exists, then prints their number.
+QUEUE_TASKS = """
 import time
 from pathlib import Path
 from rehearsal.tasks import rehearse
@@ -59,18 +60,18 @@ print(number)
 
 
 class Visitors(threading.Thread):
-    """Sends request after request to where the proxy leads, and counts the answers."""
+    """Sends requests to the port that the proxy routes to, and counts the responses."""
 
     def __init__(self, port):
         super().__init__(daemon=True)
         self.port = port
-        self.answers = collections.Counter()
-        self.ended = threading.Event()
+        self.responses = collections.Counter()
+        self.stopped = threading.Event()
 
     def run(self):
-        while not self.ended.is_set():
+        while not self.stopped.is_set():
             for path in ("/", "/admin/login/", "/api/submissions/", "/health/ready"):
-                visitor = sum(self.answers.values()) % 250
+                visitor = sum(self.responses.values()) % 250
                 headers = {
                     "Host": "rehearsal.example.com",
                     "X-Forwarded-For": f"192.0.2.{visitor}",
@@ -80,16 +81,16 @@ class Visitors(threading.Thread):
                 try:
                     request = urllib.request.Request(url, headers=headers)
                     with urllib.request.urlopen(request, timeout=10) as response:
-                        self.answers[response.status] += 1
+                        self.responses[response.status] += 1
                 except urllib.error.HTTPError as error:
-                    self.answers[f"{path} {error.code}"] += 1
+                    self.responses[f"{path} {error.code}"] += 1
                 except OSError as error:
-                    self.answers[f"{path} {error!r}"] += 1
+                    self.responses[f"{path} {error!r}"] += 1
                 time.sleep(0.02)
 
 
 class Dokku:
-    """Deploys a service as Dokku's scheduler does; ``running`` is what serves now."""
+    """Deploys a service as Dokku's scheduler does. ``running`` are the current processes."""
 
     def __init__(self, service):
         self.service = service
@@ -106,7 +107,7 @@ class Dokku:
         self.service.port = free_port()
         self.service.environment["PORT"] = str(self.service.port)
         self.running = {"web": self.service.start("web")}
-        self.check_web()
+        self.wait_for_health_check()
         self.service.environment["PORT"] = ""
         for name in self.app["formation"]:
             if name != "web":
@@ -124,11 +125,11 @@ class Dokku:
             status = process.popen.wait(timeout=30)
             self.stops.append((name, status, time.monotonic() - start))
 
-    def check_web(self):
+    def wait_for_health_check(self):
         (check,) = self.app["healthchecks"]["web"]
         for _ in range(check["attempts"]):
             try:
-                # Without a domain the address of the container is the host.
+                # For an app without a domain, Dokku sends the container's IP address as the host.
                 status, _ = self.service.get(check["path"], Host=f"172.17.0.2:{self.service.port}")
             except OSError:
                 time.sleep(check["wait"])
@@ -138,48 +139,49 @@ class Dokku:
         pytest.fail(self.running["web"].text())
 
 
-def test_three_in_a_row(bake, make_service, postgres_url, rabbitmq_url):
+def test_three_deploys_fail_no_request_and_lose_no_task(
+    bake, make_service, postgres_url, rabbitmq_url
+):
     project = bake(project_slug="rehearsal")
     with (project / "rehearsal" / "tasks.py").open("a") as file:
         file.write(TASK)
     service = make_service(
         project,
-        DJANGO_MODE="prod",
-        SECRET_KEY="Kx9-this-key-is-for-a-rehearsal-alone-and-long-enough-7f3Qz",
-        DATABASE_URL=postgres_url,
-        RABBITMQ_URL=rabbitmq_url,
         WORKER_CONCURRENCY=8,
+        **production_variables(postgres_url, rabbitmq_url),
     )
     service.install("--no-dev")
     service.run("python manage.py collectstatic --noinput")
     service.run(service.procfile()["release"])
-    service.shell(SCHEDULE)
+    service.shell(RUN_ONE_SCHEDULE_EVERY_TWO_SECONDS)
 
     dokku = Dokku(service)
     dokku.deploy()
-    queue = service.spawn("queue", "python", "manage.py", "shell", "-v0", "-c", QUEUE)
+    producer = service.spawn("queue", "python", "manage.py", "shell", "-v0", "-c", QUEUE_TASKS)
     for _ in range(DEPLOYS):
         dokku.deploy()
         time.sleep(3)
     (project / "stop").touch()
-    assert queue.popen.wait(timeout=30) == 0, queue.text()
-    queued = set(range(int(queue.text().split()[-1])))
+    assert producer.popen.wait(timeout=30) == 0, producer.text()
+    queued = set(range(int(producer.text().split()[-1])))
     done = project / "rehearsed"
     wait_for(lambda: queued <= set(map(int, done.read_text().split())), 60, done.read_text)
-    dokku.visitors.ended.set()
+    dokku.visitors.stopped.set()
     dokku.visitors.join()
 
     beats = [process for process in service.processes if "beat" in process.log.name]
-    times = sorted(time for beat in beats for time in dispatches(beat.text()))
+    times = sorted(time for beat in beats for time in dispatch_times(beat.text()))
     gaps = [later - earlier for earlier, later in itertools.pairwise(times)]
     runs = list(map(int, done.read_text().split()))
-    answers = dokku.visitors.answers
-    print(f"{sum(answers.values())} requests, {sum(answers.values()) - answers[200]} failed")
+    responses = dokku.visitors.responses
+    print(f"{sum(responses.values())} requests, {sum(responses.values()) - responses[200]} failed")
     lost, repeated = len(queued - set(runs)), len(runs) - len(set(runs))
     print(f"{len(queued)} tasks queued, {lost} lost, {repeated} run twice")
     print(f"{len(times)} dispatches, shortest gap {min(gaps):.1f} s, longest {max(gaps):.1f} s")
-    print(f"slowest end of an old process: {max(seconds for *_, seconds in dokku.stops):.1f} s")
-    assert set(answers) == {200}, answers
+    print(
+        f"slowest shutdown of an old process: {max(seconds for *_, seconds in dokku.stops):.1f} s"
+    )
+    assert set(responses) == {200}, responses
     assert (lost, repeated) == (0, 0), runs
     assert min(gaps) > 1.5
     assert max(gaps) < 10
@@ -188,7 +190,7 @@ def test_three_in_a_row(bake, make_service, postgres_url, rabbitmq_url):
     assert all(beat.text().count("beat: Starting...") == 1 for beat in beats)
 
 
-def dispatches(log):
-    """Return when a beat dispatched, in seconds of the day."""
-    found = re.findall(r"(\d\d):(\d\d):(\d\d)[,.](\d{3}).*Sending due task", log)
-    return [int(h) * 3600 + int(m) * 60 + int(s) + int(ms) / 1000 for h, m, s, ms in found]
+def dispatch_times(log):
+    """Return the times at which beat dispatched a task, in seconds since midnight."""
+    matches = re.findall(r"(\d\d):(\d\d):(\d\d)[,.](\d{3}).*Sending due task", log)
+    return [int(h) * 3600 + int(m) * 60 + int(s) + int(ms) / 1000 for h, m, s, ms in matches]
