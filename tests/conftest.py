@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import tomllib
 import uuid
 from pathlib import Path
@@ -165,28 +166,29 @@ def rabbitmq_url(request):
     return RABBITMQ_URL
 
 
-def run_dedicated_server(server_class, folder):
+def run_dedicated_server(server_class):
     """Run a server for one test, or skip the test if the server is not installed."""
     if server_class.server is None:
         pytest.skip(f"{server_class.__name__} is not installed; install its server package")
-    folder.mkdir()
-    server = server_class(folder)
-    server.start()
-    yield server
-    with contextlib.suppress(Exception):
-        server.stop()
+    # Other users cannot read pytest's own temporary folders.
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        server = server_class(Path(folder))
+        server.start()
+        yield server
+        with contextlib.suppress(Exception):
+            server.stop()
 
 
 @pytest.fixture
-def dedicated_rabbitmq(tmp_path):
+def dedicated_rabbitmq():
     """A RabbitMQ node that the test can stop and start."""
-    yield from run_dedicated_server(RabbitMQ, tmp_path / "rabbitmq")
+    yield from run_dedicated_server(RabbitMQ)
 
 
 @pytest.fixture
-def dedicated_postgres(tmp_path):
+def dedicated_postgres():
     """A PostgreSQL server that the test can stop and start."""
-    yield from run_dedicated_server(PostgreSQL, tmp_path / "postgres")
+    yield from run_dedicated_server(PostgreSQL)
 
 
 class Mailbox(Message):

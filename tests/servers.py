@@ -106,9 +106,6 @@ class PostgreSQL:
         # PostgreSQL refuses to run as root.
         self.user = ["runuser", "-u", "postgres", "--"] if os.geteuid() == 0 else []
         if self.user:
-            for parent in [folder, *folder.parents]:
-                if parent.owner() == "root" and parent != Path(parent.root):
-                    parent.chmod(parent.stat().st_mode | 0o711)
             shutil.chown(folder, "postgres")
         self._run("initdb", "-U", "postgres", "--auth=trust", "--no-sync", "-D", folder / "data")
 
