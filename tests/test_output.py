@@ -1,4 +1,4 @@
-"""Output: the exact files, the same at every bake, valid in their languages, and finished."""
+"""Output: the exact set of files, reproducible, valid and free of template leftovers."""
 
 import ast
 import json
@@ -99,7 +99,7 @@ tests/test_submissions.py
 tests/test_unsubscribe.py
 """
 
-#: What a choice adds to these.
+#: Files that a choice adds.
 IMAGE_FILES = """
 .github/workflows/image.yml
 .dockerignore
@@ -112,7 +112,7 @@ compose.yaml
 docs/compose.md
 """
 
-#: Every kind of answer that changes the output.
+#: Answers that cover every choice that changes the output.
 ANSWERS = {
     "default": {},
     "dockerfile": {"deploy": "dockerfile"},
@@ -152,7 +152,7 @@ def texts(project, *endings):
 
 
 @pytest.mark.parametrize("answers", ANSWERS.values(), ids=ANSWERS)
-def test_exact_set_of_files(bake, answers):
+def test_answers_generate_the_exact_set_of_files(bake, answers):
     project = bake(**answers)
     expected = FILES.replace("SLUG", project.name).split()
     if answers.get("compose") or answers.get("deploy") == "dockerfile":
@@ -164,16 +164,16 @@ def test_exact_set_of_files(bake, answers):
     assert files(project) == sorted(expected)
 
 
-def test_same_bytes_when_baked_twice(bake):
+def test_output_is_reproducible(bake):
     for answers in ANSWERS.values():
-        one, two = bake(**answers), bake(**answers)
-        assert files(one) == files(two)
-        for path in files(one):
-            assert (one / path).read_bytes() == (two / path).read_bytes(), path
-            assert (one / path).stat().st_mode == (two / path).stat().st_mode, path
+        first, second = bake(**answers), bake(**answers)
+        assert files(first) == files(second)
+        for path in files(first):
+            assert (first / path).read_bytes() == (second / path).read_bytes(), path
+            assert (first / path).stat().st_mode == (second / path).stat().st_mode, path
 
 
-def test_python_is_valid_formatted_and_clean(project):
+def test_python_files_are_valid_and_pass_ruff(project):
     for path, text in texts(project, ".py").items():
         ast.parse(text, path, feature_version=(3, 12))
     for command in (["check"], ["format", "--check", "--diff"]):
@@ -186,7 +186,7 @@ def test_python_is_valid_formatted_and_clean(project):
         assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_data_files_are_valid(project):
+def test_toml_yaml_and_procfiles_are_valid(project):
     for text in texts(project, ".toml").values():
         assert tomllib.loads(text)
     for text in texts(project, ".yml", ".yaml").values():
@@ -195,7 +195,7 @@ def test_data_files_are_valid(project):
         assert re.fullmatch(r"\w+: \S.*", line)
 
 
-def test_nothing_is_left_of_the_template(project):
+def test_output_contains_no_template_leftovers(project):
     for path, text in texts(project, "").items():
         found = re.findall(r"cookiecutter|\{%-? *raw", text)
         assert not found, path
@@ -205,17 +205,17 @@ def test_nothing_is_left_of_the_template(project):
         assert not re.search(r"[ \t]$", text, re.M), path
 
 
-def test_python_of_the_template_has_no_conditional():
+def test_template_python_files_contain_no_jinja_statements():
     for path in ROOT.glob("*cookiecutter.project_slug*/**/*.py"):
         assert "{%" not in path.read_text(), path
 
 
-def test_the_tooling_is_valid_on_python_3_11():
+def test_hooks_and_filters_are_valid_on_python_3_11():
     for path in [ROOT / "local_extensions.py", *ROOT.glob("hooks/*.py")]:
         ast.parse(path.read_text(), str(path), feature_version=(3, 11))
 
 
-def test_executable_files(default_project):
+def test_only_manage_py_is_executable(default_project):
     executable = [path for path in files(default_project) if is_executable(default_project / path)]
     assert executable == ["manage.py"]
 
@@ -224,7 +224,7 @@ def is_executable(path):
     return bool(path.stat().st_mode & 0o111)
 
 
-def test_no_secret_in_the_context_or_the_output(default_project):
+def test_context_and_output_contain_no_secrets(default_project):
     context = json.loads((ROOT / "cookiecutter.json").read_text())
     assert not re.search(r"secret|password|token|random", json.dumps(context), re.I)
     settings = (default_project / "prayer_room_api" / "settings.py").read_text()
@@ -234,14 +234,13 @@ def test_no_secret_in_the_context_or_the_output(default_project):
     ]
 
 
-def test_the_readme_lists_every_variable_that_the_settings_read(default_project):
+def test_readme_documents_every_environment_variable_of_the_settings(default_project):
     settings = (default_project / "prayer_room_api" / "settings.py").read_text()
     read = set(re.findall(r"^    ([A-Z_]+) = env", settings, re.M))
     read |= set(re.findall(r"@env\S*\n    def ([A-Z_]+)\(", settings))
     read |= set(re.findall(r'key="([A-Z_]+)"', settings))
     assert {"SECRET_KEY", "DATABASE_URL", "RABBITMQ_URL", "ALLOWED_HOSTS", "PORT"} <= read
     table = (default_project / "README.md").read_text().split("## Settings")[1]
-    documented = set(
-        re.findall(r"`([A-Z_]+)`", "\n".join(re.findall(r"^\| (.*?) \|", table, re.M)))
-    )
+    first_column = "\n".join(re.findall(r"^\| (.*?) \|", table, re.M))
+    documented = set(re.findall(r"`([A-Z_]+)`", first_column))
     assert documented == read | {"DJANGO_MODE"}
