@@ -129,6 +129,12 @@ def default_project(cookies_session):
     return generate_project(cookies_session)
 
 
+@pytest.fixture(scope="session")
+def none_project(cookies_session):
+    """The service without the example, for tests that do not change it."""
+    return generate_project(cookies_session, example="none")
+
+
 # Servers
 
 

@@ -1,0 +1,110 @@
+"""Development: the processes of Procfile.dev reload, keep running tasks, and share one port."""
+
+import os
+import re
+import shlex
+import signal
+import socket
+import time
+
+import pytest
+
+from tests.servers import free_port, reachable, wait_for
+from tests.test_boot import CREATE_DATA
+
+pytestmark = pytest.mark.slow
+
+#: How long the slow task runs, in seconds: longer than watchfiles waits by default.
+TASK_SECONDS = 8
+
+#: A task that writes a line to a file when it starts and when it completes.
+TASK = f"""
+
+@shared_task
+def work(number):
+    import time
+    from pathlib import Path
+
+    with Path("var/work").open("a") as file:
+        file.write("started\\n")
+    time.sleep({TASK_SECONDS})
+    with Path("var/work").open("a") as file:
+        file.write("finished\\n")
+"""
+
+
+@pytest.fixture
+def service(bake, make_service):
+    """An installed and migrated service whose developer has added a second app."""
+    service = make_service(bake(project_slug="develop"))
+    service.install()
+    package = service.folder / "develop"
+    settings = (package / "settings.py").read_text()
+    name = '        "develop",\n'
+    assert settings.count(name) == 1
+    service.run("python manage.py startapp rooms")
+    (package / "settings.py").write_text(settings.replace(name, f'{name}        "rooms",\n'))
+    tasks = (package / "tasks.py").read_text()
+    shared_task = "" if "import shared_task" in tasks else "\nfrom celery import shared_task\n"
+    (package / "tasks.py").write_text(tasks + shared_task + TASK)
+    service.run("python manage.py migrate")
+    return service
+
+
+def start(service):
+    """Start the processes of Procfile.dev, as the README says, on a port of their own."""
+    port = free_port()
+    del service.environment["PORT"]
+    command = f"honcho start --no-colour -f Procfile.dev -p {port}"
+    return service.spawn("honcho", *shlex.split(command)), port
+
+
+def test_a_reload_keeps_tasks_and_links_follow_the_port(service):
+    honcho, port = start(service)
+    honcho.wait_for_text(" ready.", seconds=60)
+    honcho.wait_for_text("beat: Starting...")
+    wait_for(lambda: reachable(port), 30, honcho.text)
+
+    # The link in an e-mail, which the worker sends, leads to the web process.
+    service.shell(CREATE_DATA)
+    service.shell("from develop.tasks import send_moderator_digest as t; t.delay()")
+    honcho.wait_for_text("Please remember us.")
+    assert f"http://localhost:{port}/admin/" in honcho.text()
+    assert set(re.findall(r"http://localhost:(\d+)", honcho.text())) == {str(port)}
+
+    # A change in the second app restarts each process; the running task completes.
+    work = service.folder / "var" / "work"
+    service.shell("from develop.tasks import work; work.delay(1)")
+    wait_for(work.exists, 20, honcho.text)
+    ready = honcho.text().count(" ready.")
+    time.sleep(1)
+    with (service.folder / "rooms" / "models.py").open("a") as file:
+        file.write("# changed\n")
+    wait_for(lambda: "finished" in work.read_text(), 40, honcho.text)
+    wait_for(lambda: honcho.text().count(" ready.") > ready, 30, honcho.text)
+    wait_for(lambda: honcho.text().count("beat: Starting...") > 1, 30, honcho.text)
+    wait_for(lambda: reachable(port), 30, honcho.text)
+    assert "Traceback" not in honcho.text()
+
+    os.killpg(honcho.popen.pid, signal.SIGINT)
+    honcho.popen.wait(timeout=20)
+    assert not reachable(port)
+
+
+def test_a_port_that_is_in_use_ends_all_processes_with_one_line(service):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        del service.environment["PORT"]
+        command = f"honcho start --no-colour -f Procfile.dev -p {port}"
+        honcho = service.spawn("honcho", *shlex.split(command))
+        try:
+            status = honcho.popen.wait(timeout=40)
+        except Exception:
+            pytest.fail(f"still running:\n{honcho.text()}")
+    assert status != 0
+    lines = [line for line in honcho.text().splitlines() if "in use" in line]
+    assert len(lines) == 1, honcho.text()
+    assert str(port) in lines[0]
+    assert "Traceback" not in honcho.text()
+    stopped = set(re.findall(r"(\w+)\.1 +stopped|\b(\w+)\.1 stopped", honcho.text()))
+    assert {name for names in stopped for name in names if name} == {"web", "worker", "beat"}

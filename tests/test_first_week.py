@@ -1,0 +1,295 @@
+"""First week: the edits that a team makes first leave the generated tests and checks green."""
+
+import ast
+import re
+import shlex
+import subprocess
+
+import pytest
+
+from tests.servers import wait_for
+
+SLUG = "weekly"
+
+#: The README's e-mail as the team would write it.
+TEMPLATES = {
+    "news.txt": "News since {{ since }}.\n",
+    "news.html": "<p>News since {{ since }}.</p>\n",
+}
+
+#: Another app, with a model, a test and a schedule of its own.
+APP = {
+    "models.py": '''\
+from django.db import models
+
+
+class Room(models.Model):
+    """A place to meet."""
+
+    name = models.CharField(max_length=50)
+
+    def __str__(self):
+        return self.name
+''',
+    "tasks.py": '''\
+from celery import shared_task
+
+
+@shared_task
+def clean_rooms():
+    """Clean all rooms."""
+''',
+    "tests.py": """\
+import pytest
+
+from .models import Room
+
+
+@pytest.mark.django_db
+def test_room_is_stored():
+    Room.objects.create(name="Attic")
+    assert str(Room.objects.get()) == "Attic"
+""",
+}
+
+APP_SCHEDULE = """\
+from datetime import timedelta
+
+from django.db import migrations
+
+from {slug}.ops.schedules import CreateSchedule
+
+
+class Migration(migrations.Migration):
+    dependencies = [
+        ("rooms", "0001_initial"),{dependency}
+    ]
+
+    operations = [
+        CreateSchedule(
+            "rooms-clean", task="rooms.tasks.clean_rooms", interval=timedelta(seconds=1)
+        ),
+    ]
+"""
+
+DEPENDENCY = '\n        ("django_celery_beat", "0019_alter_periodictasks_options"),'
+
+SECOND_WORKER = """\
+            "reports": {{
+                "BACKEND": "django_prodserver.backends.workers.celery.CeleryWorker",
+                "APP": "{slug}.celery_app",
+                "ARGS": {{"loglevel": self.LOG_LEVEL, "concurrency": 1, "queues": "reports"}},
+            }},
+"""
+
+RUN_EVERY_SECOND = """
+from django_celery_beat.models import IntervalSchedule, PeriodicTask
+task = PeriodicTask.objects.get(name="clear-sessions")
+task.interval = IntervalSchedule.objects.get_or_create(every=1, period="seconds")[0]
+task.save()
+User.objects.create_user("anna", "anna@example.com")
+"""
+
+
+def replace(path, old, new):
+    """Replace the one occurrence of a text in a file."""
+    text = path.read_text()
+    assert text.count(old) == 1, (path, old)
+    path.write_text(text.replace(old, new))
+
+
+def python_blocks(readme):
+    """Return the README's Python code blocks, exactly as they stand there."""
+    return re.findall(r"^```python\n(.*?)^```$", readme.read_text(), re.M | re.S)
+
+
+def append(path, snippet):
+    """Paste a snippet below the code of a file."""
+    path.write_text(f"{path.read_text().rstrip()}\n\n\n{snippet}")
+
+
+def move_imports_up(path):
+    """Move the imports that were pasted in below other code to the imports at the top."""
+    lines = path.read_text().splitlines(keepends=True)
+    nodes = ast.parse("".join(lines)).body
+    numbers = {
+        number
+        for node in nodes
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for number in range(node.lineno - 1, node.end_lineno)
+    }
+    first = min(numbers)
+    imports = [line for number, line in enumerate(lines) if number in numbers]
+    rest = [line for number, line in enumerate(lines) if number not in numbers and number >= first]
+    path.write_text("".join([*lines[:first], *dict.fromkeys(imports), *rest]))
+
+
+def run_failing(service, command):
+    """Run a command that must fail. Return its output."""
+    done = subprocess.run(
+        shlex.split(command),
+        cwd=service.folder,
+        env=service.environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert done.returncode != 0, done.stdout
+    assert "Traceback" not in done.stdout
+    return done.stdout
+
+
+def add_what_the_readme_shows(service):
+    """Add the README's schedule and digest: the snippets exactly as they stand there."""
+    package = service.folder / SLUG
+    readme = service.folder / "README.md"
+    task, migration, digest, digest_task = python_blocks(readme)
+    append(package / "tasks.py", task)
+    (name,) = re.findall(
+        rf"`({SLUG}/migrations/\d{{4}}_\w+\.py)`:\n\n```python", readme.read_text()
+    )
+    (service.folder / name).write_text(migration)
+    append(package / "digests.py", digest)
+    append(package / "tasks.py", digest_task)
+    names = re.search(r"# templates/email/(\w+\.txt) and (\w+\.html)", digest).groups()
+    assert sorted(names) == sorted(TEMPLATES)
+    for name, text in TEMPLATES.items():
+        (package / "templates" / "email" / name).write_text(text)
+
+
+def change_settings(service):
+    """Change what a team changes first: time zone, throttle rate, a second worker."""
+    settings = service.folder / SLUG / "settings.py"
+    replace(settings, 'TIME_ZONE = "UTC"', 'TIME_ZONE = "Europe/Berlin"')
+    replace(settings, '"anon": "60/min", "user": "120/min"', '"anon": "7/min", "user": "9/min"')
+    replace(
+        settings,
+        '            "beat": {\n',
+        f'{SECOND_WORKER.format(slug=SLUG)}            "beat": {{\n',
+    )
+    with (service.folder / "Procfile").open("a") as procfile:
+        procfile.write("reports: python manage.py prodserver reports\n")
+
+
+def add_an_app(service):
+    """Add another app, at first with a schedule whose migration lacks a dependency."""
+    service.run("python manage.py startapp rooms")
+    folder = service.folder / "rooms"
+    for name, text in APP.items():
+        (folder / name).write_text(text)
+    name = f'        "{SLUG}",\n'
+    replace(service.folder / SLUG / "settings.py", name, f'{name}        "rooms",\n')
+    service.run("python manage.py makemigrations rooms")
+
+    migration = folder / "migrations" / "0002_clean_rooms.py"
+    migration.write_text(APP_SCHEDULE.format(slug=SLUG, dependency=""))
+    output = run_failing(service, "python manage.py check")
+    assert "System check identified 1 issue " in output
+    assert "rooms.0002_clean_rooms" in output
+    assert DEPENDENCY.strip(" \n,") in output
+    migration.write_text(APP_SCHEDULE.format(slug=SLUG, dependency=DEPENDENCY))
+
+
+@pytest.fixture
+def service(bake, make_service):
+    service = make_service(bake(project_slug=SLUG))
+    service.install()
+    return service
+
+
+@pytest.mark.slow
+def test_first_edits_leave_tests_and_checks_green(service):
+    package = service.folder / SLUG
+    add_what_the_readme_shows(service)
+    change_settings(service)
+    add_an_app(service)
+    replace(
+        package / "models.py",
+        "    body = models.TextField(max_length=5000)\n",
+        "    body = models.TextField(max_length=5000)\n"
+        "    category = models.CharField(max_length=40, blank=True)\n",
+    )
+    service.run(f"python manage.py makemigrations {SLUG}")
+    assert len(list((package / "migrations").glob("0005_*category*.py"))) == 1
+
+    service.run("python manage.py makemigrations --check --dry-run")
+    service.run("python manage.py check --fail-level WARNING")
+    # The database is empty.
+    service.run(service.procfile()["release"])
+    check_processes(service)
+
+    for module in ("tasks.py", "digests.py"):
+        move_imports_up(package / module)
+    # The README's commands that lint and format; then the workflow's.
+    for command in ("ruff check --fix", "ruff format", "ruff check", "ruff format --check"):
+        service.run(command)
+    output = service.run("pytest -rA")
+    assert "rooms/tests.py::test_room_is_stored" in output
+    assert " passed" in output
+
+
+def check_processes(service):
+    """Check that beat and worker run the new schedules, and deliver the new digest."""
+    service.shell(RUN_EVERY_SECOND)
+    worker, reports, beat = (service.start(name) for name in ("worker", "reports", "beat"))
+    worker.wait_for_text(" ready.", seconds=60)
+    reports.wait_for_text(" ready.", seconds=60)
+    beat.wait_for_text("Sending due task clear-sessions")
+    beat.wait_for_text("Sending due task rooms-clean")
+    for task in (f"{SLUG}.tasks.clear_sessions", "rooms.tasks.clean_rooms"):
+        succeeded = rf"Task {re.escape(task)}\[\S+\] succeeded"
+        wait_for(lambda found=succeeded: re.search(found, worker.text()), 20, worker.text)
+    service.shell(f"from {SLUG}.tasks import send_news; send_news.delay()")
+    worker.wait_for_text("Subject: [Prayer Room API] news of the week")
+    worker.wait_for_text("News since")
+    assert [process.stop() for process in (beat, worker, reports)] == [0, 0, 0]
+    assert "Traceback" not in worker.text() + beat.text()
+
+
+def docker_ignores(patterns, path):
+    """Return whether Docker leaves the file out, after the rules of .dockerignore.
+
+    https://docs.docker.com/build/concepts/context/#dockerignore-files
+    """
+    expressions = {"**/": "(.*/)?", "**": ".*", "*": "[^/]*"}
+    ignored = False
+    for pattern in patterns:
+        exception, name = pattern.startswith("!"), pattern.removeprefix("!").strip("/")
+        parts = re.split(r"(\*\*/|\*\*|\*)", name)
+        expression = "".join(expressions.get(part, re.escape(part)) for part in parts)
+        # A pattern that matches a folder applies to all that is in it.
+        if re.fullmatch(rf"{expression}(/.*)?", path):
+            ignored = not exception
+    return ignored
+
+
+@pytest.mark.parametrize("answers", [{"deploy": "dockerfile"}, {"compose": True}], ids=str)
+def test_image_contains_another_app_and_no_secrets(bake, answers):
+    project = bake(**answers)
+    lines = (project / ".dockerignore").read_text().splitlines()
+    patterns = [line for line in lines if line and not line.startswith("#")]
+    package = project.name
+    for path in (
+        "manage.py",
+        "pyproject.toml",
+        f"{package}/settings.py",
+        f"{package}/ops/locks.py",
+        "rooms/models.py",
+        "rooms/migrations/0001_initial.py",
+        "rooms/templates/rooms/room.html",
+    ):
+        assert not docker_ignores(patterns, path), path
+    for path in (
+        ".env",
+        ".git/config",
+        ".venv/bin/python",
+        "dump.sql",
+        "staticfiles/site.css",
+        "tests/test_pages.py",
+        "var/db.sqlite3",
+        "rooms/__pycache__/models.pyc",
+    ):
+        assert docker_ignores(patterns, path), path
+    dockerfile = (project / "Dockerfile").read_text()
+    assert "\nCOPY . .\n" in dockerfile
