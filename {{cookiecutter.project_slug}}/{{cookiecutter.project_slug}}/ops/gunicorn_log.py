@@ -1,12 +1,14 @@
-"""gunicorn's own events, in the service's log."""
+"""gunicorn's events go to the service's log."""
 
+from gunicorn.config import Config
 from gunicorn.glogging import Logger
 
 
 class GunicornLogger(Logger):
-    """Leaves handlers and formats to ``LOGGING``; requests are logged in ``logs.py``."""
+    """Uses the handlers and formats of ``LOGGING``; ``logs.py`` logs the requests."""
 
-    def setup(self, cfg):
+    def setup(self, cfg: Config) -> None:
+        """Remove gunicorn's own handlers."""
         super().setup(cfg)
         self.error_log.handlers.clear()
         self.error_log.propagate = True

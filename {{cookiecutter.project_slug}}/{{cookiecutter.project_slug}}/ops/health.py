@@ -1,67 +1,68 @@
 """Health checks for load balancers and deploys.
 
-``GET /health/live`` says that the process answers. ``GET /health/ready`` says
-that the database and the broker do too: 200, or 503 and JSON that names what
-failed.
+``GET /health/live`` answers 200 while the process responds. ``GET /health/ready`` answers
+200 if the database and the broker are available, otherwise 503; its JSON names what is not.
 """
 
 import logging
+from collections.abc import Callable
 
+# The service's app: creating it with Django settings makes it the default in all threads.
+from celery import current_app
 from django.db import connection
-from django.http import JsonResponse
-
-from .celery import app
+from django.http import HttpRequest, HttpResponse, JsonResponse
 
 logger = logging.getLogger(__name__)
 
-#: How long the broker may take to answer, in seconds.
+#: Time limit to connect to the broker, in seconds.
 BROKER_TIMEOUT = 3
 
 
-def check_database():
+def check_database() -> None:
     """Raise an exception if the database does not answer a query."""
     with connection.cursor() as cursor:
         cursor.execute("SELECT 1")
 
 
-def check_broker():
-    """Raise an exception if the broker accepts no connection."""
-    with app.connection_for_write(connect_timeout=BROKER_TIMEOUT) as broker:
+def check_broker() -> None:
+    """Raise an exception if the broker does not accept a connection."""
+    with current_app.connection_for_write(connect_timeout=BROKER_TIMEOUT) as broker:
         broker.ensure_connection(max_retries=1, timeout=BROKER_TIMEOUT)
 
 
-CHECKS = {"database": check_database, "broker": check_broker}
+CHECKS: dict[str, Callable[[], None]] = {"database": check_database, "broker": check_broker}
 
 
-def readiness():
-    """Return what each check found, by its name: ``ok`` or ``unavailable``."""
-    found = {}
+def get_readiness() -> dict[str, str]:
+    """Run all checks; return ``ok`` or ``unavailable`` by name."""
+    results = {}
     for name, check in CHECKS.items():
         try:
             check()
         except Exception as error:
-            # The message may hold a password, so only the kind of error is told.
+            # The message may contain a password.
             logger.warning("%s is unavailable: %s", name, type(error).__name__)
-            found[name] = "unavailable"
+            results[name] = "unavailable"
         else:
-            found[name] = "ok"
-    return found
+            results[name] = "ok"
+    return results
 
 
 class HealthMiddleware:
-    """Answer the health checks before any rule about hosts, HTTPS or sessions."""
+    """Answers health checks before any rule about hosts, HTTPS or sessions applies."""
 
-    def __init__(self, get_response):
+    def __init__(self, get_response: Callable[[HttpRequest], HttpResponse]) -> None:
         self.get_response = get_response
 
-    def __call__(self, request):
+    def __call__(self, request: HttpRequest) -> HttpResponse:
+        """Answer a health check, or pass the request on."""
         if request.path == "/health/live":
             return JsonResponse({"status": "ok"})
         if request.path == "/health/ready":
-            checks = readiness()
-            healthy = set(checks.values()) == {"ok"}
-            status = "ok" if healthy else "unavailable"
+            results = get_readiness()
+            ready = set(results.values()) == {"ok"}
             return JsonResponse(
-                {"status": status, "checks": checks}, status=200 if healthy else 503
+                {"status": "ok" if ready else "unavailable", "checks": results},
+                status=200 if ready else 503,
             )
         return self.get_response(request)

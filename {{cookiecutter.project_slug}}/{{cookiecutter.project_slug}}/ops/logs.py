@@ -1,7 +1,7 @@
-"""Logs: one line for every event, which tells its process and its request or task.
+"""Logs: one line for each event, with its process and its request or task.
 
-The settings choose text, for people, or JSON, for machines. Whatever library writes an
-event, no password, query string, unsubscribe token or e-mail address of it gets out.
+``LOG_FORMAT`` selects text, for people, or JSON, for machines. Passwords, query strings,
+tokens and e-mail addresses are redacted in every event, whichever library logs it.
 """
 
 import json
@@ -10,143 +10,160 @@ import re
 import sys
 import time
 import uuid
+from collections.abc import Callable
 from contextvars import ContextVar
 from datetime import UTC, datetime
+from types import TracebackType
+from typing import Any, TextIO, cast
 
 from celery import current_task
 from celery.utils.log import LoggingProxy
 from django.conf import settings
+from django.http import HttpRequest, HttpResponse
 from django.utils.encoding import escape_uri_path
 from django.utils.log import configure_logging
 
 logger = logging.getLogger(__name__)
 access = logging.getLogger(f"{__package__}.access")
 
-#: The request that is answered in this thread.
-request_id = ContextVar("request_id", default=None)
+#: The id of the request that the current thread handles.
+request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
 
-#: What a request id of the proxy's may look like; any other is replaced.
-SANE_ID = re.compile(r"[A-Za-z0-9_.:=-]{8,128}")
+#: What an X-Request-ID header must match; otherwise the request gets a new id.
+VALID_REQUEST_ID = re.compile(r"[A-Za-z0-9_.:=-]{8,128}")
 
-#: What is masked: account and password in a URL, query strings, tokens that unsubscribe,
-#: e-mail addresses (the names of Celery's nodes are none), the addresses of clients, and
-#: the values that PostgreSQL tells of a row which it refuses.
-MASKS = [
+#: Patterns that are redacted in every event, each with its replacement.
+REDACTIONS = [
+    # User name and password in a URL
     (re.compile(r"(?<=://)\S{0,300}@"), "***@"),
+    # Query strings
     (re.compile(r"(?<=[\w/])\?[^\s'\"]+"), "?***"),
-    (re.compile(r"(?<=/unsubscribe/)[^\s/'\"]+"), "***"),
+    # E-mail addresses, but not the names of Celery's nodes
     (re.compile(r"\b(?!celery(?:beat)?@)[\w.+-]{1,64}(?:@|%40)[\w-]+(?:\.[\w-]+)+"), "***@***"),
+    # Client addresses in gunicorn's messages
     (re.compile(r"\bip=\S+"), "ip=***"),
+    # Values of a row in PostgreSQL's error messages
     (re.compile(r"(?<=\)=)\(.*?\)|(?<=Failing row contains )\(.*\)"), "(***)"),
 ]
 
-#: What code may give an event beside its message, by ``extra``, for JSON to show.
-#: All else stays inside: Django hands whole requests over, and Celery arguments.
+#: The fields passed with ``extra`` that JSON events contain. Libraries pass whole requests
+#: and task arguments in others.
 FIELDS = ("method", "path", "status", "duration_ms")
 
-_process, _stream = "command", None
+_process = "command"
+_stream: TextIO | None = None
 
 
-def start(process):
-    """Log as the process of that name from now on, to stdout, also what is only printed."""
+def configure(process: str) -> None:
+    """Send all logs and prints of this process to stdout, under the given process name."""
     global _process, _stream
     _process, _stream = process, sys.stdout
     configure_logging(settings.LOGGING_CONFIG, settings.LOGGING)
     logging.captureWarnings(True)
     if settings.LOG_FORMAT == "json":
         sys.excepthook = _log_crash
-        sys.stdout = sys.__stdout__ = LoggingProxy(logging.getLogger("stdout"), logging.INFO)
+        stdout = cast(TextIO, LoggingProxy(logging.getLogger("stdout"), logging.INFO))
+        sys.stdout = sys.__stdout__ = stdout  # type: ignore[misc]
 
 
-def make_handler():
-    """Return the handler of all events: a command writes them to stderr, and output to stdout."""
+def make_handler() -> logging.Handler:
+    """Return the handler of all events: stdout for a process, stderr for a command."""
     return logging.StreamHandler(_stream)
 
 
-def _log_crash(kind, error, traceback):
+def _log_crash(
+    kind: type[BaseException], error: BaseException, traceback: TracebackType | None
+) -> None:
     logger.critical("The process crashed", exc_info=(kind, error, traceback))
 
 
-def mask(text):
-    """Return the text without what nobody may read in a log."""
-    for pattern, instead in MASKS:
-        text = pattern.sub(instead, text)
+def redact(text: str) -> str:
+    """Return the text with secrets and personal data replaced by ``***``."""
+    for pattern, replacement in REDACTIONS:
+        text = pattern.sub(replacement, text)
+    for path in settings.LOG_REDACTED_PATHS:
+        text = re.sub(rf"(?<={re.escape(path)})[^\s/'\"]+", "***", text)
     return text
 
 
-def context(record):
-    """Return what an event belongs to: the process, and the request or the task."""
-    found = {"process": _process}
+def get_context(record: logging.LogRecord) -> dict[str, str]:
+    """Return the process of an event, and the id of its request or task."""
+    context = {"process": _process}
     if request := request_id.get():
-        found["request_id"] = request
-    # The main process of a worker tells in "data" which task it speaks of.
-    about = getattr(record, "data", None)
+        context["request_id"] = request
+    # A worker's main process passes the task that the event is about in "data".
+    data = getattr(record, "data", None)
     if current_task:
-        found["task_id"] = current_task.request.id
-    elif isinstance(about, dict) and "id" in about:
-        found["task_id"] = about["id"]
-    return found
+        context["task_id"] = current_task.request.id
+    elif isinstance(data, dict) and "id" in data:
+        context["task_id"] = data["id"]
+    return context
 
 
 class TextFormatter(logging.Formatter):
-    """Formats an event for people, a traceback below it."""
+    """Formats an event for people, with any traceback on the lines below it."""
 
     default_time_format = "%H:%M:%S"
     default_msec_format = None
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__("%(asctime)s %(levelname)s %(context)s %(name)s: %(message)s")
 
-    def format(self, record):
-        record.context = " ".join(filter(None, context(record).values()))
-        return mask(super().format(record))
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the event as text."""
+        record.context = " ".join(filter(None, get_context(record).values()))
+        return redact(super().format(record))
 
 
 class JsonFormatter(logging.Formatter):
-    """Formats an event as JSON in one line."""
+    """Formats an event as one line of JSON."""
 
-    def format(self, record):
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the event as JSON."""
+        time = datetime.fromtimestamp(record.created, UTC)
         event = {
-            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "time": time.isoformat(timespec="milliseconds"),
             "level": record.levelname,
-            **context(record),
+            **get_context(record),
             "logger": record.name,
-            "message": mask(record.getMessage()),
+            "message": redact(record.getMessage()),
         }
         for field in FIELDS:
             if hasattr(record, field):
                 event[field] = getattr(record, field)
         if record.exc_info:
-            event["exception"] = mask(self.formatException(record.exc_info))
+            event["exception"] = redact(self.formatException(record.exc_info))
         return json.dumps(event, default=str)
 
 
 class RequestLogMiddleware:
-    """Gives every request an id, and logs it, once it is answered, with status and duration.
+    """Gives each request an id, and logs its status and duration.
 
-    The id is that of the header X-Request-ID, where the proxy sends a sane one. The
-    answer has it too.
+    The id comes from the proxy's X-Request-ID header if that is valid. The response has
+    the same header.
     """
 
-    def __init__(self, get_response):
+    def __init__(self, get_response: Callable[[HttpRequest], HttpResponse]) -> None:
         self.get_response = get_response
 
-    def __call__(self, request):
-        sent = request.headers.get("X-Request-ID", "")
-        own_id = sent if SANE_ID.fullmatch(sent) else uuid.uuid4().hex
-        token = request_id.set(own_id)
+    def __call__(self, request: HttpRequest) -> HttpResponse:
+        """Handle the request and log it."""
+        sent_id = request.headers.get("X-Request-ID", "")
+        current_id = sent_id if VALID_REQUEST_ID.fullmatch(sent_id) else uuid.uuid4().hex
+        token = request_id.set(current_id)
         start = time.perf_counter()
         try:
             response = self.get_response(request)
             self.log(request, response, round((time.perf_counter() - start) * 1000))
         finally:
             request_id.reset(token)
-        response.headers["X-Request-ID"] = own_id
+        response.headers["X-Request-ID"] = current_id
         return response
 
-    def log(self, request, response, duration):
-        path = mask(escape_uri_path(request.path))
-        # Load balancers ask every few seconds.
+    def log(self, request: HttpRequest, response: HttpResponse, duration: int) -> None:
+        """Log a request that took ``duration`` milliseconds."""
+        path = redact(escape_uri_path(request.path))
+        # Load balancers check every few seconds.
         quiet = path.startswith("/health/") and response.status_code < 400
         access.log(
             logging.DEBUG if quiet else logging.INFO,

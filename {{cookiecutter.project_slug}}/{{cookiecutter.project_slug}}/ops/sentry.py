@@ -1,15 +1,17 @@
-"""Errors, and schedules that fail or are missed, go to Sentry where ``SENTRY_DSN`` names it."""
+"""Sentry gets errors and failed or missed schedules if ``SENTRY_DSN`` is set."""
+
+from typing import Any
 
 import sentry_sdk
 from django.conf import settings
 from sentry_sdk.integrations.celery import CeleryIntegration
 from sentry_sdk.integrations.django import DjangoIntegration
 
-from .logs import mask
+from .logs import redact
 
 
-def start():
-    """Report from now on, without what identifies a person: no data, users or variables."""
+def configure() -> None:
+    """Start to report, without personal data: no request bodies, users or variables."""
     sentry_sdk.init(
         dsn=settings.SENTRY_DSN,
         environment=settings.SENTRY_ENVIRONMENT,
@@ -17,24 +19,24 @@ def start():
         send_default_pii=False,
         include_local_variables=False,
         max_request_body_size="never",
-        before_send=scrub,
-        before_breadcrumb=scrub,
+        before_send=redact_event,
+        before_breadcrumb=redact_event,
     )
 
 
-def scrub(event, hint):
-    """Mask in every text of an event what the log masks too."""
+def redact_event(event: Any, hint: Any) -> Any:
+    """Return an event or breadcrumb without its query string, all its texts redacted."""
     event.get("request", {}).pop("query_string", None)
-    return _masked(event)
+    return _redact_all(event)
 
 
-def _masked(value):
+def _redact_all(value: Any) -> Any:
     match value:
         case str():
-            return mask(value)
+            return redact(value)
         case dict():
-            return {key: _masked(each) for key, each in value.items()}
+            return {key: _redact_all(item) for key, item in value.items()}
         case list():
-            return [_masked(each) for each in value]
+            return [_redact_all(item) for item in value]
         case _:
             return value
