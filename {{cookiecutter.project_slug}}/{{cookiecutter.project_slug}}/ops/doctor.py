@@ -1,18 +1,21 @@
-"""What ``python manage.py doctor`` looks at: whether each part is well, and what to run if not.
+"""The checks of ``python manage.py doctor``, and the command to run next for each failure.
 
-A check returns a Finding or raises an exception. All end in time, and tell no secret.
+A check returns a Result or raises an exception. Checks time out and leak no secrets.
 """
 
 import math
 import shlex
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import timedelta
+from datetime import datetime, timedelta
+from typing import Any
 from urllib.parse import urlsplit
 
+from celery import current_app
 from django.conf import settings
-from django.core import mail
+from django.core import checks, mail
 from django.db import connection, connections
 from django.db.migrations.executor import MigrationExecutor
 from django.utils import timezone
@@ -20,94 +23,119 @@ from django_celery_beat.models import PeriodicTask
 from kombu.utils.json import loads
 
 from . import health
-from .celery import app
-from .logs import mask
+from .logs import redact
 
-#: How long a round of checks may take, in seconds.
-LIMIT = 6
+#: Time limit of the checks that run at the same time, in seconds.
+CHECK_TIMEOUT = 6
 
-#: How long a worker, beat or the SMTP server has to answer, in seconds.
-PATIENCE = 4
+#: Time limit for the reply of a worker, beat or the SMTP server, in seconds.
+REPLY_TIMEOUT = 4
 
-OK, BROKEN, UNKNOWN = "ok", "broken", "unknown"
+OK, ERROR, SKIPPED = "ok", "error", "skipped"
 
 
 @dataclass
-class Finding:
-    """What a check found; ``next`` is the command to run where it is not well."""
+class Result:
+    """The result of a check; ``next`` is the command to run if it failed."""
 
     message: str
     status: str = OK
     next: str | None = None
-    schedules: list = field(default_factory=list)
+    schedules: list[dict[str, Any]] = field(default_factory=list)
+
+
+class InvalidSchedule(Exception):
+    """Beat cannot run a schedule."""
 
 
 # Checks
 
 
-def check_database():
+def check_settings() -> Result:
+    """Run Django's system checks; in production those of ``check --deploy`` too."""
+    messages = [
+        message
+        for message in checks.run_checks(include_deployment_checks=not settings.DEBUG)
+        if message.is_serious(checks.WARNING) and not message.is_silenced()
+    ]
+    if not messages:
+        return Result("no problems")
+    first = redact_text(f"{messages[0].msg} ({messages[0].id})")
+    return failed("settings", f"{len(messages)} problems, first: {first}")
+
+
+def check_database() -> Result:
+    """Query the database."""
     health.check_database()
     if connection.vendor == "sqlite":
-        return Finding(f"SQLite in {connection.settings_dict['NAME']}")
-    host, port = database_address()
-    return Finding(f"{connection.display_name} on {host}:{port}")
+        return Result(f"SQLite in {connection.settings_dict['NAME']}")
+    host, port = get_database_address()
+    return Result(f"{connection.display_name} on {host}:{port}")
 
 
-def check_migrations():
+def check_migrations() -> Result:
+    """Look for migrations that are not applied."""
     executor = MigrationExecutor(connection)
     plan = executor.migration_plan(executor.loader.graph.leaf_nodes())
     if not plan:
-        return Finding("all applied")
+        return Result("all applied")
     migration, _ = plan[0]
-    return broken("migrations", f"{len(plan)} to apply: first {migration}")
+    return failed("migrations", f"{len(plan)} not applied, first: {migration}")
 
 
-def check_broker():
+def check_broker() -> Result:
+    """Connect to the broker."""
     health.check_broker()
-    scheme, host, port = broker_address()
-    return Finding(f"{scheme} on {host}:{port}" if port else scheme)
+    scheme, host, port = get_broker_address()
+    return Result(f"{scheme} on {host}:{port}" if port else scheme)
 
 
-def check_worker():
-    return check_node("worker", "celery@*")
+def check_worker() -> Result:
+    """Ping the workers."""
+    return ping("worker", "celery@*")
 
 
-def check_beat():
-    return check_node("beat", "celerybeat@*")
+def check_beat() -> Result:
+    """Ping beat."""
+    return ping("beat", "celerybeat@*")
 
 
-def check_node(process, pattern):
-    """Find whether a node with such a name answers to Celery's remote control."""
-    replies = app.control.broadcast(
-        "ping", reply=True, limit=1, timeout=PATIENCE, pattern=pattern, matcher="glob"
+def ping(process: str, pattern: str) -> Result:
+    """Wait for the first reply of a node whose name matches the pattern."""
+    inspect = current_app.control.inspect(
+        pattern=pattern, matcher="glob", timeout=REPLY_TIMEOUT, limit=1
     )
+    replies = inspect.ping()
     if not replies:
-        return broken(process, "none answers")
-    return Finding(f"{next(iter(replies[0]))} answers")
+        return failed(process, "no reply")
+    return Result(f"{next(iter(replies))} replied")
 
 
-def check_schedules():
-    app.loader.import_default_modules()
+def check_schedules() -> Result:
+    """Compute the next run of each enabled schedule."""
+    current_app.loader.import_default_modules()
     rows = PeriodicTask.objects.order_by("name")
     rows = rows.select_related("crontab", "interval", "solar", "clocked")
-    schedules = [describe(row) for row in rows.filter(enabled=True)]
-    off = rows.filter(enabled=False).count()
-    return Finding(
-        f"{len(schedules)} on, {off} off; times in {settings.TIME_ZONE}",
-        BROKEN if any(schedule["problem"] for schedule in schedules) else OK,
+    schedules = [describe_schedule(row) for row in rows.filter(enabled=True)]
+    disabled = rows.filter(enabled=False).count()
+    return Result(
+        f"{len(schedules)} enabled, {disabled} disabled; times in {settings.TIME_ZONE}",
+        ERROR if any(schedule["problem"] for schedule in schedules) else OK,
         schedules=schedules,
     )
 
 
-def check_email():
+def check_email() -> Result:
+    """Connect and log in to the SMTP server."""
     backend = settings.EMAIL_BACKEND.split(".")[-2]
     if backend != "smtp":
-        return Finding(f"no server; messages go to Django's {backend} backend")
-    with mail.get_connection(timeout=PATIENCE):
-        return Finding(f"SMTP on {settings.EMAIL_HOST}:{settings.EMAIL_PORT}")
+        return Result(f"no server; messages go to Django's {backend} backend")
+    with mail.get_connection(timeout=REPLY_TIMEOUT):
+        return Result(f"SMTP on {settings.EMAIL_HOST}:{settings.EMAIL_PORT}")
 
 
-CHECKS = {
+CHECKS: dict[str, Callable[[], Result]] = {
+    "settings": check_settings,
     "database": check_database,
     "migrations": check_migrations,
     "broker": check_broker,
@@ -117,8 +145,8 @@ CHECKS = {
     "e-mail": check_email,
 }
 
-#: What a check needs to be well before it can look.
-NEEDS = {
+#: Checks that are skipped if another one fails.
+REQUIREMENTS = {
     "migrations": "database",
     "schedules": "database",
     "worker": "broker",
@@ -129,73 +157,85 @@ NEEDS = {
 # Schedules
 
 
-def describe(row):
-    """Return a schedule's name, task and next run, or its problem and what to run."""
-    found = {"name": row.name, "task": row.task, "next_run": None, "problem": None, "next": None}
+def describe_schedule(row: PeriodicTask) -> dict[str, Any]:
+    """Return a schedule's next run, or its problem and the command that disables it."""
+    schedule = {"name": row.name, "task": row.task, "next_run": None, "problem": None, "next": None}
     try:
-        found["next_run"] = next_run(row)
+        schedule["next_run"] = get_next_run(row)
     except Exception as error:
-        found["problem"] = str(error) if isinstance(error, Unfit) else told(error)
-        stop = f"s = PeriodicTask.objects.get(pk={row.pk}); s.enabled = False; s.save()"
-        found["next"] = f"python manage.py shell --command {shlex.quote(stop)}"
-    return found
+        invalid = isinstance(error, InvalidSchedule)
+        schedule["problem"] = str(error) if invalid else redact_error(error)
+        disable = f"s = PeriodicTask.objects.get(pk={row.pk}); s.enabled = False; s.save()"
+        schedule["next"] = f"python manage.py shell --command {shlex.quote(disable)}"
+    return schedule
 
 
-class Unfit(Exception):
-    """Beat cannot run a schedule."""
-
-
-def next_run(row):
-    """Return when the schedule is due, in the service's time zone, or raise an exception."""
-    if row.task not in app.tasks:
-        raise Unfit(f"its task does not exist: {row.task}")
+def get_next_run(row: PeriodicTask) -> datetime:
+    """Return when a schedule is due; raise an exception if beat cannot run it."""
+    if row.task not in current_app.tasks:
+        raise InvalidSchedule(f"its task does not exist: {row.task}")
     if row.scheduler is None:
-        raise Unfit("it has neither a crontab nor an interval")
+        raise InvalidSchedule("it has neither a crontab nor an interval")
     loads(row.args or "[]")
     loads(row.kwargs or "{}")
     now = timezone.now()
     if row.start_time and row.start_time > now:
         return timezone.localtime(row.start_time)
     last_run = row.last_run_at or row.date_changed
-    is_due, seconds = row.schedule.is_due(last_run.astimezone(app.timezone))
-    # What passed since "now" would show a full minute as the second before.
-    moment = now if is_due else now + timedelta(seconds=math.ceil(seconds))
-    return timezone.localtime(moment).replace(microsecond=0)
+    is_due, seconds = row.schedule.is_due(last_run.astimezone(current_app.timezone))
+    # The time since "now" must not turn a full minute into the second before it.
+    next_run = now if is_due else now + timedelta(seconds=math.ceil(seconds))
+    return timezone.localtime(next_run).replace(microsecond=0)
 
 
-# What comes next
+# Failures
 
 
-def next_command(name):
-    """Return the command that mends what is broken, or tells more about it."""
+def failed(name: str, message: str) -> Result:
+    """Return the result of a check that failed."""
+    return Result(message, ERROR, get_next_command(name))
+
+
+def get_next_command(name: str) -> str | None:
+    """Return the command that fixes a failure, or that shows more about it."""
     match name:
+        case "settings":
+            return "python manage.py check" + ("" if settings.DEBUG else " --deploy")
         case "database" if connection.vendor == "postgresql":
-            return "pg_isready --host={} --port={}".format(*database_address())
+            return "pg_isready --host={} --port={}".format(*get_database_address())
         case "database" | "migrations" | "schedules":
             return "python manage.py migrate"
         case "broker":
-            return "nc -zv {1} {2}".format(*broker_address())
+            return "nc -zv {1} {2}".format(*get_broker_address())
         case "worker" | "beat":
             return f"python manage.py prodserver {name}"
         case "e-mail":
             return "python manage.py sendtestemail ADDRESS"
+        case _:
+            return None
 
 
-def database_address():
+def get_database_address() -> tuple[str, int | str]:
+    """Return host and port of PostgreSQL."""
     database = connection.settings_dict
     return database["HOST"] or "localhost", database["PORT"] or 5432
 
 
-def broker_address():
-    """Return scheme, host and port of the broker; no port where it is no server."""
+def get_broker_address() -> tuple[str, str, int | None]:
+    """Return scheme, host and port of the broker; the port is None without a server."""
     url = urlsplit(settings.CELERY_BROKER_URL)
     ports = {"amqp": 5672, "amqps": 5671}
     return url.scheme, url.hostname or "localhost", url.port or ports.get(url.scheme)
 
 
-def told(error):
-    """Return an error in one line, without the secrets that the settings hold."""
-    text = mask(" ".join(f"{type(error).__name__}: {error}".split()))
+def redact_error(error: BaseException) -> str:
+    """Return an error as one line of at most 200 characters without secrets."""
+    return redact_text(f"{type(error).__name__}: {error}")
+
+
+def redact_text(text: str) -> str:
+    """Return the text as one line of at most 200 characters without secrets."""
+    text = redact(" ".join(text.split()))
     secrets = (
         settings.SECRET_KEY,
         settings.EMAIL_HOST_PASSWORD,
@@ -207,40 +247,36 @@ def told(error):
     return text[:200]
 
 
-def broken(name, message):
-    return Finding(message, BROKEN, next_command(name))
+# All checks
 
 
-# All together
+def run_all() -> dict[str, Result]:
+    """Run all checks; return their results by name."""
+    results = run({name: check for name, check in CHECKS.items() if name not in REQUIREMENTS})
+    passed = {name for name, result in results.items() if result.status == OK}
+    results |= run({name: CHECKS[name] for name, other in REQUIREMENTS.items() if other in passed})
+    for name, other in REQUIREMENTS.items():
+        results.setdefault(name, Result(f"skipped because the {other} check failed", SKIPPED))
+    return {name: results[name] for name in CHECKS}
 
 
-def examine():
-    """Return what the checks found, by their names."""
-    found = run({name: check for name, check in CHECKS.items() if name not in NEEDS})
-    well = {name for name, finding in found.items() if finding.status == OK}
-    found |= run({name: CHECKS[name] for name, needed in NEEDS.items() if needed in well})
-    for name, needed in NEEDS.items():
-        found.setdefault(name, Finding(f"not looked at: the {needed} is broken", UNKNOWN))
-    return {name: found[name] for name in CHECKS}
+def run(checks: dict[str, Callable[[], Result]]) -> dict[str, Result]:
+    """Run checks at the same time; return their results by name after the time limit."""
+    results = {name: failed(name, f"no result within {CHECK_TIMEOUT} seconds") for name in checks}
 
-
-def run(checks):
-    """Run checks side by side; return what they found by the time that is up."""
-    found = {name: broken(name, f"no answer within {LIMIT} seconds") for name in checks}
-
-    def look(name, check):
+    def run_one(name: str, check: Callable[[], Result]) -> None:
         try:
-            found[name] = check()
+            results[name] = check()
         except Exception as error:
-            found[name] = broken(name, told(error))
+            results[name] = failed(name, redact_error(error))
         finally:
             connections.close_all()
 
-    # Daemons: one that hangs does not keep the process alive.
-    threads = [threading.Thread(target=look, args=item, daemon=True) for item in checks.items()]
-    deadline = time.monotonic() + LIMIT
+    # Daemon threads: a check that hangs does not keep the process alive.
+    threads = [threading.Thread(target=run_one, args=item, daemon=True) for item in checks.items()]
+    deadline = time.monotonic() + CHECK_TIMEOUT
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(max(0, deadline - time.monotonic()))
-    return dict(found)
+    return dict(results)
