@@ -1,0 +1,89 @@
+"""Parts for the service's API: a throttled login, pagination, and errors for the schema."""
+
+from typing import Any
+
+from django.core.exceptions import ValidationError
+from drf_spectacular.utils import OpenApiResponse, extend_schema
+from rest_framework import pagination, serializers
+from rest_framework.authtoken.serializers import AuthTokenSerializer
+from rest_framework.authtoken.views import ObtainAuthToken
+from rest_framework.exceptions import NotFound
+from rest_framework.parsers import JSONParser
+from rest_framework.request import Request
+from rest_framework.response import Response
+from rest_framework.throttling import UserRateThrottle
+from rest_framework.views import APIView
+
+
+class CursorPagination(pagination.CursorPagination):
+    """Pages by cursor, which stay correct while rows are added; set ``ordering``."""
+
+    page_size = 50
+
+    def paginate_queryset(
+        self, queryset: Any, request: Request, view: APIView | None = None
+    ) -> list[Any] | None:
+        """Return a page of the queryset; raise NotFound for an invalid cursor."""
+        try:
+            return super().paginate_queryset(queryset, request, view)
+        except ValidationError as error:
+            # The position in a forged cursor may not be a valid value of the field.
+            raise NotFound(self.invalid_cursor_message) from error
+
+
+# Errors, as the schema describes them
+
+
+class ErrorSerializer(serializers.Serializer):
+    """Why a request failed."""
+
+    detail = serializers.CharField()
+
+
+INVALID = OpenApiResponse(
+    {
+        "type": "object",
+        "additionalProperties": {
+            "oneOf": [{"type": "array", "items": {"type": "string"}}, {"type": "string"}]
+        },
+    },
+    description="The problems by field; `detail` if the request is not valid JSON.",
+)
+
+
+def errors(*statuses: int) -> dict[int, type[ErrorSerializer]]:
+    """Return the responses of an operation that fails with one of these statuses."""
+    return dict.fromkeys(statuses, ErrorSerializer)
+
+
+# Login
+
+
+class LoginThrottle(UserRateThrottle):
+    """Limits the attempts to get a token, by client address."""
+
+    scope = "login"
+    rate = "10/min"
+
+
+class TokenSerializer(serializers.Serializer):
+    """A token; send it in the header ``Authorization: Token ...``."""
+
+    token = serializers.CharField()
+
+
+class TokenView(ObtainAuthToken):
+    """Returns a token for a user name and a password."""
+
+    parser_classes = (JSONParser,)
+    throttle_classes = (LoginThrottle,)
+
+    @extend_schema(
+        summary="Get a token for a user name and a password",
+        auth=[],
+        request=AuthTokenSerializer,
+        responses={200: TokenSerializer, 400: INVALID} | errors(415, 429),
+    )
+    def post(self, request: Request, *args: Any, **kwargs: Any) -> Response:
+        """Return the user's token."""
+        return super().post(request, *args, **kwargs)
