@@ -1,48 +1,52 @@
-"""Unsubscribing by a signed link, without a login (RFC 8058)."""
+"""Unsubscribe through a signed link, without a login (RFC 8058)."""
 
 from functools import cache
+from typing import Any
 
 from django.conf import settings
+from django.contrib.auth import get_user_model
 from django.core.signing import BadSignature, Signer
-from django.http import Http404
+from django.http import Http404, HttpRequest, HttpResponse
 from django.shortcuts import get_object_or_404, render
 from django.urls import reverse
 from django.views.decorators.csrf import csrf_exempt
 from django.views.decorators.http import require_http_methods
 
-from .models import User
-
-#: What one can unsubscribe from: how it is called, and what then changes.
-KINDS = {
-    "digest": ("the digests of your answers", {"digest_frequency": User.DigestFrequency.OFF}),
-    "notification": ("the e-mail for every answer", {"notify_on_response": False}),
-}
+from .digests import Message, email_of, registry
 
 signer = Signer(salt="unsubscribe")
 
 
-def link(user, kind):
-    """Return the address where one click ends this kind of e-mail to the user."""
-    return settings.SITE_URL + _path().replace("TOKEN", signer.sign(f"{user.pk}:{kind}"))
+def link(recipient: Any, message: Message) -> str:
+    """Return the absolute URL that unsubscribes the recipient from this message."""
+    token = signer.sign(f"{recipient.pk}:{message.name}")
+    return f"{settings.SITE_URL}{_path()}".replace("TOKEN", token)
 
 
 @cache
-def _path():
+def _path() -> str:
     return reverse("unsubscribe", args=["TOKEN"])
 
 
-@csrf_exempt  # The mail provider's request is no form of ours: the signature proves it.
+@csrf_exempt  # Mail providers post without a CSRF token; the signature authenticates.
 @require_http_methods(["GET", "HEAD", "POST"])
-def view(request, token):
-    """Ask for the click, since mail scanners follow links; unsubscribe at a POST."""
+def view(request: HttpRequest, token: str) -> HttpResponse:
+    """Ask for confirmation, because mail scanners follow links; unsubscribe at a POST."""
     try:
-        pk, kind = signer.unsign(token).split(":")
+        pk, name = signer.unsign(token).split(":")
     except BadSignature as error:
         raise Http404("This link is not valid.") from error
-    user = get_object_or_404(User, pk=pk)
-    title, change = KINDS[kind]
+    message = registry.get(name)
+    if message is None or message.unsubscribe_label is None:
+        raise Http404("This link is for e-mail that is no longer sent.")
+    recipient = get_object_or_404(get_user_model(), pk=pk)
     done = request.method == "POST"
     if done:
-        User.objects.filter(pk=user.pk).update(**change)
-    context = {"site_name": settings.SITE_NAME, "title": title, "email": user.email, "done": done}
+        message.unsubscribe(recipient)
+    context = {
+        "site_name": settings.SITE_NAME,
+        "email": email_of(recipient),
+        "label": message.unsubscribe_label,
+        "done": done,
+    }
     return render(request, "unsubscribe.html", context)

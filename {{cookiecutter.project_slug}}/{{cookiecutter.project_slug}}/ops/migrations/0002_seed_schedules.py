@@ -1,4 +1,4 @@
-"""A schedule that finds what a crash or an absent broker left undone."""
+"""The schedule that resumes interrupted deliveries."""
 
 from datetime import timedelta
 
@@ -8,12 +8,15 @@ from ..schedules import CreateSchedule
 
 
 class Migration(migrations.Migration):
-    dependencies = [("{{ cookiecutter.project_slug }}", "0003_moderators")]
+    dependencies = [
+        ("ops", "0001_initial"),
+        ("django_celery_beat", "0019_alter_periodictasks_options"),
+    ]
 
     operations = [
         CreateSchedule(
             "deliveries-resume",
-            task="{{ cookiecutter.project_slug }}.tasks.resume_deliveries",
+            task="ops.resume_deliveries",
             interval=timedelta(minutes=1),
         ),
     ]

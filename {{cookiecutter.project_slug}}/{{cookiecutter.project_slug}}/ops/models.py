@@ -1,0 +1,64 @@
+"""The record of digests: which are due for which period, and who received them."""
+
+from typing import Self
+
+from django.conf import settings
+from django.db import models
+
+
+class DigestRun(models.Model):
+    """A digest that is due for a period; finished once each recipient has a delivery."""
+
+    digest = models.CharField(max_length=50)
+    period_start = models.DateTimeField()
+    period_end = models.DateTimeField()
+    queued_at = models.DateTimeField(null=True)
+    finished_at = models.DateTimeField(null=True)
+
+    class Meta:
+        constraints = [
+            models.UniqueConstraint(fields=["digest", "period_start"], name="one_run_per_period"),
+        ]
+
+    def __str__(self) -> str:
+        return f"{self.digest} {self.period_start:%Y-%m-%d %H:%M}"
+
+    def previous(self) -> Self | None:
+        """Return the last run of the same digest for an earlier period, or None."""
+        runs = type(self)._default_manager.filter(
+            digest=self.digest, period_start__lt=self.period_start
+        )
+        return runs.order_by("period_start").last()
+
+
+class DigestDelivery(models.Model):
+    """A recipient received the digest for a period, or the reason why not."""
+
+    class Status(models.TextChoices):
+        SENT = "sent", "Sent"
+        FAILED = "failed", "Failed"
+
+    digest = models.CharField(max_length=50)
+    # The unique constraint's index starts with this field, so it needs none of its own.
+    recipient = models.ForeignKey(
+        settings.AUTH_USER_MODEL,
+        on_delete=models.CASCADE,
+        related_name="digest_deliveries",
+        db_index=False,
+    )
+    period_start = models.DateTimeField()
+    status = models.CharField(max_length=6, choices=Status)
+    reason = models.CharField(max_length=500, blank=True)
+    created_at = models.DateTimeField(auto_now_add=True)
+
+    class Meta:
+        ordering = ["-created_at"]
+        verbose_name_plural = "digest deliveries"
+        constraints = [
+            models.UniqueConstraint(
+                fields=["recipient", "digest", "period_start"], name="one_delivery_per_period"
+            ),
+        ]
+
+    def __str__(self) -> str:
+        return f"{self.digest} {self.period_start:%Y-%m-%d %H:%M} to {self.recipient}"

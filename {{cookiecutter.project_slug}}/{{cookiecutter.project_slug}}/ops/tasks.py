@@ -1,0 +1,169 @@
+"""Tasks that deliver digests and notifications. Each may run twice without harm."""
+
+import logging
+from collections.abc import Callable
+from datetime import datetime, timedelta
+from typing import Any
+
+from celery import shared_task
+from django.utils import timezone
+from django_celery_beat.models import PeriodicTask
+from kombu.utils.json import loads
+
+from . import deliveries
+from .digests import get_digest, get_digests, get_notification, get_notifications
+from .models import DigestRun
+
+logger = logging.getLogger(__name__)
+
+#: Retry after 1, 2, 4 ... minutes, at most 2 hours: nine attempts within about four hours.
+RETRY_OPTIONS: dict[str, Any] = {
+    "bind": True,
+    "autoretry_for": (Exception,),
+    "max_retries": 8,
+    "retry_backoff": 60,
+    "retry_backoff_max": 2 * 60 * 60,
+    "retry_jitter": False,
+}
+
+#: Seconds to wait while another process is sending the same messages.
+BUSY_SECONDS = 10
+
+#: Age at which an unfinished run is queued again.
+STALE_AFTER = timedelta(minutes=10)
+
+#: Age up to which interrupted deliveries are queued again.
+RESUME_WINDOW = timedelta(days=3)
+
+#: Notifications of one kind that are queued again at once.
+RESUME_LIMIT = 500
+
+#: The function that returns the digest's name, by the name of its task.
+DIGEST_TASKS: dict[str, Callable[..., str]] = {}
+
+
+def digest_task(function: Callable[..., str]) -> Any:
+    """Decorator: turn a function that returns a digest's name into a task that sends it.
+
+    A schedule can run the task, whose name is the function's dotted path. The task sends
+    the digest for the last period before it was queued.
+    """
+    name = f"{function.__module__}.{function.__name__}"
+
+    def run(self: Any, *args: Any, **kwargs: Any) -> None:
+        start_digest(function(*args, **kwargs), self.queued_at)
+
+    run.__doc__ = function.__doc__
+    DIGEST_TASKS[name] = function
+    return shared_task(bind=True, name=name)(run)
+
+
+def start_digest(name: str, now: datetime) -> None:
+    """Queue the digest for the last period before ``now``, unless that is done already.
+
+    Raises ValueError for an unknown name.
+    """
+    period_start, period_end = get_digest(name).period(now)
+    run, _ = DigestRun.objects.get_or_create(
+        digest=name, period_start=period_start, defaults={"period_end": period_end}
+    )
+    if run.queued_at is None:
+        queue_chunks(run)
+
+
+def queue_chunks(run: DigestRun) -> None:
+    """Queue a task for each chunk with remaining recipients; finish the run if there is none."""
+    queued = 0
+    for chunk in deliveries.remaining_chunks(run):
+        send_digest_chunk.delay(run.pk, chunk)
+        queued += 1
+    run.queued_at = timezone.now()
+    run.finished_at = None if queued else run.queued_at
+    run.save(update_fields=["queued_at", "finished_at"])
+    logger.info("Digest %s: %d chunks queued", run, queued)
+
+
+def notify_on_commit(name: str, pk: Any) -> None:
+    """Queue the notification of that name about an object once the transaction commits."""
+    send_notification.delay_on_commit(name, pk)
+
+
+@shared_task(name="ops.send_digest_chunk", **RETRY_OPTIONS)
+def send_digest_chunk(self: Any, run_pk: int, chunk: int) -> None:
+    """Send a digest to the recipients of one chunk."""
+    run = DigestRun.objects.get(pk=run_pk)
+    try:
+        complete = deliveries.send_chunk(run, chunk, is_last_try(self))
+    except deliveries.Busy:
+        requeue(self)
+        return
+    if not complete:
+        send_digest_chunk.delay(run_pk, chunk)
+
+
+@shared_task(name="ops.send_notification", **RETRY_OPTIONS)
+def send_notification(self: Any, name: str, pk: Any) -> None:
+    """Send the notification of that name about the object with that primary key."""
+    try:
+        deliveries.send_notification(get_notification(name), pk, is_last_try(self))
+    except deliveries.Busy:
+        requeue(self)
+
+
+def is_last_try(task: Any) -> bool:
+    """Return whether Celery will not retry the running task again."""
+    return bool(task.request.retries >= task.max_retries)
+
+
+def requeue(task: Any) -> None:
+    """Queue the running task again for later, without counting a retry."""
+    request = task.request
+    task.apply_async(request.args, request.kwargs, countdown=BUSY_SECONDS, retries=request.retries)
+
+
+@shared_task(name="ops.resume_deliveries")
+def resume_deliveries() -> None:
+    """Queue again what a crash or an unavailable broker interrupted."""
+    now = timezone.now()
+    resume_schedules(now - RESUME_WINDOW)
+    resume_runs(now - RESUME_WINDOW, now - STALE_AFTER)
+    resume_notifications(now - RESUME_WINDOW, now - timedelta(minutes=1))
+
+
+def resume_schedules(since: datetime) -> None:
+    """Start the digests of schedules that were due since then.
+
+    Beat stores when it ran a schedule even if the broker did not accept the task.
+    """
+    schedules = PeriodicTask.objects.filter(
+        enabled=True, task__in=DIGEST_TASKS, last_run_at__gte=since
+    )
+    for schedule in schedules:
+        try:
+            args, kwargs = loads(schedule.args), loads(schedule.kwargs)
+            start_digest(DIGEST_TASKS[schedule.task](*args, **kwargs), schedule.last_run_at)
+        except (TypeError, ValueError) as error:
+            # A mistake in one schedule must not stop the others.
+            logger.error("Schedule %s cannot run: %s", schedule.name, error)
+
+
+def resume_runs(since: datetime, queued_before: datetime) -> None:
+    """Queue the chunks of unfinished runs again, or finish them."""
+    runs = DigestRun.objects.filter(
+        digest__in=get_digests(),
+        finished_at=None,
+        period_end__gte=since,
+        queued_at__lt=queued_before,
+    )
+    for run in runs:
+        queue_chunks(run)
+
+
+def resume_notifications(since: datetime, due_before: datetime) -> None:
+    """Queue the notifications again that became due between these times."""
+    for name, notification in get_notifications().items():
+        field = notification.due_field
+        due = {f"{field}__gte": since, f"{field}__lt": due_before}
+        waiting = notification.waiting().filter(**due)
+        for pk in waiting.values_list("pk", flat=True)[:RESUME_LIMIT]:
+            send_notification.delay(name, pk)
