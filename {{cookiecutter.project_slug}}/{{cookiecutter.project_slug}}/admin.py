@@ -1,4 +1,4 @@
-"""The admin: moderation of submissions, people, and the record of deliveries."""
+"""The admin: moderation of submissions, and users."""
 
 from django import forms
 from django.conf import settings
@@ -7,15 +7,14 @@ from django.contrib.auth.admin import UserAdmin as BaseUserAdmin
 from django.shortcuts import render
 from django.utils.translation import ngettext
 
-from .logins import LoginForm
-from .models import DigestDelivery, Submission, User
+from .models import Submission, User
+from .ops.tasks import notify_on_commit
 
 admin.site.site_title = admin.site.site_header = settings.SITE_NAME
-admin.site.login_form = LoginForm
 
 
 class StatusFilter(admin.SimpleListFilter):
-    """What to show; what is pending, unless one asks for something else."""
+    """Filters by status; shows pending submissions by default."""
 
     title = "status"
     parameter_name = "status"
@@ -46,6 +45,13 @@ class AnswerForm(forms.Form):
         max_length=5000,
         widget=forms.Textarea(attrs={"rows": 6, "class": "vLargeTextField", "autofocus": True}),
     )
+
+
+def answer(submission, response, moderator):
+    """Save the answer, and notify the author of the first one."""
+    first = submission.answer(response, moderator)
+    if first and submission.author.notify_on_response:
+        notify_on_commit("answer", submission.pk)
 
 
 @admin.register(Submission)
@@ -79,31 +85,31 @@ class SubmissionAdmin(admin.ModelAdmin):
 
     def save_model(self, request, obj, form, change):
         if "response" in form.changed_data and obj.response:
-            obj.answer(obj.response, request.user)
+            answer(obj, obj.response, request.user)
         else:
             super().save_model(request, obj, form, change)
 
     @admin.action(description="Approve", permissions=["change"])
     def approve(self, request, queryset):
-        self._tell(request, queryset.approve(), "approved")
+        self._report(request, queryset.approve(), "approved")
 
     @admin.action(description="Flag for a second look", permissions=["change"])
     def flag(self, request, queryset):
-        self._tell(request, queryset.flag(), "flagged")
+        self._report(request, queryset.flag(), "flagged")
 
     @admin.action(description="Archive", permissions=["change"])
     def archive(self, request, queryset):
-        self._tell(request, queryset.archive(), "archived")
+        self._report(request, queryset.archive(), "archived")
 
     @admin.action(description="Answer", permissions=["change"])
     def answer(self, request, queryset):
         form = AnswerForm(request.POST if "response" in request.POST else None)
         if form.is_valid():
-            # What is answered leaves the filtered queryset, so it is read only once.
+            # Read them only once: an answered submission drops out of the filtered queryset.
             submissions = list(queryset.select_related("author"))
             for submission in submissions:
-                submission.answer(form.cleaned_data["response"], request.user)
-            return self._tell(request, len(submissions), "answered")
+                answer(submission, form.cleaned_data["response"], request.user)
+            return self._report(request, len(submissions), "answered")
         context = {
             **self.admin_site.each_context(request),
             "title": "Answer",
@@ -113,7 +119,7 @@ class SubmissionAdmin(admin.ModelAdmin):
         }
         return render(request, "admin/answer.html", context)
 
-    def _tell(self, request, count, done):
+    def _report(self, request, count, done):
         text = ngettext("%d submission was %s.", "%d submissions were %s.", count)
         self.message_user(request, text % (count, done), messages.SUCCESS)
 
@@ -126,18 +132,3 @@ class UserAdmin(BaseUserAdmin):
         *BaseUserAdmin.fieldsets,
         ("E-mail", {"fields": ("digest_frequency", "notify_on_response")}),
     )
-
-
-@admin.register(DigestDelivery)
-class DigestDeliveryAdmin(admin.ModelAdmin):
-    list_display = ("digest", "recipient", "period_start", "status", "reason", "created_at")
-    list_filter = ("status", "digest", "created_at")
-    list_select_related = ("recipient",)
-    search_fields = ("recipient__username", "recipient__email", "reason")
-    show_full_result_count = False
-
-    def has_add_permission(self, request):
-        return False
-
-    def has_change_permission(self, request, obj=None):
-        return False

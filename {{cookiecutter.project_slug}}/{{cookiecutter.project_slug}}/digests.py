@@ -1,42 +1,34 @@
-"""What the digests say, for which period, and to whom; ``deliveries.py`` sends them.
+"""The e-mail of the service: digests for moderators and users, notifications for authors."""
 
-A digest is an object with a name, a period, recipients and their contents. Each
-recipient gets it once for each period, however often it is asked for.
-"""
-
-from datetime import UTC, datetime, time, timedelta
+from datetime import UTC, datetime
 
 from django.conf import settings
 from django.db.models import Exists, OuterRef, Q
 from django.utils import timezone
 
-from .models import DigestRun, Submission, User
+from .models import Submission, User
+from .ops.digests import DailyDigest, Digest, HourlyDigest, Notification, WeeklyDigest, register
 
-#: How many submissions a moderator's digest shows.
+#: How many submissions a moderator digest lists.
 NEWEST = 20
 
-#: What a digest shows of its recipient; any other field takes a query for each of them.
+#: The fields of a recipient that the templates use.
 RECIPIENT_FIELDS = ("email", "first_name", "last_name", "username")
 
 
-class ModeratorDigest:
-    """What waits for a decision, to every moderator, where something is new."""
+@register
+class ModeratorDigest(HourlyDigest):
+    """What waits for a decision, to all moderators, if something is new."""
 
     name = "moderator"
-    subject = "submissions wait for you"
+    subject = "submissions to review"
     template = "moderator_digest"
-    unsubscribe = None
-
-    def period(self, now):
-        """Return start and end of the last whole hour before ``now``."""
-        end = timezone.localtime(now).replace(minute=0, second=0, microsecond=0).astimezone(UTC)
-        return end - timedelta(hours=1), end
+    recipient_fields = RECIPIENT_FIELDS
 
     def recipients(self, run):
-        """Return all moderators, or none where nothing is new since the last run."""
-        earlier = DigestRun.objects.filter(digest=self.name, period_start__lt=run.period_start)
-        last = earlier.order_by("period_start").last()
-        since = last.period_end if last else datetime.min.replace(tzinfo=UTC)
+        """Return all moderators, or nobody if nothing is new since the previous run."""
+        previous = run.previous()
+        since = previous.period_end if previous else datetime.min.replace(tzinfo=UTC)
         new = Q(created_at__gte=since, created_at__lt=run.period_end) | Q(
             flagged_at__gte=since, flagged_at__lt=run.period_end
         )
@@ -44,7 +36,7 @@ class ModeratorDigest:
         return User.objects.moderators() if waiting.filter(new).exists() else User.objects.none()
 
     def contents(self, recipients, run):
-        """Return the context of the template by the recipient's key."""
+        """Return the same context for every moderator."""
         pending, flagged = Submission.objects.pending(), Submission.objects.flagged()
         newest = (pending | flagged).select_related("author").order_by("-created_at")[:NEWEST]
         context = {
@@ -58,48 +50,76 @@ class ModeratorDigest:
         return dict.fromkeys((recipient.pk for recipient in recipients), context)
 
 
-class UserDigest:
-    """What was answered in the last whole day or week, to the authors who want to know."""
+class UserDigest(Digest):
+    """The answers of a period, to the authors who chose this frequency."""
 
     subject = "your submissions were answered"
     template = "user_digest"
-    unsubscribe = "digest"
-
-    def __init__(self, frequency, days):
-        self.name = frequency
-        self.days = days
-
-    def period(self, now):
-        """Return start and end of the last whole day or week (from Monday) before ``now``.
-
-        Both are midnights in the service's time zone, whatever its clock does in
-        between: a day may have 23 or 25 hours.
-        """
-        end = timezone.localdate(now)
-        if self.days == 7:
-            end -= timedelta(days=end.weekday())
-        zone = timezone.get_default_timezone()
-        start = end - timedelta(days=self.days)
-        return tuple(datetime.combine(day, time.min, tzinfo=zone) for day in (start, end))
+    recipient_fields = RECIPIENT_FIELDS
 
     def answered(self, run):
         return Submission.objects.answered_between(run.period_start, run.period_end)
 
     def recipients(self, run):
-        """Return the people with this frequency who got an answer in the period."""
+        """Return the users with this frequency who got an answer in the period."""
         answered = self.answered(run).filter(author=OuterRef("pk"))
         return User.objects.with_digest(self.name).filter(Exists(answered))
 
     def contents(self, recipients, run):
-        """Return the context of the template by the recipient's key."""
+        """Return the answered submissions of each recipient."""
         contents = {recipient.pk: {"submissions": []} for recipient in recipients}
         answered = self.answered(run).filter(author__in=contents).order_by("answered_at")
         for submission in answered.values("author_id", "body", "response"):
             contents[submission["author_id"]]["submissions"].append(submission)
         return contents
 
+    def unsubscribe(self, recipient):
+        User.objects.filter(pk=recipient.pk).update(digest_frequency=User.DigestFrequency.OFF)
 
-DIGESTS = {
-    digest.name: digest
-    for digest in (ModeratorDigest(), UserDigest("daily", 1), UserDigest("weekly", 7))
-}
+
+@register
+class DailyUserDigest(UserDigest, DailyDigest):
+    """Yesterday's answers."""
+
+    name = User.DigestFrequency.DAILY.value
+    unsubscribe_label = "daily digests"
+
+
+@register
+class WeeklyUserDigest(UserDigest, WeeklyDigest):
+    """Last week's answers."""
+
+    name = User.DigestFrequency.WEEKLY.value
+    unsubscribe_label = "weekly digests"
+
+
+@register
+class AnswerNotification(Notification):
+    """The answer to a submission, to its author, at once."""
+
+    name = "answer"
+    subject = "your submission was answered"
+    template = "notification"
+    unsubscribe_label = "answer notifications"
+    due_field = "answered_at"
+
+    def waiting(self):
+        """Return the answered submissions whose authors want to be notified and were not."""
+        return (
+            Submission.objects.answered()
+            .filter(notified_at=None, author__notify_on_response=True, author__is_active=True)
+            .exclude(author__email="")
+            .select_related("author")
+        )
+
+    def recipient(self, submission):
+        return submission.author
+
+    def context(self, submission):
+        return {"submission": submission}
+
+    def mark_sent(self, submission):
+        Submission.objects.filter(pk=submission.pk).update(notified_at=timezone.now())
+
+    def unsubscribe(self, recipient):
+        User.objects.filter(pk=recipient.pk).update(notify_on_response=False)

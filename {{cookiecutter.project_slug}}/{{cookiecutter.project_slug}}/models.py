@@ -1,4 +1,4 @@
-"""People, what they post, and the record of the e-mail that they get."""
+"""Users and their submissions."""
 
 from django.contrib.auth.models import AbstractUser
 from django.contrib.auth.models import UserManager as BaseUserManager
@@ -13,12 +13,12 @@ MODERATORS = "moderators"
 
 class UserQuerySet(models.QuerySet):
     def moderators(self):
-        """Active people who moderate and can be written to."""
+        """Return active moderators and superusers with an e-mail address."""
         moderates = Q(is_superuser=True) | Q(groups__name=MODERATORS)
         return self.filter(moderates, is_active=True).exclude(email="").distinct()
 
     def with_digest(self, frequency):
-        """Active people who want a digest that often and can be written to."""
+        """Return active users with this digest frequency and an e-mail address."""
         return self.filter(digest_frequency=frequency, is_active=True).exclude(email="")
 
 
@@ -27,7 +27,7 @@ class UserManager(BaseUserManager.from_queryset(UserQuerySet)):
 
 
 class User(AbstractUser):
-    """Somebody who posts submissions, or moderates them."""
+    """A person who posts submissions or moderates them."""
 
     class DigestFrequency(models.TextChoices):
         OFF = "off", "Never"
@@ -38,12 +38,12 @@ class User(AbstractUser):
         max_length=6,
         choices=DigestFrequency,
         default=DigestFrequency.WEEKLY,
-        help_text="How often to send the answers to one's submissions in one e-mail.",
+        help_text="How often to send an e-mail with the answers to this user's submissions.",
     )
     notify_on_response = models.BooleanField(
         "response notifications",
         default=True,
-        help_text="Send an e-mail at once when a submission is answered.",
+        help_text="Send an e-mail as soon as a submission is answered.",
     )
 
     objects = UserManager()
@@ -51,7 +51,7 @@ class User(AbstractUser):
 
 class SubmissionQuerySet(models.QuerySet):
     def pending(self):
-        """What no moderator has decided on."""
+        """Return submissions that no moderator has decided on."""
         return self.filter(
             approved_at__isnull=True,
             flagged_at__isnull=True,
@@ -60,56 +60,56 @@ class SubmissionQuerySet(models.QuerySet):
         )
 
     def flagged(self):
-        """What needs a second look."""
+        """Return submissions that need a second look."""
         return self.filter(flagged_at__isnull=False, archived_at__isnull=True)
 
     def approved(self):
-        """What everybody may read, whether or not it is still current."""
+        """Return public submissions, whether or not they are still current."""
         return self.filter(approved_at__isnull=False)
 
     def archived(self):
-        """What is put away, by a moderator or because it expired."""
+        """Return submissions that a moderator archived or that have expired."""
         return self.filter(Q(archived_at__isnull=False) | Q(expires_at__lte=timezone.now()))
 
     def current(self):
-        """What is neither archived nor expired."""
+        """Return submissions that are neither archived nor expired."""
         return self.filter(
             Q(expires_at__isnull=True) | Q(expires_at__gt=timezone.now()), archived_at__isnull=True
         )
 
     def visible(self):
-        """What everybody finds in the list: approved and current."""
+        """Return the submissions of the public list: approved and current."""
         return self.approved().current()
 
     def readable_by(self, user):
-        """What this person may read: what is approved, and their own."""
+        """Return the submissions that a user may read: approved ones and their own."""
         if user.is_anonymous:
             return self.approved()
         return self.filter(Q(approved_at__isnull=False) | Q(author=user))
 
     def answered(self):
-        """What a moderator has answered."""
+        """Return submissions that a moderator has answered."""
         return self.filter(answered_at__isnull=False)
 
     def answered_between(self, start, end):
-        """What was answered from ``start`` up to, and without, ``end``."""
+        """Return submissions answered from ``start`` (included) to ``end`` (excluded)."""
         return self.filter(answered_at__gte=start, answered_at__lt=end)
 
     def approve(self):
-        """Let everybody read these; return how many there are."""
+        """Make these public; return how many."""
         return self.update(approved_at=timezone.now(), flagged_at=None, archived_at=None)
 
     def flag(self):
-        """Mark these for a second look, and hide them; return how many there are."""
+        """Hide these and mark them for a second look; return how many."""
         return self.update(flagged_at=timezone.now(), approved_at=None)
 
     def archive(self):
-        """Take these off the list; return how many there are."""
+        """Remove these from the list; return how many."""
         return self.update(archived_at=timezone.now())
 
 
 class Submission(models.Model):
-    """Something that a person posted, and what the moderators did with it."""
+    """A text that a user posted, with the decisions of the moderators."""
 
     STATUSES = ("pending", "flagged", "approved", "answered", "archived")
 
@@ -117,7 +117,7 @@ class Submission(models.Model):
     body = models.TextField(max_length=5000)
     created_at = models.DateTimeField(auto_now_add=True)
     expires_at = models.DateTimeField(
-        null=True, blank=True, help_text="When to take it off the list; empty means never."
+        null=True, blank=True, help_text="When to remove it from the list; leave empty for never."
     )
 
     approved_at = models.DateTimeField(null=True, blank=True, editable=False)
@@ -130,7 +130,7 @@ class Submission(models.Model):
         User, on_delete=models.SET_NULL, null=True, editable=False, related_name="answers"
     )
     notified_at = models.DateTimeField(
-        null=True, editable=False, help_text="When the author was told of the answer."
+        null=True, editable=False, help_text="When the author was notified of the answer."
     )
 
     objects = SubmissionQuerySet.as_manager()
@@ -148,7 +148,7 @@ class Submission(models.Model):
 
     @property
     def status(self):
-        """What has become of it: one of ``STATUSES``."""
+        """One of ``STATUSES``."""
         expired = self.expires_at is not None and self.expires_at <= timezone.now()
         if self.archived_at or expired:
             return "archived"
@@ -158,65 +158,14 @@ class Submission(models.Model):
         return "pending"
 
     def answer(self, response, moderator):
-        """Give the answer, or mend it, and save; the author is told of the first one."""
-        self.response = response
+        """Save the answer, or a correction of it; return whether it is the first one."""
         first = self.answered_at is None
+        self.response = response
         if first:
             self.answered_at = timezone.now()
             self.answered_by = moderator
         self.save()
-        if first and self.author.notify_on_response:
-            from .tasks import notify_author
-
-            notify_author.delay_on_commit(self.pk)
+        return first
 
     def get_admin_url(self):
         return reverse(f"admin:{self._meta.app_label}_submission_change", args=[self.pk])
-
-
-class DigestRun(models.Model):
-    """That a digest is due for a period; finished once every recipient has a delivery."""
-
-    digest = models.CharField(max_length=20)
-    period_start = models.DateTimeField()
-    period_end = models.DateTimeField()
-    queued_at = models.DateTimeField(null=True)
-    finished_at = models.DateTimeField(null=True)
-
-    class Meta:
-        constraints = [
-            models.UniqueConstraint(fields=["digest", "period_start"], name="one_run_per_period"),
-        ]
-
-    def __str__(self):
-        return f"{self.digest} {self.period_start:%Y-%m-%d %H:%M}"
-
-
-class DigestDelivery(models.Model):
-    """That a recipient got the digest for a period, or why not."""
-
-    class Status(models.TextChoices):
-        SENT = "sent", "Sent"
-        FAILED = "failed", "Failed"
-
-    digest = models.CharField(max_length=20)
-    # No index of its own: that of the constraint begins with it.
-    recipient = models.ForeignKey(
-        User, on_delete=models.CASCADE, related_name="deliveries", db_index=False
-    )
-    period_start = models.DateTimeField()
-    status = models.CharField(max_length=6, choices=Status)
-    reason = models.CharField(max_length=500, blank=True)
-    created_at = models.DateTimeField(auto_now_add=True)
-
-    class Meta:
-        ordering = ["-created_at"]
-        verbose_name_plural = "digest deliveries"
-        constraints = [
-            models.UniqueConstraint(
-                fields=["recipient", "digest", "period_start"], name="one_delivery_per_period"
-            ),
-        ]
-
-    def __str__(self):
-        return f"{self.digest} {self.period_start:%Y-%m-%d %H:%M} to {self.recipient}"

@@ -89,7 +89,7 @@ class Migration(migrations.Migration):
                             ("weekly", "Every week"),
                         ],
                         default="weekly",
-                        help_text="How often to send the answers to one's submissions in one e-mail.",
+                        help_text="How often to send an e-mail with the answers to this user's submissions.",
                         max_length=6,
                     ),
                 ),
@@ -97,7 +97,7 @@ class Migration(migrations.Migration):
                     "notify_on_response",
                     models.BooleanField(
                         default=True,
-                        help_text="Send an e-mail at once when a submission is answered.",
+                        help_text="Send an e-mail as soon as a submission is answered.",
                         verbose_name="response notifications",
                     ),
                 ),
@@ -131,69 +131,6 @@ class Migration(migrations.Migration):
             },
         ),
         migrations.CreateModel(
-            name="DigestRun",
-            fields=[
-                (
-                    "id",
-                    models.BigAutoField(
-                        auto_created=True, primary_key=True, serialize=False, verbose_name="ID"
-                    ),
-                ),
-                ("digest", models.CharField(max_length=20)),
-                ("period_start", models.DateTimeField()),
-                ("period_end", models.DateTimeField()),
-                ("queued_at", models.DateTimeField(null=True)),
-                ("finished_at", models.DateTimeField(null=True)),
-            ],
-            options={
-                "constraints": [
-                    models.UniqueConstraint(
-                        fields=("digest", "period_start"), name="one_run_per_period"
-                    )
-                ],
-            },
-        ),
-        migrations.CreateModel(
-            name="DigestDelivery",
-            fields=[
-                (
-                    "id",
-                    models.BigAutoField(
-                        auto_created=True, primary_key=True, serialize=False, verbose_name="ID"
-                    ),
-                ),
-                ("digest", models.CharField(max_length=20)),
-                ("period_start", models.DateTimeField()),
-                (
-                    "status",
-                    models.CharField(
-                        choices=[("sent", "Sent"), ("failed", "Failed")], max_length=6
-                    ),
-                ),
-                ("reason", models.CharField(blank=True, max_length=500)),
-                ("created_at", models.DateTimeField(auto_now_add=True)),
-                (
-                    "recipient",
-                    models.ForeignKey(
-                        db_index=False,
-                        on_delete=django.db.models.deletion.CASCADE,
-                        related_name="deliveries",
-                        to=settings.AUTH_USER_MODEL,
-                    ),
-                ),
-            ],
-            options={
-                "verbose_name_plural": "digest deliveries",
-                "ordering": ["-created_at"],
-                "constraints": [
-                    models.UniqueConstraint(
-                        fields=("recipient", "digest", "period_start"),
-                        name="one_delivery_per_period",
-                    )
-                ],
-            },
-        ),
-        migrations.CreateModel(
             name="Submission",
             fields=[
                 (
@@ -208,7 +145,7 @@ class Migration(migrations.Migration):
                     "expires_at",
                     models.DateTimeField(
                         blank=True,
-                        help_text="When to take it off the list; empty means never.",
+                        help_text="When to remove it from the list; leave empty for never.",
                         null=True,
                     ),
                 ),
@@ -221,7 +158,7 @@ class Migration(migrations.Migration):
                     "notified_at",
                     models.DateTimeField(
                         editable=False,
-                        help_text="When the author was told of the answer.",
+                        help_text="When the author was notified of the answer.",
                         null=True,
                     ),
                 ),

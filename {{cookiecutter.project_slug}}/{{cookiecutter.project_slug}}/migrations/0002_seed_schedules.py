@@ -1,8 +1,8 @@
-"""The service's first schedules, in the database for an administrator to change."""
+"""The first schedules of the service. An administrator can change them in the admin."""
 
 from django.db import migrations
 
-from ..schedules import CreateSchedule
+from ..ops.schedules import CreateSchedule
 
 
 class Migration(migrations.Migration):

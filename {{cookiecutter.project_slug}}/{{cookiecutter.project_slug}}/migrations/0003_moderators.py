@@ -1,4 +1,4 @@
-"""The group of those who moderate: submissions, and nothing else."""
+"""The group of moderators, who may view and change submissions and nothing else."""
 
 from django.db import migrations
 
@@ -15,7 +15,7 @@ def create_group(apps, schema_editor):
     )
     group, _ = apps.get_model("auth", "Group").objects.get_or_create(name=MODERATORS)
     for codename, name in PERMISSIONS.items():
-        # Django itself creates permissions only after all migrations.
+        # Django creates permissions only after all migrations.
         permission, _ = apps.get_model("auth", "Permission").objects.get_or_create(
             content_type=content_type, codename=codename, defaults={"name": name}
         )
