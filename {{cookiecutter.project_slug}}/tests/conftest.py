@@ -3,17 +3,18 @@ from django.contrib.auth.models import Group
 from django.core.cache import cache
 
 from {{ cookiecutter.project_slug }}.models import MODERATORS, Submission, User
+from {{ cookiecutter.project_slug }}.ops.celery import Task
 
 
 @pytest.fixture(autouse=True)
-def _no_throttle_from_before():
-    """Forget the requests that earlier tests made."""
+def _empty_cache():
+    """Forget the requests of earlier tests, which throttles would count."""
     cache.clear()
 
 
 @pytest.fixture
 def make_user(db):
-    """Make a user of that name, with an e-mail address."""
+    """Return a function that creates a user with an e-mail address."""
 
     def make(username, **fields):
         fields.setdefault("email", f"{username}@example.com")
@@ -24,7 +25,7 @@ def make_user(db):
 
 @pytest.fixture
 def make_submission(make_user):
-    """Make a submission, by an author of its own where none is given."""
+    """Return a function that creates a submission, by a new author unless one is given."""
 
     def make(created_at=None, **fields):
         fields.setdefault("body", "Please remember us.")
@@ -46,7 +47,7 @@ def superuser(make_user):
 
 @pytest.fixture
 def moderator(make_user):
-    """Somebody who may moderate and nothing else."""
+    """A user who may moderate and nothing else."""
     user = make_user("moderator", is_staff=True)
     user.groups.add(Group.objects.get(name=MODERATORS))
     return user
@@ -54,11 +55,11 @@ def moderator(make_user):
 
 @pytest.fixture
 def queue(monkeypatch):
-    """The tasks that were queued, as (name, arguments, options), in place of a broker."""
+    """Return the list of queued tasks, as (name, arguments), without a broker."""
     queued = []
 
     def apply_async(task, args=None, kwargs=None, **options):
-        queued.append((task.name.rpartition(".")[2], tuple(args or ()), options))
+        queued.append((task.name, tuple(args or ())))
 
-    monkeypatch.setattr("{{ cookiecutter.project_slug }}.queueing.Task.apply_async", apply_async)
+    monkeypatch.setattr(Task, "apply_async", apply_async)
     return queued

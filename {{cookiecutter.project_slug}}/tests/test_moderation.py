@@ -1,4 +1,4 @@
-"""Moderation: what moderators find in the admin, and what they may not do."""
+"""Moderation: the list, the actions and the permissions of moderators in the admin."""
 
 import pytest
 from django.urls import reverse
@@ -12,7 +12,7 @@ LIST = reverse(f"admin:{Submission._meta.app_label}_submission_changelist")
 
 @pytest.fixture
 def admin(client, moderator):
-    """The admin as a moderator sees it."""
+    """A client that is logged in as a moderator."""
     client.force_login(moderator)
     return client
 
@@ -28,7 +28,7 @@ def act(admin, action, *submissions, **fields):
     return admin.post(LIST, {"action": action, "_selected_action": chosen, **fields}, follow=True)
 
 
-def test_the_list_opens_on_what_is_pending(admin, make_submission):
+def test_list_shows_pending_submissions_by_default(admin, make_submission):
     pending = make_submission()
     flagged = make_submission(flagged_at=timezone.now())
     assert shown(admin) == {pending}
@@ -36,7 +36,7 @@ def test_the_list_opens_on_what_is_pending(admin, make_submission):
     assert shown(admin, status="all") == {pending, flagged}
 
 
-def test_the_filter_counts(admin, make_submission):
+def test_filter_shows_counts(admin, make_submission):
     make_submission()
     make_submission()
     make_submission(flagged_at=timezone.now())
@@ -45,14 +45,14 @@ def test_the_filter_counts(admin, make_submission):
     assert "Flagged (1)" in text
 
 
-def test_the_list_can_be_searched(admin, make_submission):
+def test_list_can_be_searched(admin, make_submission):
     found = make_submission(body="A needle")
     make_submission(body="Hay")
     assert shown(admin, q="needle") == {found}
     assert shown(admin, q=found.author.email) == {found}
 
 
-def test_the_list_takes_the_same_queries_however_long_it_is(
+def test_list_of_any_length_takes_the_same_number_of_queries(
     admin, make_submission, django_assert_num_queries
 ):
     for _ in range(3):
@@ -68,7 +68,7 @@ def test_the_list_takes_the_same_queries_however_long_it_is(
 @pytest.mark.parametrize(
     ("action", "status"), [("approve", "approved"), ("flag", "flagged"), ("archive", "archived")]
 )
-def test_actions_on_many_at_once(admin, make_submission, action, status):
+def test_action_changes_all_selected_submissions(admin, make_submission, action, status):
     one, two, other = make_submission(), make_submission(), make_submission()
     response = act(admin, action, one, two)
     assert f"2 submissions were {status}." in response.text
@@ -76,7 +76,9 @@ def test_actions_on_many_at_once(admin, make_submission, action, status):
     assert found == {one.pk: status, two.pk: status, other.pk: "pending"}
 
 
-def test_answering_many_at_once_asks_for_the_answer(admin, moderator, make_submission, queue):
+def test_answer_action_asks_for_the_answer_and_saves_it_for_all_selected(
+    admin, moderator, make_submission, queue
+):
     one, two = make_submission(body="<b>One</b>"), make_submission()
     response = act(admin, "answer", one, two)
     assert "&lt;b&gt;One&lt;/b&gt;" in response.text
@@ -91,7 +93,7 @@ def test_answering_many_at_once_asks_for_the_answer(admin, moderator, make_submi
         assert (submission.response, submission.answered_by) == ("We do.", moderator)
 
 
-def test_answering_one_on_its_page(admin, moderator, make_submission, queue):
+def test_answer_can_be_given_on_the_page_of_a_submission(admin, moderator, make_submission, queue):
     submission = make_submission()
     page = submission.get_admin_url()
     admin.post(page, {"response": "We do.", "expires_at_0": "", "expires_at_1": ""})
@@ -99,7 +101,7 @@ def test_answering_one_on_its_page(admin, moderator, make_submission, queue):
     assert (submission.status, submission.answered_by) == ("answered", moderator)
 
 
-def test_what_a_person_posted_cannot_be_changed(admin, make_submission):
+def test_text_of_a_submission_cannot_be_changed(admin, make_submission):
     submission = make_submission(body="Mine")
     admin.post(submission.get_admin_url(), {"body": "Yours", "response": ""})
     submission.refresh_from_db()
@@ -107,13 +109,13 @@ def test_what_a_person_posted_cannot_be_changed(admin, make_submission):
 
 
 @pytest.mark.parametrize("model", [PeriodicTask, User])
-def test_a_moderator_may_not_touch_anything_else(admin, model):
+def test_moderator_has_no_access_to_other_models(admin, model):
     for page in ("changelist", "add"):
         url = reverse(f"admin:{model._meta.app_label}_{model._meta.model_name}_{page}")
         assert admin.get(url).status_code == 403
 
 
-def test_others_may_not_moderate(client, make_user, make_submission):
+def test_other_staff_cannot_moderate(client, make_user, make_submission):
     client.force_login(make_user("staff", is_staff=True))
     submission = make_submission()
     assert client.get(LIST).status_code == 403

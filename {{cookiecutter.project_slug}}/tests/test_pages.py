@@ -1,20 +1,20 @@
-"""Pages: the home page and the admin open, and the admin asks who is there."""
+"""The pages of the service."""
 
 import pytest
 from django.urls import reverse
 
-from {{ cookiecutter.project_slug }}.models import DigestDelivery, Submission, User
+from {{ cookiecutter.project_slug }}.models import Submission, User
 
 pytestmark = pytest.mark.django_db
 
 
-def test_home_says_what_this_is(client, settings):
+def test_home_page_shows_the_name_of_the_service(client, settings):
     response = client.get("/")
     assert response.status_code == 200
     assert response.context["site_name"] == settings.SITE_NAME
 
 
-def test_admin_asks_who_is_there(client):
+def test_admin_redirects_to_its_login_page(client):
     response = client.get(reverse("admin:index"))
     assert response.status_code == 302
     assert reverse("admin:login") in response["location"]
@@ -24,12 +24,11 @@ def test_admin_asks_who_is_there(client):
     ("model", "page"),
     [
         (Submission, "changelist"),
-        (DigestDelivery, "changelist"),
         (User, "changelist"),
         (User, "add"),
     ],
 )
-def test_admin_opens(client, superuser, make_submission, model, page):
+def test_administrator_can_open_the_admin_pages(client, superuser, make_submission, model, page):
     make_submission()
     client.force_login(superuser)
     url = reverse(f"admin:{model._meta.app_label}_{model._meta.model_name}_{page}")

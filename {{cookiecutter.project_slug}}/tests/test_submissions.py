@@ -1,4 +1,4 @@
-"""Submissions: what becomes of them, and who sees them then."""
+"""Submissions: their status, and who can read them."""
 
 from datetime import timedelta
 
@@ -25,7 +25,7 @@ PAST, FUTURE = NOW - timedelta(days=1), NOW + timedelta(days=1)
         ({"approved_at": PAST, "expires_at": FUTURE}, "approved"),
     ],
 )
-def test_status(make_submission, fields, status):
+def test_status_follows_from_the_decisions(make_submission, fields, status):
     assert make_submission(**fields).status == status
 
 
@@ -41,14 +41,14 @@ def test_status(make_submission, fields, status):
         ({"answered_at": PAST}, ["current", "answered"]),
     ],
 )
-def test_querysets(make_submission, fields, names):
+def test_querysets_contain_a_submission_according_to_its_status(make_submission, fields, names):
     make_submission(**fields)
     querysets = ("pending", "flagged", "approved", "archived", "current", "visible", "answered")
     found = [name for name in querysets if getattr(Submission.objects, name)().exists()]
     assert found == sorted(names, key=querysets.index)
 
 
-def test_answered_between_leaves_out_the_end(make_submission):
+def test_answered_between_excludes_the_end(make_submission):
     make_submission(answered_at=PAST)
     assert Submission.objects.answered_between(PAST, NOW).count() == 1
     assert Submission.objects.answered_between(PAST - timedelta(days=1), PAST).count() == 0
@@ -64,13 +64,15 @@ def test_moderation_changes_the_status(make_submission, change, status):
     assert submission.status == status
 
 
-def test_flagging_hides_what_was_approved(make_submission):
+def test_flagging_hides_an_approved_submission(make_submission):
     make_submission(approved_at=PAST)
     Submission.objects.flag()
     assert not Submission.objects.visible().exists()
 
 
-def test_readable_by(make_submission, make_user):
+def test_approved_submissions_are_readable_by_all_and_others_by_their_author(
+    make_submission, make_user
+):
     pending = make_submission()
     approved = make_submission(approved_at=PAST)
     archived = make_submission(approved_at=PAST, archived_at=PAST)
@@ -80,9 +82,9 @@ def test_readable_by(make_submission, make_user):
     assert set(Submission.objects.readable_by(pending.author)) == public | {pending}
 
 
-def test_an_answer_that_is_mended_keeps_its_time(make_submission, moderator, queue):
+def test_corrected_answer_keeps_its_time(make_submission, moderator):
     submission = make_submission()
-    submission.answer("We do.", moderator)
+    assert submission.answer("We do.", moderator) is True
     first = submission.answered_at
-    submission.answer("We always do.", moderator)
+    assert submission.answer("We always do.", moderator) is False
     assert (submission.response, submission.answered_at) == ("We always do.", first)

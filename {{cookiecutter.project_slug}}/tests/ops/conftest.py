@@ -1,0 +1,55 @@
+from pathlib import Path
+
+import pytest
+from django.contrib.auth import get_user_model
+from django.core.cache import caches
+from django.db.models import CharField
+
+from {{ cookiecutter.project_slug }}.ops.celery import Task
+
+
+@pytest.fixture(autouse=True)
+def _empty_cache():
+    """Forget the requests of earlier tests, which throttles would count."""
+    caches["default"].clear()
+
+
+@pytest.fixture
+def make_user(db):
+    """Return a function that creates a user, whatever the user model is."""
+
+    def make(name, **fields):
+        model = get_user_model()
+        values = {
+            field.name: name
+            for field in model._meta.concrete_fields
+            if field.unique and isinstance(field, CharField)
+        }
+        values[model.get_email_field_name()] = f"{name}@example.com"
+        user = model(**values | fields)
+        user.set_password("secret")
+        user.save()
+        return user
+
+    return make
+
+
+@pytest.fixture
+def queue(monkeypatch):
+    """Return the list of queued tasks, as (name, arguments, options), without a broker."""
+    queued = []
+
+    def apply_async(task, args=None, kwargs=None, **options):
+        queued.append((task.name, tuple(args or ()), options))
+
+    monkeypatch.setattr(Task, "apply_async", apply_async)
+    return queued
+
+
+@pytest.fixture
+def sample_templates(settings):
+    """Make ``email/sample.txt`` and ``email/sample.html`` of this folder available."""
+    folder = Path(__file__).parent / "templates"
+    settings.TEMPLATES = [
+        {**backend, "DIRS": [*backend.get("DIRS", ()), folder]} for backend in settings.TEMPLATES
+    ]
