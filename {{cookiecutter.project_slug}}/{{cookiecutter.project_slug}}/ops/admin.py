@@ -15,7 +15,7 @@ admin.site.login_form = LoginForm
 
 
 @admin.register(DigestDelivery)
-class DigestDeliveryAdmin(admin.ModelAdmin):
+class DigestDeliveryAdmin(admin.ModelAdmin):  # type: ignore[type-arg]
     """Lists who received which digest; an administrator can delete rows but not edit them."""
 
     list_display = ("digest", "recipient", "period_start", "status", "reason", "created_at")

@@ -67,7 +67,7 @@ class LoginThrottle(UserRateThrottle):
 
 
 class TokenSerializer(serializers.Serializer):
-    """A token; send it in the header ``Authorization: Token ...``."""
+    """A token of the HTTP authentication scheme ``Token``."""
 
     token = serializers.CharField()
 

@@ -9,8 +9,9 @@ from celery.contrib.django.task import DjangoTask
 from django.db import transaction
 from django.utils import timezone
 from kombu.transport import TRANSPORT_ALIASES
+from kombu.utils.objects import cached_property
 
-from .beat import Beat
+from . import beat
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +51,12 @@ class CeleryApp(Celery):
     """A Celery app with this service's task class, embedded broker and standby beat."""
 
     task_cls = Task
-    Beat = Beat
+
+    @cached_property
+    def Beat(self) -> type[beat.Beat]:
+        """The class that ``celery beat`` runs."""
+        beat_class: type[beat.Beat] = self.subclass_with_self(beat.Beat)
+        return beat_class
 
 
 @signals.setup_logging.connect

@@ -30,7 +30,8 @@ def check_schedules(
 ) -> list[checks.CheckMessage]:
     """Report schedules that cannot run, and migrations of schedules that may run too early."""
     current_app.autodiscover_tasks(force=True)
-    loader = MigrationLoader(None, load=False)
+    # The service's first migration does not exist while makemigrations creates it.
+    loader = MigrationLoader(None, load=False, ignore_no_migrations=True)
     try:
         loader.build_graph()
         plan = dict.fromkeys(

@@ -1,9 +1,9 @@
 """Send each message to each recipient once, whatever process crashes.
 
-A digest's recipients are divided by primary key into chunks, and each chunk is a task. A
-chunk holds a lock, so that two workers never send it at the same time. It sends one e-mail
-and then commits its delivery. If the process is killed in between, the next attempt
-sends that one e-mail again, with the same Message-ID.
+A digest's recipients are divided by primary key, an integer, into chunks, and each chunk is
+a task. A chunk holds a lock, so that two workers never send it at the same time. It sends
+one e-mail and then commits its delivery. If the process is killed in between, the next
+attempt sends that one e-mail again, with the same Message-ID.
 """
 
 import logging

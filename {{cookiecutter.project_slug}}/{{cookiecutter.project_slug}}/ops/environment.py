@@ -253,5 +253,7 @@ def _split(url: str, schemes: Collection[str]) -> SplitResult:
         parts = urlsplit(url)
         parts.port  # noqa: B018  (parsed only when it is read)
     except ValueError:
-        raise RedactedError("a URL with an invalid port, or a password that is not percent-encoded") from None
+        raise RedactedError(
+            "a URL with an invalid port, or a password that is not percent-encoded"
+        ) from None
     return parts

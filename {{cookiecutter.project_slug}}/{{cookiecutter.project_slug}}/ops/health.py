@@ -1,6 +1,6 @@
 """Health checks for load balancers and deploys.
 
-``GET /health/live`` answers 200 while the process responds. ``GET /health/ready`` answers
+``GET /health/live`` returns 200 while the process responds. ``GET /health/ready`` returns
 200 if the database and the broker are available, otherwise 503; its JSON names what is not.
 """
 
@@ -19,7 +19,7 @@ BROKER_TIMEOUT = 3
 
 
 def check_database() -> None:
-    """Raise an exception if the database does not answer a query."""
+    """Raise an exception if the database does not respond to a query."""
     with connection.cursor() as cursor:
         cursor.execute("SELECT 1")
 
@@ -49,13 +49,13 @@ def get_readiness() -> dict[str, str]:
 
 
 class HealthMiddleware:
-    """Answers health checks before any rule about hosts, HTTPS or sessions applies."""
+    """Responds to health checks before any rule about hosts, HTTPS or sessions applies."""
 
     def __init__(self, get_response: Callable[[HttpRequest], HttpResponse]) -> None:
         self.get_response = get_response
 
     def __call__(self, request: HttpRequest) -> HttpResponse:
-        """Answer a health check, or pass the request on."""
+        """Respond to a health check, or pass the request on."""
         if request.path == "/health/live":
             return JsonResponse({"status": "ok"})
         if request.path == "/health/ready":

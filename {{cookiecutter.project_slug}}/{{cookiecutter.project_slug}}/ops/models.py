@@ -1,7 +1,5 @@
 """The record of digests: which are due for which period, and who received them."""
 
-from typing import Self
-
 from django.conf import settings
 from django.db import models
 
@@ -23,11 +21,9 @@ class DigestRun(models.Model):
     def __str__(self) -> str:
         return f"{self.digest} {self.period_start:%Y-%m-%d %H:%M}"
 
-    def previous(self) -> Self | None:
+    def previous(self) -> "DigestRun | None":
         """Return the last run of the same digest for an earlier period, or None."""
-        runs = type(self)._default_manager.filter(
-            digest=self.digest, period_start__lt=self.period_start
-        )
+        runs = DigestRun.objects.filter(digest=self.digest, period_start__lt=self.period_start)
         return runs.order_by("period_start").last()
 
 
