@@ -30,7 +30,7 @@ from .environment import (
     site_url,
 )
 
-#: The Python package of the service, such as ``prayer_room_api``.
+#: The name of the Python package of the service.
 PACKAGE = __package__.partition(".")[0]
 
 BASE_DIR = Path(__file__).resolve().parents[2]
@@ -164,7 +164,7 @@ class Defaults(BaseSettings):
     def CELERY_TIMEZONE(self) -> str:
         return self.TIME_ZONE
 
-    # Remote control: beat answers `celery inspect ping` as workers do; the exchange is this
+    # Remote control: beat replies to `celery inspect ping` as workers do; the exchange is this
     # service's own, so that services can share a RabbitMQ virtual host
     CELERY_BEAT_ENABLE_REMOTE_CONTROL = True
     CELERY_CONTROL_EXCHANGE = PACKAGE
