@@ -25,13 +25,14 @@ SLUG_LENGTH = 30
 RESERVED_NAMES = frozenset(
     """
     admin auth contenttypes messages sessions staticfiles
-    docs manage test tests var
-    amqp annotated_types anyio asgiref attr attrs billiard cbs celery certifi click
-    click_didyoumean click_plugins click_repl colorama cron_descriptor cronlog crontab
-    crontabs csp dateutil django django_celery_beat django_prodserver dotenv drf_spectacular
-    drf_spectacular_sidecar gunicorn honcho idna inflection iniconfig jsonschema
-    jsonschema_specifications kombu packaging pip pkg_resources pluggy prompt_toolkit
-    psycopg psycopg_binary py pygments pytest pytest_django pytest_env python_discovery
+    docs manage ops test tests var
+    amqp annotated_types anyio asgiref ast_serialize attr attrs billiard cbs celery certifi
+    click click_didyoumean click_plugins click_repl colorama cron_descriptor cronlog crontab
+    crontabs csp dateutil django django_celery_beat django_prodserver django_stubs_ext
+    dotenv drf_spectacular drf_spectacular_sidecar gunicorn honcho idna inflection iniconfig
+    jsonschema jsonschema_specifications kombu librt mypy mypy_django_plugin mypy_drf_plugin
+    mypy_extensions mypyc packaging pathspec pip pkg_resources pluggy prompt_toolkit psycopg
+    psycopg_binary py pygments pytest pytest_django pytest_env python_discovery
     pythonjsonlogger referencing rest_framework rpds ruff sentry_sdk setuptools six sqlparse
     time_machine timezone_field typing_extensions tzdata tzlocal uritemplate urllib3 vine
     watchfiles wcwidth wheel whitenoise yaml

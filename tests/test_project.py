@@ -1,4 +1,4 @@
-"""Generated tests: the test suite of a generated project passes in a new environment."""
+"""Generated tests: tests and type checks of a generated project pass in a new environment."""
 
 import pytest
 
@@ -17,6 +17,7 @@ def test_generated_tests_pass_with_the_embedded_defaults(
     service = make_service(project)
     service.install()
     assert service.run("python --version").startswith(f"Python {python}.")
+    service.run("mypy")
     service.run("pytest -q")
 
 
@@ -32,5 +33,11 @@ def test_generated_tests_pass_on_postgresql_and_rabbitmq(
 
 def test_generated_workflow_runs_linters_and_tests(default_project):
     workflow = (default_project / ".github" / "workflows" / "ci.yml").read_text()
-    for command in ("ruff check", "ruff format --check", "makemigrations --check", "pytest"):
+    for command in (
+        "ruff check",
+        "ruff format --check",
+        "mypy",
+        "makemigrations --check",
+        "pytest",
+    ):
         assert f"uv run {command}" in workflow or f"uv run manage.py {command}" in workflow
