@@ -14,7 +14,7 @@ from collections.abc import Callable
 from contextvars import ContextVar
 from datetime import UTC, datetime
 from types import TracebackType
-from typing import Any, TextIO, cast
+from typing import TextIO, cast
 
 from celery import current_task
 from celery.utils.log import LoggingProxy
