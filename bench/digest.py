@@ -123,7 +123,8 @@ def measure(method, size):
     from django.conf import settings
     from django.db import connection
     from django.urls import reverse
-    from prayer_room_api.models import DigestDelivery, Submission, User
+    from prayer_room_api.models import Submission, User
+    from prayer_room_api.ops.models import DigestDelivery
 
     settings.EMAIL_BACKEND = "django.core.mail.backends.dummy.EmailBackend"
     tables = {"users": User._meta.db_table, "submissions": Submission._meta.db_table}
@@ -152,13 +153,14 @@ def send_in_chunks():
     """Run the scheduled task, then the tasks that it queued."""
     from unittest.mock import patch
 
-    from prayer_room_api import tasks
+    from prayer_room_api.ops.tasks import send_digest_chunk
+    from prayer_room_api.tasks import send_user_digest
 
     queued = []
-    with patch.object(tasks.send_digest_chunk, "delay", lambda *args: queued.append(args)):
-        tasks.send_user_digest("daily")
+    with patch.object(send_digest_chunk, "delay", lambda *args: queued.append(args)):
+        send_user_digest("daily")
     for args in queued:
-        tasks.send_digest_chunk(*args)
+        send_digest_chunk(*args)
 
 
 def send_naively():
@@ -166,18 +168,20 @@ def send_naively():
     from django.core.mail import EmailMultiAlternatives
     from django.template.loader import render_to_string
     from django.utils import timezone
-    from prayer_room_api import unsubscribe
-    from prayer_room_api.digests import DIGESTS
-    from prayer_room_api.models import DigestDelivery, Submission, User
+    from prayer_room_api.models import Submission, User
+    from prayer_room_api.ops import unsubscribe
+    from prayer_room_api.ops.digests import get_digest
+    from prayer_room_api.ops.models import DigestDelivery
 
-    start, end = DIGESTS["daily"].period(timezone.now())
+    digest = get_digest("daily")
+    start, end = digest.period(timezone.now())
     for user in User.objects.with_digest("daily"):
         submissions = Submission.objects.answered_between(start, end).filter(author=user)
         context = {
             "site_name": "Prayer Room API",
             "recipient": user,
             "submissions": list(submissions),
-            "unsubscribe_url": unsubscribe.link(user, "digest"),
+            "unsubscribe_url": unsubscribe.link(user, digest),
         }
         text = render_to_string("email/user_digest.txt", context)
         message = EmailMultiAlternatives("Your submissions were answered", text, to=[user.email])

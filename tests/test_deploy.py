@@ -41,8 +41,8 @@ def test_app_json_runs_checks_before_a_deploy(default_project):
     settings = (default_project / "prayer_room_api" / "settings.py").read_text()
     middleware = re.search(r"MIDDLEWARE = \[(.*?)\]", settings, re.S)[1]
     assert re.findall(r'"prayer_room_api\.(.*)"', middleware)[:2] == [
-        "logs.RequestLogMiddleware",
-        "health.HealthMiddleware",
+        "ops.logs.RequestLogMiddleware",
+        "ops.health.HealthMiddleware",
     ]
     assert middleware.index("HealthMiddleware") < middleware.index("django.")
     assert app["scripts"]["dokku"]["predeploy"] == (
@@ -73,7 +73,9 @@ def test_compose_runs_the_processes_of_the_procfiles(containers):
         services = yaml.safe_load((containers / name).read_text())["services"]
         commands = read_procfile(containers / procfile)
         for process in ("web", "worker", "beat"):
-            assert services[process]["command"] == commands[process], process
+            # Only honcho gives each process a port of its own.
+            command = commands[process].rpartition("PORT - ")[2].partition(")) ")[2]
+            assert services[process]["command"] == (command or commands[process]), process
             # All processes run the image that ``migrate`` builds.
             assert services[process]["image"] == services["migrate"]["image"]
 
@@ -90,7 +92,7 @@ def test_compose_processes_wait_for_servers_and_migrations(containers):
         "migrate"
     }
     # A worker can finish its task before Docker kills it.
-    settings = (containers / "prayer_room_api" / "settings.py").read_text()
+    settings = (containers / "prayer_room_api" / "ops" / "settings.py").read_text()
     limit = int(re.search(r"CELERY_TASK_TIME_LIMIT = (\d+)", settings)[1])
     assert int(services["worker"]["stop_grace_period"].rstrip("s")) > limit
 

@@ -16,7 +16,7 @@ EXAMPLE_FILES = """
 SLUG/digests.py
 SLUG/migrations/0002_seed_schedules.py
 SLUG/migrations/0003_moderators.py
-SLUG/templates/admin/answer.html
+SLUG/templates/answer.html
 SLUG/templates/email/moderator_digest.html
 SLUG/templates/email/moderator_digest.txt
 SLUG/templates/email/notification.html

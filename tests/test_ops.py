@@ -46,7 +46,7 @@ class TestInvalidVariable:
         ):
             done = run_unchecked(service, command, PORT="80a")
             assert (done.returncode, done.stdout) == (1, ""), command
-            assert done.stderr == 'PORT: got "80a", wants a whole number from 1 to 65535\n', command
+            assert done.stderr == 'PORT: got "80a", expected an integer from 1 to 65535\n', command
 
     def test_gets_its_own_line_without_secrets(self, service):
         done = run_unchecked(
@@ -59,10 +59,10 @@ class TestInvalidVariable:
         assert (done.returncode, done.stdout) == (1, "")
         assert sorted(done.stderr.splitlines()) == [
             "DATABASE_URL: got a URL that starts with mysql://, "
-            "wants postgres://USER:PASSWORD@HOST:PORT/NAME",
-            "RABBITMQ_URL: got nothing, wants amqp://... or amqps://...",
-            "SECRET_KEY: got 7 characters, 7 of them different, "
-            "wants at least 50 random characters",
+            "expected postgres://USER:PASSWORD@HOST:PORT/NAME",
+            "RABBITMQ_URL: got nothing, expected amqp://... or amqps://...",
+            "SECRET_KEY: got 7 characters, 7 of them distinct, "
+            "expected at least 50 random characters",
         ]
 
 
@@ -107,7 +107,7 @@ def run_doctor(service, **variables):
 
 
 ALL_OK = dict.fromkeys(
-    ("database", "migrations", "broker", "worker", "beat", "schedules", "e-mail"), "ok"
+    ("settings", "database", "migrations", "broker", "worker", "beat", "schedules", "e-mail"), "ok"
 )
 
 BREAK_SCHEDULE = """
@@ -130,7 +130,7 @@ def test_doctor_reports_failures_and_commands_that_fix_them(service, smtp):
     for name in ("worker", "beat"):
         processes[name].stop()
         report, statuses = run_doctor(service)
-        assert statuses == ALL_OK | {name: "broken"}
+        assert statuses == ALL_OK | {name: "error"}
         command = report["checks"][name]["next"]
         restarted = service.spawn(name, *shlex.split(command))
         wait_for(lambda: run_doctor(service)[1] == ALL_OK, 30, restarted.text)
@@ -138,16 +138,16 @@ def test_doctor_reports_failures_and_commands_that_fix_them(service, smtp):
     # A schedule whose task does not exist, and the command that disables it.
     service.shell(BREAK_SCHEDULE)
     report, statuses = run_doctor(service)
-    assert statuses == ALL_OK | {"schedules": "broken"}
-    (broken,) = [schedule for schedule in report["schedules"] if schedule["problem"]]
-    assert broken["problem"] == "its task does not exist: no.such.task"
-    service.run(broken["next"])
+    assert statuses == ALL_OK | {"schedules": "error"}
+    (invalid,) = [schedule for schedule in report["schedules"] if schedule["problem"]]
+    assert invalid["problem"] == "its task does not exist: no.such.task"
+    service.run(invalid["next"])
     assert run_doctor(service)[1] == ALL_OK
 
     # An unapplied migration.
-    service.run(f"python manage.py migrate {service.folder.name} 0003")
+    service.run(f"python manage.py migrate {service.folder.name} 0002")
     report, statuses = run_doctor(service)
-    assert statuses == ALL_OK | {"migrations": "broken"}
+    assert statuses == ALL_OK | {"migrations": "error"}
     service.run(report["checks"]["migrations"]["next"])
     assert run_doctor(service)[1] == ALL_OK
 
@@ -165,8 +165,8 @@ def test_doctor_times_out_on_unresponsive_servers(bake, make_service):
             EMAIL_HOST="127.0.0.1",
             EMAIL_PORT=str(port),
         )
-    unresponsive = dict.fromkeys(("database", "broker", "e-mail"), "broken")
-    assert statuses == dict.fromkeys(ALL_OK, "unknown") | unresponsive
+    unresponsive = dict.fromkeys(("database", "broker", "e-mail"), "error")
+    assert statuses == dict.fromkeys(ALL_OK, "skipped") | {"settings": "ok"} | unresponsive
     assert all(report["checks"][name]["next"] for name in unresponsive)
 
 

@@ -27,40 +27,52 @@ SLUG/__init__.py
 SLUG/admin.py
 SLUG/api.py
 SLUG/apps.py
-SLUG/backends.py
-SLUG/broker.py
 SLUG/celery.py
-SLUG/deliveries.py
 SLUG/digests.py
-SLUG/doctor.py
-SLUG/environment.py
-SLUG/gunicorn_log.py
-SLUG/health.py
-SLUG/locks.py
-SLUG/logins.py
-SLUG/logs.py
-SLUG/management/__init__.py
-SLUG/management/commands/__init__.py
-SLUG/management/commands/doctor.py
-SLUG/management/commands/prodserver.py
 SLUG/migrations/0001_initial.py
 SLUG/migrations/0002_seed_schedules.py
 SLUG/migrations/0003_moderators.py
-SLUG/migrations/0004_resume_deliveries.py
 SLUG/migrations/__init__.py
 SLUG/models.py
-SLUG/queueing.py
-SLUG/schedules.py
-SLUG/security.py
-SLUG/sentry.py
+SLUG/ops/__init__.py
+SLUG/ops/admin.py
+SLUG/ops/api.py
+SLUG/ops/apps.py
+SLUG/ops/beat.py
+SLUG/ops/broker.py
+SLUG/ops/celery.py
+SLUG/ops/checks.py
+SLUG/ops/deliveries.py
+SLUG/ops/digests.py
+SLUG/ops/doctor.py
+SLUG/ops/environment.py
+SLUG/ops/gunicorn_log.py
+SLUG/ops/health.py
+SLUG/ops/locks.py
+SLUG/ops/logins.py
+SLUG/ops/logs.py
+SLUG/ops/management/__init__.py
+SLUG/ops/management/commands/__init__.py
+SLUG/ops/management/commands/doctor.py
+SLUG/ops/management/commands/prodserver.py
+SLUG/ops/messages.py
+SLUG/ops/migrations/0001_initial.py
+SLUG/ops/migrations/0002_seed_schedules.py
+SLUG/ops/migrations/__init__.py
+SLUG/ops/models.py
+SLUG/ops/schedules.py
+SLUG/ops/sentry.py
+SLUG/ops/settings.py
+SLUG/ops/static/ops/periodic_task.js
+SLUG/ops/tasks.py
+SLUG/ops/templates/admin/djcelery/change_periodictask_form.html
+SLUG/ops/unsubscribe.py
 SLUG/settings.py
-SLUG/static/admin/periodic_task.js
 SLUG/static/docs.css
 SLUG/static/site.css
 SLUG/tasks.py
 SLUG/templates/403_csrf.html
-SLUG/templates/admin/answer.html
-SLUG/templates/admin/djcelery/change_periodictask_form.html
+SLUG/templates/answer.html
 SLUG/templates/base.html
 SLUG/templates/docs.html
 SLUG/templates/email/moderator_digest.html
@@ -71,7 +83,6 @@ SLUG/templates/email/user_digest.html
 SLUG/templates/email/user_digest.txt
 SLUG/templates/home.html
 SLUG/templates/unsubscribe.html
-SLUG/unsubscribe.py
 SLUG/urls.py
 SLUG/wsgi.py
 app.json
@@ -79,24 +90,28 @@ docs/deploy.md
 manage.py
 pyproject.toml
 tests/conftest.py
+tests/ops/conftest.py
+tests/ops/templates/email/sample.html
+tests/ops/templates/email/sample.txt
+tests/ops/test_beat.py
+tests/ops/test_broker.py
+tests/ops/test_deliveries.py
+tests/ops/test_digests.py
+tests/ops/test_doctor.py
+tests/ops/test_environment.py
+tests/ops/test_health.py
+tests/ops/test_locks.py
+tests/ops/test_logging.py
+tests/ops/test_logins.py
+tests/ops/test_processes.py
+tests/ops/test_schedules.py
+tests/ops/test_security.py
+tests/ops/test_unsubscribe.py
 tests/test_api.py
-tests/test_beat.py
-tests/test_broker.py
-tests/test_deliveries.py
 tests/test_digests.py
-tests/test_doctor.py
-tests/test_environment.py
-tests/test_health.py
-tests/test_locks.py
-tests/test_logging.py
-tests/test_logins.py
 tests/test_moderation.py
 tests/test_pages.py
-tests/test_processes.py
-tests/test_schedules.py
-tests/test_security.py
 tests/test_submissions.py
-tests/test_unsubscribe.py
 """
 
 #: Files that a choice adds.
@@ -227,7 +242,7 @@ def is_executable(path):
 def test_context_and_output_contain_no_secrets(default_project):
     context = json.loads((ROOT / "cookiecutter.json").read_text())
     assert not re.search(r"secret|password|token|random", json.dumps(context), re.I)
-    settings = (default_project / "prayer_room_api" / "settings.py").read_text()
+    settings = (default_project / "prayer_room_api" / "ops" / "settings.py").read_text()
     assert re.findall(r"SECRET_KEY = (.*)", settings) == [
         'env("django-insecure-for-development-only")',
         "env(env.Required, cast=secret_key)",
@@ -235,7 +250,8 @@ def test_context_and_output_contain_no_secrets(default_project):
 
 
 def test_readme_documents_every_environment_variable_of_the_settings(default_project):
-    settings = (default_project / "prayer_room_api" / "settings.py").read_text()
+    package = default_project / "prayer_room_api"
+    settings = "".join((package / name).read_text() for name in ("settings.py", "ops/settings.py"))
     read = set(re.findall(r"^    ([A-Z_]+) = env", settings, re.M))
     read |= set(re.findall(r"@env\S*\n    def ([A-Z_]+)\(", settings))
     read |= set(re.findall(r'key="([A-Z_]+)"', settings))
