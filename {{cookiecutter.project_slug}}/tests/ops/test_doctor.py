@@ -1,0 +1,308 @@
+"""Doctor: reports each part, its problems and the next command, within a time limit."""
+
+import json
+import socket
+import time
+from datetime import datetime, timedelta
+
+import pytest
+import time_machine
+from celery import current_app
+from celery.contrib.testing.worker import start_worker
+from django.core import checks
+from django.core.management import call_command
+from django.db import connection
+from django.db.migrations.recorder import MigrationRecorder
+from django.utils import timezone
+from django_celery_beat.models import CrontabSchedule, IntervalSchedule, PeriodicTask
+
+from {{ cookiecutter.project_slug }}.ops import doctor
+from {{ cookiecutter.project_slug }}.ops.doctor import ERROR, OK, SKIPPED, Result
+from {{ cookiecutter.project_slug }}.ops.management.commands import doctor as command
+
+#: A task that every Celery app has.
+TASK = "celery.backend_cleanup"
+
+
+@pytest.fixture
+def silent_server():
+    """The port of a server that accepts connections and sends nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield server.getsockname()[1]
+
+
+class TestCommand:
+    @pytest.fixture
+    def run(self, monkeypatch, capsys):
+        """Return a function that runs the command with these results of the checks.
+
+        It returns the exit status and the output.
+        """
+
+        def run(*arguments, **results):
+            all_results = dict.fromkeys(doctor.CHECKS, Result("fine")) | results
+            monkeypatch.setattr(command, "run_all", all_results.copy)
+            try:
+                call_command("doctor", *arguments)
+            except SystemExit as exit:
+                return exit.code, capsys.readouterr().out
+            return 0, capsys.readouterr().out
+
+        return run
+
+    def test_each_part_has_a_line(self, run):
+        status, output = run()
+        assert status == 0
+        assert [line.split() for line in output.splitlines()] == [
+            [name, "ok", "fine"]
+            for name in (
+                "settings",
+                "database",
+                "migrations",
+                "broker",
+                "worker",
+                "beat",
+                "schedules",
+                "e-mail",
+            )
+        ]
+
+    @pytest.mark.parametrize("status", [ERROR, SKIPPED])
+    def test_any_problem_ends_with_status_1(self, run, status):
+        assert run(worker=Result("no reply", status))[0] == 1
+
+    def test_next_command_follows_a_problem(self, run):
+        _, output = run(worker=Result("no reply", ERROR, "python manage.py prodserver worker"))
+        assert [line.split(maxsplit=2) for line in output.splitlines()[4:6]] == [
+            ["worker", "error", "no reply"],
+            ["run", "python", "manage.py prodserver worker"],
+        ]
+
+    def test_each_schedule_has_its_next_run_or_its_problem(self, run):
+        schedules = [
+            {"name": "good", "next_run": datetime(2026, 1, 2, 8, 0), "problem": None, "next": None},
+            {"name": "bad", "next_run": None, "problem": "it has no task", "next": "do something"},
+        ]
+        _, output = run(schedules=Result("2 enabled", ERROR, schedules=schedules))
+        assert [line.strip() for line in output.splitlines()[7:10]] == [
+            "good: Fri 02 Jan 08:00:00",
+            "bad: it has no task",
+            "run      do something",
+        ]
+
+    def test_json_has_the_same_report(self, run):
+        status, output = run("--json", beat=Result("no reply", ERROR, "do something"))
+        report = json.loads(output)
+        assert status == 1
+        assert report["ok"] is False
+        assert list(report["checks"]) == list(doctor.CHECKS)
+        assert report["checks"]["beat"] == {
+            "status": "error",
+            "message": "no reply",
+            "next": "do something",
+        }
+        assert report["schedules"] == []
+
+
+class TestRun:
+    def test_check_that_hangs_times_out(self, monkeypatch):
+        monkeypatch.setattr(doctor, "CHECK_TIMEOUT", 0.2)
+        start = time.monotonic()
+        results = doctor.run({"beat": lambda: time.sleep(5), "worker": lambda: Result("fine")})
+        assert time.monotonic() - start < 1
+        assert (results["beat"].status, results["worker"].status) == (ERROR, OK)
+        assert results["beat"].message == "no result within 0.2 seconds"
+
+    def test_error_has_the_next_command_and_no_secrets(self, settings):
+        settings.EMAIL_HOST_PASSWORD = "hunter2"
+
+        def check():
+            raise OSError("refused bob@example.com,\nwith hunter2")
+
+        result = doctor.run({"e-mail": check})["e-mail"]
+        assert result.status == ERROR
+        assert result.message == "OSError: refused ***@***, with ***"
+        assert result.next == "python manage.py sendtestemail ADDRESS"
+
+    def test_checks_that_require_a_failed_one_are_skipped(self, monkeypatch):
+        def refuse():
+            raise ConnectionRefusedError
+
+        sample = dict.fromkeys(doctor.CHECKS, lambda: Result("fine")) | {"broker": refuse}
+        monkeypatch.setattr(doctor, "CHECKS", sample)
+        results = doctor.run_all()
+        assert list(results) == list(sample)
+        assert {name for name, result in results.items() if result.status == OK} == {
+            "settings",
+            "database",
+            "migrations",
+            "schedules",
+            "e-mail",
+        }
+        assert results["beat"] == Result("skipped because the broker check failed", SKIPPED)
+
+
+class TestSettings:
+    @pytest.fixture
+    def report(self, monkeypatch):
+        """Return a function that returns the result with these messages of Django's checks."""
+
+        def report(*messages):
+            monkeypatch.setattr(doctor.checks, "run_checks", lambda **options: [*messages])
+            return doctor.check_settings()
+
+        return report
+
+    def test_are_ok_without_warnings(self, report):
+        assert report(checks.Info("good to know")) == Result("no problems")
+
+    def test_silenced_warning_is_ok(self, report, settings):
+        settings.SILENCED_SYSTEM_CHECKS = ["sample.W001"]
+        assert report(checks.Warning("unusual", id="sample.W001")).status == OK
+
+    @pytest.mark.parametrize(
+        ("debug", "command"),
+        [(True, "python manage.py check"), (False, "python manage.py check --deploy")],
+    )
+    def test_warning_is_an_error_with_the_next_command_and_no_secrets(
+        self, report, settings, debug, command
+    ):
+        settings.DEBUG = debug
+        settings.EMAIL_HOST_PASSWORD = "hunter2"
+        messages = [checks.Warning("bad hunter2", id="sample.W001"), checks.Error("worse")]
+        assert report(*messages) == Result(
+            "2 problems, first: bad *** (sample.W001)", ERROR, command
+        )
+
+    @pytest.mark.parametrize("debug", [True, False])
+    def test_production_includes_the_checks_for_deployment(self, monkeypatch, settings, debug):
+        settings.DEBUG = debug
+        calls = []
+        monkeypatch.setattr(
+            doctor.checks, "run_checks", lambda **options: calls.append(options) or []
+        )
+        doctor.check_settings()
+        assert calls == [{"include_deployment_checks": not debug}]
+
+
+@pytest.mark.django_db
+class TestDatabase:
+    def test_is_ok_if_available(self):
+        assert doctor.check_database().status == OK
+
+    def test_address_has_no_password(self, monkeypatch):
+        monkeypatch.setattr(connection, "vendor", "postgresql")
+        monkeypatch.setitem(connection.settings_dict, "HOST", "db.example.com")
+        monkeypatch.setitem(connection.settings_dict, "PORT", "")
+        assert doctor.check_database().message.endswith(" on db.example.com:5432")
+        assert doctor.get_next_command("database") == "pg_isready --host=db.example.com --port=5432"
+
+    def test_is_ok_if_all_migrations_are_applied(self):
+        assert doctor.check_migrations() == Result("all applied")
+
+    def test_unapplied_migration_is_an_error(self):
+        label, name = "ops", "0002_seed_schedules"
+        MigrationRecorder(connection).record_unapplied(label, name)
+        results = doctor.check_migrations()
+        assert results.status == ERROR
+        assert results.message == f"1 not applied, first: {label}.{name}"
+        assert results.next == "python manage.py migrate"
+
+
+class TestBroker:
+    def test_is_ok_if_available(self):
+        assert doctor.check_broker().status == OK
+
+    def test_address_has_no_password(self, settings, monkeypatch):
+        monkeypatch.setattr(doctor.health, "check_broker", lambda: None)
+        settings.CELERY_BROKER_URL = "amqp://user:hunter2@mq.example.com//"
+        assert doctor.check_broker() == Result("amqp on mq.example.com:5672")
+        assert doctor.get_next_command("broker") == "nc -zv mq.example.com 5672"
+
+
+@pytest.mark.django_db(transaction=True, serialized_rollback=True)
+class TestProcesses:
+    def test_reply_or_the_command_that_starts_them(self, monkeypatch):
+        monkeypatch.setattr(doctor, "REPLY_TIMEOUT", 2)
+        with start_worker(current_app, hostname="celery@host", perform_ping_check=False):
+            assert doctor.check_worker() == Result("celery@host replied")
+            assert doctor.check_beat() == Result(
+                "no reply", ERROR, "python manage.py prodserver beat"
+            )
+
+
+@pytest.mark.django_db
+class TestSchedules:
+    @pytest.fixture(autouse=True)
+    def no_other_schedules(self):
+        PeriodicTask.objects.all().delete()
+
+    def make(self, zone="UTC", **fields):
+        if "interval" not in fields:
+            eight = {"minute": "0", "hour": "8", "timezone": zone}
+            fields["crontab"] = CrontabSchedule.objects.create(**eight)
+        return PeriodicTask.objects.create(**{"name": "sample", "task": TASK} | fields)
+
+    @time_machine.travel("2026-01-02 07:00:30+00:00", tick=False)
+    @pytest.mark.parametrize(
+        ("zone", "run"),
+        [("UTC", "2026-01-02T08:00:00+00:00"), ("Asia/Tokyo", "2026-01-03T08:00:00+09:00")],
+    )
+    def test_next_run_is_in_the_time_zone_of_the_service(self, settings, zone, run):
+        settings.TIME_ZONE = zone
+        self.make(zone=zone)
+        results = doctor.check_schedules()
+        assert (results.status, results.message) == (OK, f"1 enabled, 0 disabled; times in {zone}")
+        assert results.schedules[0]["next_run"].isoformat() == run
+
+    @time_machine.travel("2026-01-02 07:00:30+00:00", tick=False)
+    def test_overdue_schedule_runs_now(self):
+        every = IntervalSchedule.objects.create(every=5, period="minutes")
+        self.make(interval=every, last_run_at=timezone.now() - timedelta(hours=1))
+        (schedule,) = doctor.check_schedules().schedules
+        assert schedule["next_run"] == timezone.now()
+
+    def test_disabled_schedule_is_only_counted(self):
+        self.make(enabled=False, task="no.such.task")
+        results = doctor.check_schedules()
+        assert (results.status, results.schedules) == (OK, [])
+        assert results.message.startswith("0 enabled, 1 disabled")
+
+    @pytest.mark.parametrize(
+        ("fields", "problem"),
+        [
+            ({"task": "no.such.task"}, "its task does not exist: no.such.task"),
+            ({"crontab": None}, "it has neither a crontab nor an interval"),
+            ({"args": "["}, "JSONDecodeError"),
+        ],
+    )
+    def test_schedule_that_beat_cannot_run_is_an_error(self, fields, problem):
+        row = self.make()
+        PeriodicTask.objects.filter(pk=row.pk).update(**fields)
+        results = doctor.check_schedules()
+        (schedule,) = results.schedules
+        assert results.status == ERROR
+        assert schedule["problem"].startswith(problem)
+        assert f"get(pk={row.pk})" in schedule["next"]
+        assert schedule["next"].startswith("python manage.py shell --command '")
+
+
+class TestEmail:
+    @pytest.fixture
+    def smtp(self, settings, monkeypatch):
+        monkeypatch.setattr(doctor, "REPLY_TIMEOUT", 0.2)
+        settings.EMAIL_BACKEND = "django.core.mail.backends.smtp.EmailBackend"
+        settings.EMAIL_HOST = "127.0.0.1"
+        return settings
+
+    def test_is_ok_without_a_server(self):
+        assert doctor.check_email().status == OK
+
+    def test_unresponsive_server_is_an_error(self, smtp, silent_server):
+        smtp.EMAIL_PORT = silent_server
+        assert doctor.run({"e-mail": doctor.check_email})["e-mail"].status == ERROR
+
+    def test_unavailable_server_is_an_error(self, smtp):
+        smtp.EMAIL_PORT = 1
+        results = doctor.run({"e-mail": doctor.check_email})["e-mail"]
+        assert results.message.startswith("ConnectionRefusedError")
