@@ -34,7 +34,7 @@ class CursorPagination(pagination.CursorPagination):
 # Errors, as the schema describes them
 
 
-class ErrorSerializer(serializers.Serializer):
+class ErrorSerializer(serializers.Serializer[Any]):
     """Why a request failed."""
 
     detail = serializers.CharField()
@@ -66,7 +66,7 @@ class LoginThrottle(UserRateThrottle):
     rate = "10/min"
 
 
-class TokenSerializer(serializers.Serializer):
+class TokenSerializer(serializers.Serializer[Any]):
     """A token of the HTTP authentication scheme ``Token``."""
 
     token = serializers.CharField()

@@ -30,7 +30,7 @@ _lock: Lock | None = None
 class Beat(beat.Beat):
     """Beat that waits for the lock before it reads the schedules."""
 
-    def start_scheduler(self) -> None:
+    def start_scheduler(self) -> None:  # type: ignore[override]
         """Log through Django's handlers, wait for the lock, then start to dispatch."""
         self.setup_logging()
         become_leader()

@@ -24,13 +24,15 @@ class Channel(filesystem.Channel):
         for folder in (self.data_folder_in, self.data_folder_out, self.control_folder):
             Path(folder).mkdir(parents=True, exist_ok=True)
 
-    def _put(self, queue: str, payload: Any, **kwargs: Any) -> None:
+    def _put(  # type: ignore[override]
+        self, queue: str, payload: Any, **kwargs: Any
+    ) -> None:
         name = f"{time.monotonic_ns() // 1_000_000}_{uuid4()}.{queue}.msg"
         draft = write_draft(Path(self.data_folder_out, name), payload)
         draft.rename(draft.with_name(name))
 
-    def _queue_bind(self, exchange: str, routing_key: str, pattern: str, queue: str) -> None:
-        table = self._exchange_file(exchange)
+    def _queue_bind(self, exchange: str, routing_key: str, pattern: str | None, queue: str) -> None:
+        table: Path = self._exchange_file(exchange)  # type: ignore[attr-defined]
         if not table.exists():
             draft = write_draft(table, [])
             with suppress(FileExistsError):

@@ -18,16 +18,20 @@ logger = logging.getLogger(__name__)
 TRANSPORT_ALIASES["filesystem"] = f"{__package__}.broker:Transport"
 
 
-class Task(DjangoTask):
+class Task(DjangoTask[Any, Any]):
     """The base class of every task of the service."""
 
-    def apply_async(self, args: Any = None, kwargs: Any = None, **options: Any) -> Any:
+    def apply_async(  # type: ignore[override]
+        self, args: Any = None, kwargs: Any = None, **options: Any
+    ) -> Any:
         """Queue the task with a timestamp, so that a late worker knows when it was due."""
         headers = options.pop("headers", None) or {}
         headers.setdefault("queued_at", timezone.now().isoformat())
         return super().apply_async(args, kwargs, headers=headers, **options)
 
-    def delay_on_commit(self, *args: Any, **kwargs: Any) -> None:
+    def delay_on_commit(  # type: ignore[override]
+        self, *args: Any, **kwargs: Any
+    ) -> None:
         """Queue the task once the transaction is committed.
 
         If the broker is unavailable the error is logged and the request continues: store
@@ -50,7 +54,7 @@ class Task(DjangoTask):
 class CeleryApp(Celery):
     """A Celery app with this service's task class, embedded broker and standby beat."""
 
-    task_cls = Task
+    task_cls: Any = Task
 
     @cached_property
     def Beat(self) -> type[beat.Beat]:

@@ -103,7 +103,10 @@ def check_beat() -> Result:
 def ping(process: str, pattern: str) -> Result:
     """Wait for the first reply of a node whose name matches the pattern."""
     inspect = current_app.control.inspect(
-        pattern=pattern, matcher="glob", timeout=REPLY_TIMEOUT, limit=1
+        pattern=pattern,
+        matcher="glob",  # type: ignore[arg-type]
+        timeout=REPLY_TIMEOUT,
+        limit=1,
     )
     replies = inspect.ping()
     if not replies:

@@ -33,7 +33,7 @@ class RedactedError(ValueError):
     """Describes a value that is, or may contain, a secret, without the value itself."""
 
 
-class env(cbs.env):
+class env(cbs.env):  # type: ignore[misc]
     """A setting that an environment variable can override; see ``cbs.env``."""
 
     def __get__(self, settings: Any, owner: type | None = None) -> Any:

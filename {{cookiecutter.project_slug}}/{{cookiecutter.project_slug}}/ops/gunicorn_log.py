@@ -4,7 +4,7 @@ from gunicorn.config import Config
 from gunicorn.glogging import Logger
 
 
-class GunicornLogger(Logger):
+class GunicornLogger(Logger):  # type: ignore[misc]
     """Uses the handlers and formats of ``LOGGING``; ``logs.py`` logs the requests."""
 
     def setup(self, cfg: Config) -> None:

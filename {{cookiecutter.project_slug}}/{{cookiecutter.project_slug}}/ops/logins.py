@@ -32,7 +32,7 @@ LOCKOUT_MINUTES = 15
 class ThrottledBackend(ModelBackend):
     """Checks a password unless too many logins failed."""
 
-    def authenticate(
+    def authenticate(  # type: ignore[override]
         self,
         request: HttpRequest | None,
         username: str | None = None,
@@ -85,7 +85,7 @@ def _take(slot: str) -> bool:
 def _get_free_slots(request: HttpRequest, username: str) -> Iterator[tuple[str, list[str]]]:
     """Yield the free slots of each kind; their names are hashes."""
     values = {
-        "address": BaseThrottle().get_ident(request),
+        "address": BaseThrottle().get_ident(request),  # type: ignore[arg-type]
         "user name": get_user_model().normalize_username(username).lower(),
     }
     for kind, number in SLOTS.items():

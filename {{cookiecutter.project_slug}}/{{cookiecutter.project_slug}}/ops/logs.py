@@ -14,7 +14,7 @@ from collections.abc import Callable
 from contextvars import ContextVar
 from datetime import UTC, datetime
 from types import TracebackType
-from typing import TextIO, cast
+from typing import Any, TextIO
 
 from celery import current_task
 from celery.utils.log import LoggingProxy
@@ -62,7 +62,7 @@ def configure(process: str) -> None:
     logging.captureWarnings(True)
     if settings.LOG_FORMAT == "json":
         sys.excepthook = _log_crash
-        stdout = cast(TextIO, LoggingProxy(logging.getLogger("stdout"), logging.INFO))
+        stdout: Any = LoggingProxy(logging.getLogger("stdout"), logging.INFO)
         sys.stdout = sys.__stdout__ = stdout  # type: ignore[misc]
 
 
@@ -86,9 +86,9 @@ def redact(text: str) -> str:
     return text
 
 
-def get_context(record: logging.LogRecord) -> dict[str, str]:
+def get_context(record: logging.LogRecord) -> dict[str, str | None]:
     """Return the process of an event, and the id of its request or task."""
-    context = {"process": _process}
+    context: dict[str, str | None] = {"process": _process}
     if request := request_id.get():
         context["request_id"] = request
     # A worker's main process passes the task that the event is about in "data".

@@ -171,7 +171,7 @@ class CreateSchedule(Operation):
     def _get_manager(
         self, model: str, state: ProjectState, schema_editor: BaseDatabaseSchemaEditor
     ) -> models.Manager[Any]:
-        manager = state.apps.get_model(APP_LABEL, model)._default_manager
+        manager: models.Manager[Any] = state.apps.get_model(APP_LABEL, model)._default_manager
         return manager.db_manager(schema_editor.connection.alias)
 
     def _get_timing(

@@ -42,10 +42,14 @@ VAR_DIR = BASE_DIR / "var"
 load_dotenv(BASE_DIR / ".env")
 
 
-class Defaults(BaseSettings):
+class Defaults(BaseSettings):  # type: ignore[misc]
     """All modes, with the values for development."""
 
     BASE_DIR = BASE_DIR
+
+    # Set in settings.py
+    DOMAIN: str
+    TIME_ZONE: str
 
     # Security
     DEBUG = env(True, cast=boolean)
@@ -115,7 +119,8 @@ class Defaults(BaseSettings):
         return f"django.core.mail.backends.{backend}.EmailBackend"
 
     def SERVER_EMAIL(self) -> str:
-        return self.DEFAULT_FROM_EMAIL
+        address: str = self.DEFAULT_FROM_EMAIL
+        return address
 
     # Broker: folders that the processes share, unless CELERY_BROKER_URL is set
     CELERY_BROKER_URL = env(

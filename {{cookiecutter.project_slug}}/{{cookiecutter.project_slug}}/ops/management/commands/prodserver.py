@@ -1,17 +1,19 @@
 """``python manage.py prodserver PROCESS``: run one process of the service."""
 
 import errno
+import logging
 import os
 import signal
 import socket
 import subprocess
 import sys
 import threading
+from argparse import ArgumentParser
 from pathlib import Path
 from typing import Any
 
 from django.conf import settings
-from django.core.management import CommandError, CommandParser
+from django.core.management import CommandError
 from django.core.management.base import OutputWrapper
 from django.utils.module_loading import import_string
 from django_prodserver.backends.base import BaseWorkerBackend
@@ -23,7 +25,7 @@ from ... import logs
 try:
     import watchfiles
 except ImportError:
-    watchfiles = None
+    watchfiles = None  # type: ignore[assignment]
 
 #: How long a process may take to stop before a reload kills it, in seconds.
 STOP_TIMEOUT = 10
@@ -38,7 +40,7 @@ class Command(BaseProcessCommand):
 
     help = "Run one process of the service in the foreground, until SIGTERM."
 
-    def add_arguments(self, parser: CommandParser) -> None:
+    def add_arguments(self, parser: ArgumentParser) -> None:
         """Add the name of the process, ``--reload`` and ``--list``."""
         processes = ", ".join(settings.PRODUCTION_PROCESSES)
         parser.add_argument(
@@ -82,6 +84,7 @@ class Command(BaseProcessCommand):
         # ignores packages that are added later.
         is_worker = issubclass(import_string(process["BACKEND"]), BaseWorkerBackend)
         timeout = STOP_TIMEOUT + (settings.CELERY_TASK_TIME_LIMIT if is_worker else 0)
+        logging.getLogger("watchfiles").setLevel(logging.WARNING)
         stopped = threading.Event()
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: stopped.set())
