@@ -93,7 +93,8 @@ def production_variables(database_url, rabbitmq_url):
 
 def read_procfile(path):
     """Return the commands of a Procfile by process name."""
-    return dict(line.split(": ", 1) for line in path.read_text().splitlines())
+    lines = (line for line in path.read_text().splitlines() if not line.startswith("#"))
+    return dict(line.split(": ", 1) for line in lines)
 
 
 def generate_project(cookies, **answers):

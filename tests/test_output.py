@@ -176,6 +176,8 @@ def test_answers_generate_the_exact_set_of_files(bake, answers):
         expected += COMPOSE_FILES.split()
     if "license" in answers:
         expected += ["LICENSE"]
+    if answers.get("django_version") == "5.2":
+        expected += [f"{project.name}/ops/csp.py"]
     assert files(project) == sorted(expected)
 
 
