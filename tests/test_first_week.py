@@ -221,9 +221,10 @@ def test_first_edits_leave_tests_and_checks_green(service):
 
     for module in ("tasks.py", "digests.py"):
         move_imports_up(package / module)
-    # The README's commands that lint and format; then the workflow's.
+    # The README's commands that lint and format; then the workflow's, and its type check.
     for command in ("ruff check --fix", "ruff format", "ruff check", "ruff format --check"):
         service.run(command)
+    service.run("mypy")
     output = service.run("pytest -rA")
     assert "rooms/tests.py::test_room_is_stored" in output
     assert " passed" in output

@@ -206,6 +206,7 @@ def test_another_domain_replaces_the_example_as_the_readme_says(bake, make_servi
 
     service.run("ruff check")
     service.run("ruff format --check")
+    service.run("mypy")
     service.run("python manage.py check --fail-level WARNING")
     service.run("python manage.py makemigrations --check --dry-run")
     assert " passed" in service.run("pytest -q tests/ops")
