@@ -101,5 +101,6 @@ def test_service_passes_its_checks_and_tests_and_runs(bake, make_service):
     with pytest.raises(urllib.error.HTTPError) as error:
         service.get("/api/submissions/")
     assert error.value.code == 404
+    error.value.close()
     service.run("python manage.py doctor")
     assert [process.stop() for process in (beat, web, worker)] == [0, 0, 0]

@@ -109,19 +109,25 @@ def append(path, snippet):
 
 
 def move_imports_up(path):
-    """Move the imports that were pasted in below other code to the imports at the top."""
+    """Merge the imports that were pasted in below other code into those at the top."""
     lines = path.read_text().splitlines(keepends=True)
-    nodes = ast.parse("".join(lines)).body
-    numbers = {
-        number
-        for node in nodes
+    nodes = [
+        node
+        for node in ast.parse("".join(lines)).body
         if isinstance(node, ast.Import | ast.ImportFrom)
-        for number in range(node.lineno - 1, node.end_lineno)
-    }
-    first = min(numbers)
-    imports = [line for number, line in enumerate(lines) if number in numbers]
-    rest = [line for number, line in enumerate(lines) if number not in numbers and number >= first]
-    path.write_text("".join([*lines[:first], *dict.fromkeys(imports), *rest]))
+    ]
+    imported, kept, moved = set(), set(), set()
+    for node in nodes:
+        numbers = set(range(node.lineno - 1, node.end_lineno))
+        names = {alias.name for alias in node.names}
+        moved |= numbers
+        if not names <= imported:
+            kept |= numbers
+        imported |= names
+    first = min(moved)
+    imports = [lines[number] for number in sorted(kept)]
+    rest = [line for number, line in enumerate(lines) if number not in moved and number >= first]
+    path.write_text("".join([*lines[:first], *imports, *rest]))
 
 
 def run_failing(service, command):
@@ -242,7 +248,7 @@ def check_processes(service):
         succeeded = rf"Task {re.escape(task)}\[\S+\] succeeded"
         wait_for(lambda found=succeeded: re.search(found, worker.text()), 20, worker.text)
     service.shell(f"from {SLUG}.tasks import send_news; send_news.delay()")
-    worker.wait_for_text("Subject: [Prayer Room API] news of the week")
+    worker.wait_for_text("Subject: Prayer Room API: news of the week")
     worker.wait_for_text("News since")
     assert [process.stop() for process in (beat, worker, reports)] == [0, 0, 0]
     assert "Traceback" not in worker.text() + beat.text()
