@@ -61,7 +61,8 @@ def check_settings() -> Result:
     if not messages:
         return Result("no problems")
     first = redact_text(f"{messages[0].msg} ({messages[0].id})")
-    return failed("settings", f"{len(messages)} problems, first: {first}")
+    more = f", and {len(messages) - 1} more" if messages[1:] else ""
+    return failed("settings", f"{first}{more}")
 
 
 def check_database() -> Result:
