@@ -43,7 +43,7 @@ def test_standby_takes_over_when_the_active_beat_is_killed_or_stopped(service):
     first = service.start("beat")
     wait_for(lambda: count_dispatches(first) > 1, 30, first.text)
     second = service.start("beat")
-    second.wait_for_text("Standing by: another beat runs")
+    second.wait_for_text("Standing by: another beat is running")
     before = count_dispatches(first)
     time.sleep(4)
     assert count_dispatches(first) > before + 1
@@ -55,11 +55,11 @@ def test_standby_takes_over_when_the_active_beat_is_killed_or_stopped(service):
     print(f"took over after {time.monotonic() - killed:.1f} s")
 
     third = service.start("beat")
-    third.wait_for_text("Standing by: another beat runs")
+    third.wait_for_text("Standing by: another beat is running")
     assert second.stop() == 0
     wait_for(lambda: count_dispatches(third), 10, third.text)
     fourth = service.start("beat")
-    fourth.wait_for_text("Standing by: another beat runs")
+    fourth.wait_for_text("Standing by: another beat is running")
     assert fourth.stop() == 0
     assert count_dispatches(fourth) == 0
 
@@ -70,7 +70,7 @@ def test_only_one_beat_dispatches_after_a_lost_connection(service):
     first = service.start("beat")
     wait_for(lambda: count_dispatches(first) > 1, 30, first.text)
     second = service.start("beat")
-    second.wait_for_text("Standing by: another beat runs")
+    second.wait_for_text("Standing by: another beat is running")
     url = service.environment["DATABASE_URL"]
     with psycopg.connect(url, autocommit=True) as server:
         (pid,) = server.execute(

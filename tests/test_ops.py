@@ -203,7 +203,7 @@ def test_production_logs_are_json_without_personal_data(service, smtp):
         with pytest.raises(OSError, match="404"):
             service.get(path, **headers)
     wait_for(lambda: smtp.messages, 30, processes["worker"].text)
-    processes["worker"].wait_for_text("was refused: 550 5.1.1 <***@***>")
+    processes["worker"].wait_for_text("was rejected: 550 5.1.1 <***@***>")
     assert [process.stop() for process in processes.values()] == [0, 0, 0]
 
     output = ""
@@ -224,8 +224,8 @@ def test_production_logs_are_json_without_personal_data(service, smtp):
     ]
     assert requests[0]["request_id"] == "request-0001"
     worker = [json.loads(line) for line in processes["worker"].text().splitlines()]
-    (refused,) = [event for event in worker if "was refused" in event["message"]]
-    assert refused["task_id"]
+    (rejected,) = [event for event in worker if "was rejected" in event["message"]]
+    assert rejected["task_id"]
 
 
 class SentryHandler(http.server.BaseHTTPRequestHandler):
@@ -265,7 +265,7 @@ PeriodicTask.objects.filter(name="deliveries-resume").update(last_run_at=past)
 
 @pytest.mark.parametrize("service", ["embedded"], indirect=True)
 def test_sentry_receives_errors_and_check_ins_without_personal_data(service, sentry):
-    unsubscribe = service.folder / service.folder.name / "unsubscribe.py"
+    unsubscribe = service.folder / service.folder.name / "ops" / "unsubscribe.py"
     before, line, after = unsubscribe.read_text().partition("    try:\n")
     assert line
     unsubscribe.write_text(f'{before}    raise RuntimeError("bob@example.com")\n{line}{after}')

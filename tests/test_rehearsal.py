@@ -26,6 +26,7 @@ DEPLOYS = 3
 
 #: A slow task that writes a line to a file when it completes.
 TASK = """
+from celery import shared_task
 
 @shared_task
 def rehearse(number):
