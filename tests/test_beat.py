@@ -78,7 +78,7 @@ def test_only_one_beat_dispatches_after_a_lost_connection(service):
             " AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"
         ).fetchone()
         server.execute("SELECT pg_terminate_backend(%s)", [pid])
-    first.wait_for_text("starting afresh")
+    first.wait_for_text("the lock; restarting")
     # Either process may hold the lock now. The other one stands by.
     before = count_dispatches(first), count_dispatches(second)
     wait_for(lambda: count_dispatches(first, second) > sum(before) + 2, 15, first.text)
