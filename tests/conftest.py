@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import fcntl
 import functools
 import hashlib
 import json
@@ -304,9 +305,11 @@ class Service:
         key = [project["project"]["dependencies"], python, options]
         name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
         environment = self.environments / name
-        if not environment.exists():
-            command = [self.uv, "sync", "--quiet", "--compile-bytecode", *options]
-            self.run(shlex.join(command), UV_PROJECT_ENVIRONMENT=str(environment))
+        with environment.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not environment.exists():
+                command = [self.uv, "sync", "--quiet", "--compile-bytecode", *options]
+                self.run(shlex.join(command), UV_PROJECT_ENVIRONMENT=str(environment))
         (self.folder / ".venv").symlink_to(environment)
 
     def procfile(self):
@@ -347,9 +350,14 @@ class Service:
 
 
 @pytest.fixture(scope="session")
-def environments(tmp_path_factory):
-    """The folder of the virtual environments of the services."""
-    return tmp_path_factory.mktemp("environments")
+def environments(tmp_path_factory, worker_id):
+    """The folder of the services' virtual environments, which all test processes share."""
+    folder = tmp_path_factory.getbasetemp()
+    if worker_id != "master":
+        folder = folder.parent
+    folder = folder / "environments"
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
 @pytest.fixture

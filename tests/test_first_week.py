@@ -74,13 +74,13 @@ class Migration(migrations.Migration):
 
 DEPENDENCY = '\n        ("django_celery_beat", "0019_alter_periodictasks_options"),'
 
-SECOND_WORKER = """\
+SECOND_WORKER = f'''\
             "reports": {{
                 "BACKEND": "django_prodserver.backends.workers.celery.CeleryWorker",
-                "APP": "{slug}.celery_app",
+                "APP": "{SLUG}.celery_app",
                 "ARGS": {{"loglevel": self.LOG_LEVEL, "concurrency": 1, "queues": "reports"}},
             }},
-"""
+'''
 
 RUN_EVERY_SECOND = """
 from django_celery_beat.models import IntervalSchedule, PeriodicTask
@@ -169,13 +169,17 @@ def change_settings(service):
     settings = service.folder / SLUG / "settings.py"
     replace(settings, 'TIME_ZONE = "UTC"', 'TIME_ZONE = "Europe/Berlin"')
     replace(settings, '"anon": "60/min", "user": "120/min"', '"anon": "7/min", "user": "9/min"')
-    replace(
-        settings,
-        '            "beat": {\n',
-        f'{SECOND_WORKER.format(slug=SLUG)}            "beat": {{\n',
-    )
+    beat = '            "beat": {\n'
+    replace(settings, beat, SECOND_WORKER + beat)
     with (service.folder / "Procfile").open("a") as procfile:
         procfile.write("reports: python manage.py prodserver reports\n")
+
+    # A typing error would end the process at its start; check finds it.
+    replace(settings, '"queues": "reports"', '"queue": "reports"')
+    output = run_failing(service, "python manage.py check")
+    assert "System check identified 1 issue " in output
+    assert "Process 'reports': ARGS: No such option" in output
+    replace(settings, '"queue": "reports"', '"queues": "reports"')
 
 
 def add_an_app(service):
