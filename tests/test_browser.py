@@ -15,8 +15,9 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 CREATE_DATA = """
 admin = User.objects.create_superuser("admin", "admin@example.com", "secret")
 Submission.objects.create(author=admin, body="Please remember us.")
-from {slug} import unsubscribe
-print(unsubscribe.link(admin, "digest"))
+from {slug}.ops import unsubscribe
+from {slug}.ops.digests import get_digest
+print(unsubscribe.link(admin, get_digest("daily")))
 """
 
 #: Logs violations of the content security policy to the console.

@@ -9,6 +9,7 @@ import urllib.error
 import pytest
 
 from tests.servers import wait_for
+from tests.test_first_week import append, migration_path, python_blocks
 from tests.test_output import FILES, files
 
 #: Files of the example, which this choice leaves out.
@@ -79,6 +80,15 @@ def test_tasks_module_says_where_a_task_goes_and_has_none(none_project):
     assert not [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
 
 
+def paste_readme_snippets(project):
+    """Add the README's schedule and digest: the snippets exactly as they stand there."""
+    package = project / project.name
+    task, migration, digest, _ = python_blocks(project / "README.md")
+    append(package / "tasks.py", task)
+    migration_path(project).write_text(migration)
+    (package / "digests.py").write_text(digest)
+
+
 @pytest.mark.slow
 def test_service_passes_its_checks_and_tests_and_runs(bake, make_service):
     service = make_service(bake(example="none", project_slug="empty"))
@@ -91,6 +101,12 @@ def test_service_passes_its_checks_and_tests_and_runs(bake, make_service):
     assert service.shell(LIST_SCHEDULES).split("\n")[0] == (
         "('deliveries-resume', 'ops.resume_deliveries')"
     )
+    paste_readme_snippets(service.folder)
+    service.run("ruff check")
+    service.run("python manage.py check --fail-level WARNING")
+    service.run("python manage.py migrate")
+    assert "('clear-sessions', 'empty.tasks.clear_sessions')" in service.shell(LIST_SCHEDULES)
+
     web, worker, beat = (service.start(name) for name in ("web", "worker", "beat"))
     web.wait_for_text("Listening at")
     worker.wait_for_text(" ready.", seconds=60)

@@ -189,8 +189,8 @@ def test_service_recovers_from_killed_processes_and_server_outages(
     assert max(seconds) < 5
     assert monitor.slowest < 10
     assert sorted(message["message-id"].split("@")[0] for message in smtp.messages) == [
-        "<notification.1",
-        "<notification.2",
-        "<notification.3",
+        "<answer.1",
+        "<answer.2",
+        "<answer.3",
     ]
     assert all(process.stop(seconds=30) == 0 for process in processes.values())

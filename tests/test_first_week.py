@@ -103,6 +103,14 @@ def python_blocks(readme):
     return re.findall(r"^```python\n(.*?)^```$", readme.read_text(), re.M | re.S)
 
 
+def migration_path(project):
+    """Return the path that the README gives its schedule's migration."""
+    readme = (project / "README.md").read_text()
+    pattern = rf"`({project.name}/migrations/\d{{4}}_\w+\.py)`:\n\n```python"
+    (name,) = re.findall(pattern, readme)
+    return project / name
+
+
 def append(path, snippet):
     """Paste a snippet below the code of a file."""
     path.write_text(f"{path.read_text().rstrip()}\n\n\n{snippet}")
@@ -152,10 +160,7 @@ def add_what_the_readme_shows(service):
     readme = service.folder / "README.md"
     task, migration, digest, digest_task = python_blocks(readme)
     append(package / "tasks.py", task)
-    (name,) = re.findall(
-        rf"`({SLUG}/migrations/\d{{4}}_\w+\.py)`:\n\n```python", readme.read_text()
-    )
-    (service.folder / name).write_text(migration)
+    migration_path(service.folder).write_text(migration)
     append(package / "digests.py", digest)
     append(package / "tasks.py", digest_task)
     names = re.search(r"# templates/email/(\w+\.txt) and (\w+\.html)", digest).groups()
