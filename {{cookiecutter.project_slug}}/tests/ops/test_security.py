@@ -1,8 +1,10 @@
 """Security: the headers of all responses, pages without inline code, terse error pages."""
 
+import re
 from html.parser import HTMLParser
 
 import pytest
+from django.contrib.staticfiles import finders
 from django.test import Client
 from django.urls import reverse
 
@@ -76,6 +78,12 @@ def test_pages_have_no_inline_scripts_or_styles(responses):
     ) | {"expired form": 403, "not found": 404}
     for name, response in responses.items():
         assert InlineCode(response.text).found == [], name
+
+
+def test_scripts_and_styles_of_pages_exist(responses, settings):
+    for name, response in responses.items():
+        for path in re.findall(rf'(?:src|href)="{settings.STATIC_URL}([^"]+)"', response.text):
+            assert finders.find(path), f"{name}: {path}"
 
 
 class TestErrorPage:
