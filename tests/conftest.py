@@ -16,6 +16,7 @@ import tempfile
 import tomllib
 import uuid
 from pathlib import Path
+from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
 import amqp
@@ -28,8 +29,9 @@ from tests.servers import PostgreSQL, RabbitMQ, free_port, reachable, wait_for
 
 ROOT = Path(__file__).parent.parent
 
-#: The RabbitMQ server of this machine. Each service uses the queue named after its slug.
-RABBITMQ_URL = "amqp://guest:guest@127.0.0.1:5672//"
+#: The RabbitMQ server of this machine. Each service uses the queue named after its slug, so
+#: test runs at the same time need a virtual host each: set ``RABBITMQ_URL``.
+RABBITMQ_URL = os.environ.get("RABBITMQ_URL", "amqp://guest:guest@127.0.0.1:5672//")
 
 #: A secret key that passes the deployment checks.
 SECRET_KEY = "a-key-for-this-test-alone-of-more-than-fifty-characters"
@@ -340,7 +342,8 @@ class Service:
     def delete_queue(self):
         """Delete the service's queue on this machine's RabbitMQ, with its messages."""
         if RABBITMQ_URL in self.environment.values():
-            with amqp.Connection("127.0.0.1:5672") as connection:
+            virtual_host = urlsplit(RABBITMQ_URL).path.removeprefix("/")
+            with amqp.Connection("127.0.0.1:5672", virtual_host=virtual_host) as connection:
                 connection.channel().queue_delete(self.folder.name)
 
     def close(self):
