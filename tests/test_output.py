@@ -60,6 +60,7 @@ SLUG/ops/migrations/0001_initial.py
 SLUG/ops/migrations/0002_seed_schedules.py
 SLUG/ops/migrations/__init__.py
 SLUG/ops/models.py
+SLUG/ops/parsers.py
 SLUG/ops/schedules.py
 SLUG/ops/sentry.py
 SLUG/ops/settings.py
@@ -93,6 +94,7 @@ tests/conftest.py
 tests/ops/conftest.py
 tests/ops/templates/email/sample.html
 tests/ops/templates/email/sample.txt
+tests/ops/test_api.py
 tests/ops/test_beat.py
 tests/ops/test_broker.py
 tests/ops/test_deliveries.py

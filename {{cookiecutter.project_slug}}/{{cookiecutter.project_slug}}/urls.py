@@ -4,11 +4,11 @@ from django.conf import settings
 from django.contrib import admin
 from django.urls import include, path
 from django.views.generic import TemplateView
-from drf_spectacular.views import SpectacularAPIView, SpectacularSwaggerSplitView
+from drf_spectacular.views import SpectacularSwaggerSplitView
 
 from .api import router
 from .ops import unsubscribe
-from .ops.api import TokenView
+from .ops.api import SchemaView, TokenView
 
 home = TemplateView.as_view(
     template_name="home.html", extra_context={"site_name": settings.SITE_NAME}
@@ -21,7 +21,7 @@ urlpatterns = [
     path("unsubscribe/<token>/", unsubscribe.view, name="unsubscribe"),
     path("api/", include(router.urls)),
     path("api/token/", TokenView.as_view(), name="token"),
-    path("api/schema/", SpectacularAPIView.as_view(), name="schema"),
+    path("api/schema/", SchemaView.as_view(), name="schema"),
     path("api/docs/", docs, name="docs"),
     path(settings.ADMIN_PATH, admin.site.urls),
 ]

@@ -2,17 +2,21 @@
 
 from typing import Any
 
-from django.core.exceptions import ValidationError
+from django.core.exceptions import RequestDataTooBig, ValidationError
+from django.db import DataError
 from drf_spectacular.utils import OpenApiResponse, extend_schema
-from rest_framework import pagination, serializers
+from drf_spectacular.views import SpectacularAPIView
+from rest_framework import pagination, serializers, status
 from rest_framework.authtoken.serializers import AuthTokenSerializer
 from rest_framework.authtoken.views import ObtainAuthToken
-from rest_framework.exceptions import NotFound
-from rest_framework.parsers import JSONParser
+from rest_framework.exceptions import NotFound, ParseError
 from rest_framework.request import Request
 from rest_framework.response import Response
 from rest_framework.throttling import UserRateThrottle
 from rest_framework.views import APIView
+from rest_framework.views import exception_handler as default_exception_handler
+
+from .parsers import BoundedJSONParser
 
 
 class CursorPagination(pagination.CursorPagination):
@@ -26,8 +30,9 @@ class CursorPagination(pagination.CursorPagination):
         """Return a page of the queryset; raise NotFound for an invalid cursor."""
         try:
             return super().paginate_queryset(queryset, request, view)
-        except ValidationError as error:
-            # The position in a forged cursor may not be a valid value of the field.
+        except (ValidationError, DataError, OverflowError) as error:
+            # The position in a forged cursor may not be a valid value of the field, or be one
+            # that only the database refuses.
             raise NotFound(self.invalid_cursor_message) from error
 
 
@@ -56,6 +61,15 @@ def errors(*statuses: int) -> dict[int, type[ErrorSerializer]]:
     return dict.fromkeys(statuses, ErrorSerializer)
 
 
+def exception_handler(error: Exception, context: dict[str, Any]) -> Response | None:
+    """Return the response to an exception: in JSON also if the body was too large."""
+    if isinstance(error, RequestDataTooBig):
+        return Response(
+            {"detail": "The request is too large."}, status.HTTP_413_REQUEST_ENTITY_TOO_LARGE
+        )
+    return default_exception_handler(error, context)
+
+
 # Login
 
 
@@ -75,15 +89,30 @@ class TokenSerializer(serializers.Serializer[Any]):
 class TokenView(ObtainAuthToken):
     """Returns a token for a user name and a password."""
 
-    parser_classes = (JSONParser,)
+    parser_classes = (BoundedJSONParser,)
     throttle_classes = (LoginThrottle,)
 
     @extend_schema(
         summary="Get a token for a user name and a password",
         auth=[],
         request=AuthTokenSerializer,
-        responses={200: TokenSerializer, 400: INVALID} | errors(415, 429),
+        responses={200: TokenSerializer, 400: INVALID} | errors(413, 415, 429),
     )
     def post(self, request: Request, *args: Any, **kwargs: Any) -> Response:
         """Return the user's token."""
         return super().post(request, *args, **kwargs)
+
+
+# Schema
+
+
+class SchemaView(SpectacularAPIView):
+    """The OpenAPI schema."""
+
+    @extend_schema(exclude=True)
+    def get(self, request: Request, *args: Any, **kwargs: Any) -> Response:
+        """Return the schema; raise ParseError for a version that no header can contain."""
+        if not request.GET.get("version", "").isprintable():
+            raise ParseError("Invalid version.")
+        response: Response = super().get(request, *args, **kwargs)  # type: ignore[no-untyped-call]
+        return response

@@ -28,6 +28,10 @@ SLOTS = {"address": 10, "user name": 50}
 #: How long a failure counts, in minutes.
 LOCKOUT_MINUTES = 15
 
+#: Characters of a user name or password above which a login fails at once: the time to
+#: normalize a name grows with the square of its length.
+MAX_LENGTH = 1024
+
 
 class ThrottledBackend(ModelBackend):
     """Checks a password unless too many logins failed."""
@@ -42,6 +46,8 @@ class ThrottledBackend(ModelBackend):
         """Return the user, or None if the credentials are wrong or the login is locked."""
         if username is None:
             username = kwargs.get(get_user_model().USERNAME_FIELD)
+        if max(len(username or ""), len(password or "")) > MAX_LENGTH:
+            return None
         if request is None or username is None:
             return super().authenticate(request, username, password, **kwargs)
         if is_locked(request, username):
