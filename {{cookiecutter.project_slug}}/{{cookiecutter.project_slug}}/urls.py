@@ -11,7 +11,8 @@ from .ops import unsubscribe
 from .ops.api import SchemaView, TokenView
 
 home = TemplateView.as_view(
-    template_name="home.html", extra_context={"site_name": settings.SITE_NAME}
+    template_name="home.html",
+    extra_context={"site_name": settings.SITE_NAME, "debug": settings.DEBUG},
 )
 
 docs = SpectacularSwaggerSplitView.as_view(template_name="docs.html")
