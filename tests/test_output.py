@@ -48,6 +48,7 @@ SLUG/ops/doctor.py
 SLUG/ops/environment.py
 SLUG/ops/gunicorn_log.py
 SLUG/ops/health.py
+SLUG/ops/large_tables.py
 SLUG/ops/locks.py
 SLUG/ops/logins.py
 SLUG/ops/logs.py
@@ -58,6 +59,7 @@ SLUG/ops/management/commands/prodserver.py
 SLUG/ops/messages.py
 SLUG/ops/migrations/0001_initial.py
 SLUG/ops/migrations/0002_seed_schedules.py
+SLUG/ops/migrations/0003_admin_history.py
 SLUG/ops/migrations/__init__.py
 SLUG/ops/models.py
 SLUG/ops/parsers.py
@@ -102,6 +104,7 @@ tests/ops/test_digests.py
 tests/ops/test_doctor.py
 tests/ops/test_environment.py
 tests/ops/test_health.py
+tests/ops/test_large_tables.py
 tests/ops/test_locks.py
 tests/ops/test_logging.py
 tests/ops/test_logins.py

@@ -4,8 +4,11 @@ from typing import Any
 
 from django.contrib import admin
 from django.contrib.auth import get_user_model
+from django.db.models import QuerySet
 from django.http import HttpRequest
 
+from .digests import get_digests
+from .large_tables import LargeTableAdmin
 from .logins import LoginForm
 from .models import DigestDelivery
 
@@ -14,19 +17,35 @@ User = get_user_model()
 admin.site.login_form = LoginForm
 
 
+class DigestFilter(admin.SimpleListFilter):
+    """Filters by digest, without reading the table for its choices."""
+
+    title = "digest"
+    parameter_name = "digest"
+
+    def lookups(self, request: HttpRequest, model_admin: Any) -> list[tuple[str, str]]:
+        """Return the names of the registered digests."""
+        return [(name, name) for name in get_digests()]
+
+    def queryset(self, request: HttpRequest, queryset: QuerySet[Any]) -> QuerySet[Any]:
+        """Return the deliveries of the chosen digest, or all."""
+        return queryset.filter(digest=self.value()) if self.value() else queryset
+
+
 @admin.register(DigestDelivery)
-class DigestDeliveryAdmin(admin.ModelAdmin):  # type: ignore[type-arg]
+class DigestDeliveryAdmin(LargeTableAdmin):
     """Lists who received which digest; an administrator can delete rows but not edit them."""
 
     list_display = ("digest", "recipient", "period_start", "status", "reason", "created_at")
-    list_filter = ("status", "digest", "created_at")
+    list_filter = ("status", DigestFilter)
     list_select_related = ("recipient",)
+    ordering = ("-pk",)
+    sortable_by = ()
     search_fields = (
         f"recipient__{User.USERNAME_FIELD}",
         f"recipient__{User.get_email_field_name()}",
         "reason",
     )
-    show_full_result_count = False
 
     def has_add_permission(self, request: HttpRequest) -> bool:
         """Only deliveries add rows."""

@@ -2,6 +2,7 @@
 
 from django.conf import settings
 from django.db import models
+from django.db.models import Q
 
 
 class DigestRun(models.Model):
@@ -48,12 +49,16 @@ class DigestDelivery(models.Model):
     created_at = models.DateTimeField(auto_now_add=True)
 
     class Meta:
-        ordering = ["-created_at"]
+        ordering = ["-pk"]
         verbose_name_plural = "digest deliveries"
         constraints = [
             models.UniqueConstraint(
                 fields=["recipient", "digest", "period_start"], name="one_delivery_per_period"
             ),
+        ]
+        indexes = [
+            models.Index(fields=["digest", "-id"], name="delivery_digest"),
+            models.Index(fields=["-id"], name="delivery_failed", condition=Q(status="failed")),
         ]
 
     def __str__(self) -> str:

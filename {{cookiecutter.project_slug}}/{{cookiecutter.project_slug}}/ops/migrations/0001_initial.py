@@ -65,7 +65,15 @@ class Migration(migrations.Migration):
             ],
             options={
                 "verbose_name_plural": "digest deliveries",
-                "ordering": ["-created_at"],
+                "ordering": ["-pk"],
+                "indexes": [
+                    models.Index(fields=["digest", "-id"], name="delivery_digest"),
+                    models.Index(
+                        condition=models.Q(("status", "failed")),
+                        fields=["-id"],
+                        name="delivery_failed",
+                    ),
+                ],
                 "constraints": [
                     models.UniqueConstraint(
                         fields=("recipient", "digest", "period_start"),

@@ -1,0 +1,53 @@
+"""Admin lists that take about the same time however many rows their table has."""
+
+from typing import Any
+
+from django.contrib import admin
+from django.core.paginator import Paginator
+from django.db.models import QuerySet
+from django.http import HttpRequest
+from django.utils.functional import cached_property
+
+#: Rows that a list counts at most, and the first ones in its order that it searches.
+MAX_ROWS = 10_000
+MAX_SEARCHED = 2_000
+
+
+class BoundedPaginator(Paginator):  # type: ignore[type-arg]
+    """A paginator of the first ``MAX_ROWS`` rows."""
+
+    @cached_property
+    def count(self) -> int:
+        """The number of rows, ``MAX_ROWS`` at most."""
+        rows: QuerySet[Any] = self.object_list[:MAX_ROWS]  # type: ignore[assignment]
+        return rows.count()
+
+
+class LargeTableAdmin(admin.ModelAdmin):  # type: ignore[type-arg]
+    """Base class for models whose table may have millions of rows.
+
+    Counts and searches are limited to ``MAX_ROWS`` and ``MAX_SEARCHED`` rows, and there
+    are no facets, which count the whole table for each choice of a filter. Give the model
+    an index for each order and filter of the list.
+    """
+
+    paginator = BoundedPaginator
+    show_full_result_count = False
+    show_facets = admin.ShowFacets.NEVER
+    search_help_text = f"Searches the first {MAX_SEARCHED:,} rows of the list."
+
+    def get_search_results(
+        self, request: HttpRequest, queryset: QuerySet[Any], search_term: str
+    ) -> tuple[QuerySet[Any], bool]:
+        """Return the rows that match the search term, among the first ``MAX_SEARCHED``."""
+        if search_term:
+            # As a subquery, PostgreSQL may read it once for each row.
+            keys = list(queryset.values_list("pk", flat=True)[:MAX_SEARCHED])
+            queryset = queryset.filter(pk__in=keys)
+        return super().get_search_results(request, queryset, search_term)
+
+
+def describe_count(queryset: QuerySet[Any], limit: int = 1000) -> str:
+    """Return the number of rows as text: ``1000+`` if there are more than ``limit``."""
+    count = queryset.order_by()[: limit + 1].count()
+    return str(count) if count <= limit else f"{limit}+"
