@@ -14,7 +14,9 @@ FUZZ_SETTINGS = """
 from fuzzed.settings import ProdSettings
 
 class FuzzSettings(ProdSettings):
-    REST_FRAMEWORK = ProdSettings.REST_FRAMEWORK | {"DEFAULT_THROTTLE_CLASSES": []}
+    def REST_FRAMEWORK(self):
+        return super().REST_FRAMEWORK() | {"DEFAULT_THROTTLE_CLASSES": []}
+
     SECURE_SSL_REDIRECT = False
     ALLOWED_HOSTS = ["127.0.0.1"]
 
@@ -23,12 +25,12 @@ __getattr__, __dir__ = FuzzSettings.use(default="fuzz", env="NO_MODE")
 
 CREATE_DATA = """
 from django.utils import timezone
-from rest_framework.authtoken.models import Token
+from fuzzed.ops.tokens import create_token
 user = User.objects.create_user("user", "user@example.com", "secret")
 now = timezone.now()
 for n in range(60):
     Submission.objects.create(author=user, body=f"{n}", approved_at=now if n % 2 else None)
-print(Token.objects.create(user=user))
+print(create_token(user)[0])
 """
 
 CHECKS = ",".join(

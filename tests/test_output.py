@@ -42,6 +42,7 @@ SLUG/ops/beat.py
 SLUG/ops/broker.py
 SLUG/ops/celery.py
 SLUG/ops/checks.py
+SLUG/ops/clients.py
 SLUG/ops/deliveries.py
 SLUG/ops/digests.py
 SLUG/ops/doctor.py
@@ -49,6 +50,7 @@ SLUG/ops/environment.py
 SLUG/ops/gunicorn_log.py
 SLUG/ops/health.py
 SLUG/ops/large_tables.py
+SLUG/ops/limits.py
 SLUG/ops/locks.py
 SLUG/ops/logins.py
 SLUG/ops/logs.py
@@ -56,6 +58,7 @@ SLUG/ops/management/__init__.py
 SLUG/ops/management/commands/__init__.py
 SLUG/ops/management/commands/doctor.py
 SLUG/ops/management/commands/prodserver.py
+SLUG/ops/management/commands/unlock.py
 SLUG/ops/messages.py
 SLUG/ops/migrations/0001_initial.py
 SLUG/ops/migrations/0002_seed_schedules.py
@@ -69,6 +72,8 @@ SLUG/ops/settings.py
 SLUG/ops/static/ops/periodic_task.js
 SLUG/ops/tasks.py
 SLUG/ops/templates/admin/djcelery/change_periodictask_form.html
+SLUG/ops/throttles.py
+SLUG/ops/tokens.py
 SLUG/ops/unsubscribe.py
 SLUG/settings.py
 SLUG/static/docs.css
@@ -99,6 +104,7 @@ tests/ops/templates/email/sample.txt
 tests/ops/test_api.py
 tests/ops/test_beat.py
 tests/ops/test_broker.py
+tests/ops/test_clients.py
 tests/ops/test_deliveries.py
 tests/ops/test_digests.py
 tests/ops/test_doctor.py
@@ -111,6 +117,8 @@ tests/ops/test_logins.py
 tests/ops/test_processes.py
 tests/ops/test_schedules.py
 tests/ops/test_security.py
+tests/ops/test_throttles.py
+tests/ops/test_tokens.py
 tests/ops/test_unsubscribe.py
 tests/test_api.py
 tests/test_digests.py

@@ -33,7 +33,6 @@ class Settings(ops.Defaults):
         "drf_spectacular",
         "drf_spectacular_sidecar",
         "rest_framework",
-        "rest_framework.authtoken",
     ]
 
     # Middleware; health checks come before any rule about hosts or HTTPS
@@ -78,25 +77,29 @@ class Settings(ops.Defaults):
         )
     ]
 
-    # API: JSON only; each web process counts the request rates for itself
-    REST_FRAMEWORK = {
-        "DEFAULT_AUTHENTICATION_CLASSES": [
-            "rest_framework.authentication.TokenAuthentication",
-            "rest_framework.authentication.SessionAuthentication",
-        ],
-        "DEFAULT_PARSER_CLASSES": ["{{ cookiecutter.project_slug }}.ops.parsers.BoundedJSONParser"],
-        # A view that other users may read says so.
-        "DEFAULT_PERMISSION_CLASSES": ["rest_framework.permissions.IsAuthenticated"],
-        "DEFAULT_RENDERER_CLASSES": ["rest_framework.renderers.JSONRenderer"],
-        "EXCEPTION_HANDLER": "{{ cookiecutter.project_slug }}.ops.api.exception_handler",
-        "DEFAULT_SCHEMA_CLASS": "drf_spectacular.openapi.AutoSchema",
-        "DEFAULT_THROTTLE_CLASSES": [
-            "rest_framework.throttling.AnonRateThrottle",
-            "rest_framework.throttling.UserRateThrottle",
-        ],
-        "DEFAULT_THROTTLE_RATES": {"anon": "60/min", "user": "120/min"},
-        "NUM_PROXIES": 0,
-    }
+    # API: JSON only; each web process counts these rates for itself
+    def REST_FRAMEWORK(self):
+        return {
+            "DEFAULT_AUTHENTICATION_CLASSES": [
+                "{{ cookiecutter.project_slug }}.ops.tokens.TokenAuthentication",
+                "rest_framework.authentication.SessionAuthentication",
+            ],
+            "DEFAULT_PARSER_CLASSES": [
+                "{{ cookiecutter.project_slug }}.ops.parsers.BoundedJSONParser",
+            ],
+            # A view that other users may read says so.
+            "DEFAULT_PERMISSION_CLASSES": ["rest_framework.permissions.IsAuthenticated"],
+            "DEFAULT_RENDERER_CLASSES": ["rest_framework.renderers.JSONRenderer"],
+            "EXCEPTION_HANDLER": "{{ cookiecutter.project_slug }}.ops.api.exception_handler",
+            "DEFAULT_SCHEMA_CLASS": "drf_spectacular.openapi.AutoSchema",
+            "DEFAULT_THROTTLE_CLASSES": [
+                "{{ cookiecutter.project_slug }}.ops.throttles.AnonymousThrottle",
+                "{{ cookiecutter.project_slug }}.ops.throttles.UserThrottle",
+            ],
+            "DEFAULT_THROTTLE_RATES": {"anon": "60/min", "user": "120/min"},
+            "NUM_PROXIES": self.PROXY_COUNT,
+        }
+
     SPECTACULAR_SETTINGS = {
         "TITLE": SITE_NAME,
         "DESCRIPTION": {{ cookiecutter.description | python_string }},
@@ -151,9 +154,6 @@ class TestSettings(ops.TestDefaults, Settings):
 
 class ProdSettings(ops.ProductionDefaults, Settings):
     """Production."""
-
-    # One proxy in front of the service sets X-Forwarded-For
-    REST_FRAMEWORK = Settings.REST_FRAMEWORK | {"NUM_PROXIES": 1}
 
 
 class StagingSettings(ops.StagingDefaults, ProdSettings):

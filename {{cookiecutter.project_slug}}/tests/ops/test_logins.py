@@ -1,11 +1,13 @@
 """Logins: guessing passwords is throttled, in the admin and in the API."""
 
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import pytest
 import time_machine
 from django.core.cache import caches
 from django.core.cache.backends.db import DatabaseCache
+from django.core.management import call_command
 from django.db import connection
 from django.urls import reverse
 from rest_framework.test import APIRequestFactory
@@ -18,7 +20,8 @@ pytestmark = pytest.mark.django_db
 
 @pytest.fixture(autouse=True)
 def few_slots(monkeypatch):
-    monkeypatch.setattr(logins, "SLOTS", {"address": 3, "user name": 5})
+    monkeypatch.setattr(logins, "ADDRESS", replace(logins.ADDRESS, slots=3))
+    monkeypatch.setattr(logins, "NAME", replace(logins.NAME, slots=5))
 
 
 @pytest.fixture
@@ -77,11 +80,57 @@ def test_address_is_locked_whichever_user_names_fail(log_in):
     assert log_in("secret")
 
 
-def test_user_name_is_locked_after_too_many_failures_from_any_address(log_in, user):
+def test_the_network_of_an_ipv6_address_is_one_address(log_in):
+    for number in range(3):
+        fail(log_in, 1, username=f"user{number}", address=f"2001:db8::{number}")
+    assert log_in("secret", address="2001:db8::ffff:1")
+    assert log_in("secret", address="2001:db8:0:1::1") is None
+
+
+@pytest.fixture
+def attack(log_in, user):
+    """Reach the limit of the user name, from many addresses."""
     for number in range(5):
         name = user.get_username().title()
-        fail(log_in, 1, username=name, address=f"203.0.113.{number}")
-    assert log_in("secret", address="203.0.113.99")
+        fail(log_in, 1, username=name, address=f"198.51.100.{number}")
+
+
+def test_a_name_under_attack_has_one_attempt_from_a_new_address(attack, log_in):
+    fail(log_in, 1, address="203.0.113.99")
+    assert "Too many" in log_in("secret", address="203.0.113.99")
+    assert log_in("secret", address="203.0.113.98") is None
+
+
+def test_a_name_under_attack_keeps_all_attempts_where_it_logged_in_before(log_in, request):
+    assert log_in("secret") is None
+    request.getfixturevalue("attack")
+    fail(log_in, 2)
+    assert log_in("secret") is None
+    fail(log_in, 1)
+    assert "Too many" in log_in("secret")
+
+
+def test_an_address_is_known_only_for_the_name_that_logged_in(log_in, make_user, request):
+    make_user("eve")
+    assert log_in("secret", username="eve", address="203.0.113.66")
+    request.getfixturevalue("attack")
+    fail(log_in, 1, address="203.0.113.66")
+    assert "Too many" in log_in("secret", address="203.0.113.66")
+
+
+@pytest.mark.parametrize("name", ["ANNA", "203.0.113.1", "2001:db8::2"])
+def test_unlock_ends_a_lock(log_in, user, name, capsys):
+    if name == "ANNA":
+        for number in range(5):
+            fail(log_in, 1, address=f"198.51.100.{number}")
+        fail(log_in, 1)
+    else:
+        fail(log_in, 3, address=name.replace("::2", "::1"))
+    address = "203.0.113.1" if name == "ANNA" else name
+    assert "Too many" in log_in("secret", address=address)
+    call_command("unlock", user.get_username().upper() if name == "ANNA" else name)
+    assert " failed logins forgotten" in capsys.readouterr().out
+    assert log_in("secret", address=address) is None
 
 
 def test_lock_ends_after_a_time(log_in):
@@ -97,7 +146,7 @@ def test_attempts_while_locked_do_not_prolong_the_lock(log_in):
     fail(log_in, 3)
     fail(log_in, 10)
     with connection.cursor() as cursor:
-        cursor.execute(f"SELECT count(*) FROM {caches['logins']._table}")
+        cursor.execute(f"SELECT count(*) FROM {caches['limits']._table}")
         assert cursor.fetchone() == (6,)
 
 
@@ -119,14 +168,14 @@ def test_token_requests_are_throttled(user):
 
 
 def test_all_web_processes_count_together():
-    assert isinstance(caches["logins"], DatabaseCache)
+    assert isinstance(caches["limits"], DatabaseCache)
 
 
 def test_neither_count_nor_log_contains_who_failed(log_in, user, caplog):
     fail(log_in, 3)
     with connection.cursor() as cursor:
-        cursor.execute(f"SELECT cache_key, value FROM {caches['logins']._table}")
+        cursor.execute(f"SELECT cache_key, value FROM {caches['limits']._table}")
         stored = str(cursor.fetchall())
-    assert "Logins of one address are locked for 15 minutes" in caplog.text
+    assert "Too many failed logins of one address" in caplog.text
     assert user.get_username() not in stored + caplog.text
     assert "203.0.113" not in stored + caplog.text

@@ -1,4 +1,4 @@
-"""The admin of the record of deliveries, and the admin's throttled login."""
+"""The admin of API tokens and of the record of deliveries, and the admin's throttled login."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from django.http import HttpRequest
 from .digests import get_digests
 from .large_tables import LargeTableAdmin
 from .logins import LoginForm
-from .models import DigestDelivery
+from .models import DigestDelivery, Token
 
 User = get_user_model()
 
@@ -30,6 +30,26 @@ class DigestFilter(admin.SimpleListFilter):
     def queryset(self, request: HttpRequest, queryset: QuerySet[Any]) -> QuerySet[Any]:
         """Return the deliveries of the chosen digest, or all."""
         return queryset.filter(digest=self.value()) if self.value() else queryset
+
+
+@admin.register(Token)
+class TokenAdmin(LargeTableAdmin):
+    """Lists the API's tokens; an administrator can delete them but not see or edit them."""
+
+    list_display = ("id", "user", "created_at", "expires_at")
+    list_select_related = ("user",)
+    ordering = ("-pk",)
+    sortable_by = ()
+    search_fields = (f"user__{User.USERNAME_FIELD}",)
+    fields = ("user", "created_at", "expires_at")
+
+    def has_add_permission(self, request: HttpRequest) -> bool:
+        """The API creates tokens."""
+        return False
+
+    def has_change_permission(self, request: HttpRequest, obj: Any = None) -> bool:
+        """A token cannot be changed."""
+        return False
 
 
 @admin.register(DigestDelivery)

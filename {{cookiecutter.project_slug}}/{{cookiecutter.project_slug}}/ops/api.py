@@ -6,17 +6,20 @@ from django.core.exceptions import RequestDataTooBig, ValidationError
 from django.db import DataError
 from drf_spectacular.utils import OpenApiResponse, extend_schema
 from drf_spectacular.views import SpectacularAPIView
-from rest_framework import pagination, serializers, status
+from rest_framework import pagination, permissions, serializers, status
+from rest_framework.authentication import BaseAuthentication
 from rest_framework.authtoken.serializers import AuthTokenSerializer
-from rest_framework.authtoken.views import ObtainAuthToken
 from rest_framework.exceptions import NotFound, ParseError
 from rest_framework.request import Request
 from rest_framework.response import Response
-from rest_framework.throttling import UserRateThrottle
+from rest_framework.throttling import BaseThrottle
 from rest_framework.views import APIView
 from rest_framework.views import exception_handler as default_exception_handler
 
+from .models import Token
 from .parsers import BoundedJSONParser
+from .throttles import SharedThrottle
+from .tokens import TokenAuthentication, create_token
 
 
 class CursorPagination(pagination.CursorPagination):
@@ -73,7 +76,7 @@ def exception_handler(error: Exception, context: dict[str, Any]) -> Response | N
 # Login
 
 
-class LoginThrottle(UserRateThrottle):
+class LoginThrottle(SharedThrottle):
     """Limits the attempts to get a token, by client address."""
 
     scope = "login"
@@ -84,13 +87,27 @@ class TokenSerializer(serializers.Serializer[Any]):
     """A token of the HTTP authentication scheme ``Token``."""
 
     token = serializers.CharField()
+    expires_at = serializers.DateTimeField()
 
 
-class TokenView(ObtainAuthToken):
-    """Returns a token for a user name and a password."""
+class TokenView(APIView):
+    """Returns a token for a user name and a password, and ends tokens."""
 
     parser_classes = (BoundedJSONParser,)
-    throttle_classes = (LoginThrottle,)
+
+    def get_authenticators(self) -> list[BaseAuthentication]:
+        """Only a token can end itself; to get one needs no authentication."""
+        deletes = self.request is not None and self.request.method == "DELETE"
+        return [TokenAuthentication()] if deletes else []
+
+    def get_permissions(self) -> list[permissions.BasePermission]:
+        """Return the permissions that go with the authenticators."""
+        deletes = self.request.method == "DELETE"
+        return [permissions.IsAuthenticated() if deletes else permissions.AllowAny()]
+
+    def get_throttles(self) -> list[BaseThrottle]:
+        """Limit the attempts to guess a password."""
+        return [LoginThrottle()] if self.request.method == "POST" else super().get_throttles()
 
     @extend_schema(
         summary="Get a token for a user name and a password",
@@ -99,8 +116,20 @@ class TokenView(ObtainAuthToken):
         responses={200: TokenSerializer, 400: INVALID} | errors(413, 415, 429),
     )
     def post(self, request: Request, *args: Any, **kwargs: Any) -> Response:
-        """Return the user's token."""
-        return super().post(request, *args, **kwargs)
+        """Create a token."""
+        serializer = AuthTokenSerializer(data=request.data, context={"request": request})
+        serializer.is_valid(raise_exception=True)
+        text, token = create_token(serializer.validated_data["user"])
+        return Response(TokenSerializer({"token": text, "expires_at": token.expires_at}).data)
+
+    @extend_schema(
+        summary="End the token of this request", responses={204: None} | errors(401, 429)
+    )
+    def delete(self, request: Request, *args: Any, **kwargs: Any) -> Response:
+        """Delete the token that authenticates the request."""
+        assert isinstance(request.auth, Token)
+        request.auth.delete()
+        return Response(status=status.HTTP_204_NO_CONTENT)
 
 
 # Schema

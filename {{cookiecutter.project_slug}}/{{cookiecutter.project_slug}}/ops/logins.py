@@ -1,13 +1,15 @@
 """Login throttling: after too many failures, logins are refused for some minutes.
 
-It applies to the admin, the API and every other use of ``authenticate()``. Each failed
-login takes one slot of the client's address and one of the user name, for
-``LOCKOUT_MINUTES``. If no slot is free, the password is not checked. All web processes
-share the slots through a database cache.
+It applies to the admin, the API and every other use of ``authenticate()``. A login is
+refused, without a look at the password, if ``ADDRESS`` is reached for the client's address.
+If ``NAME`` is reached for the user name, an address that never logged in with that name has
+one attempt in the same time, and one that did is not affected: nobody can lock a user out.
+
+``python manage.py unlock`` ends a lock.
 """
 
 import logging
-from collections.abc import Iterator
+from datetime import timedelta
 from typing import Any
 
 from django.contrib.admin.forms import AdminAuthenticationForm
@@ -17,16 +19,21 @@ from django.contrib.auth.base_user import AbstractBaseUser
 from django.core.cache import caches
 from django.core.exceptions import ValidationError
 from django.http import HttpRequest
-from django.utils.crypto import salted_hmac
-from rest_framework.throttling import BaseThrottle
+
+from .clients import get_network, to_network
+from .limits import Limit, get_key
 
 logger = logging.getLogger(__name__)
 
-#: How many logins may fail from one address, and how many for one user name.
-SLOTS = {"address": 10, "user name": 50}
-
 #: How long a failure counts, in minutes.
 LOCKOUT_MINUTES = 15
+
+#: How many logins may fail from one address, and how many for one user name.
+ADDRESS = Limit("address", 10, LOCKOUT_MINUTES * 60)
+NAME = Limit("user name", 50, LOCKOUT_MINUTES * 60)
+
+#: How long an address that logged in with a user name is known, in seconds.
+KNOWN = timedelta(days=90).total_seconds()
 
 #: Characters of a user name or password above which a login fails at once: the time to
 #: normalize a name grows with the square of its length.
@@ -55,6 +62,8 @@ class ThrottledBackend(ModelBackend):
         user = super().authenticate(request, username, password, **kwargs)
         if user is None:
             record_failure(request, username)
+        else:
+            record_success(request, username)
         return user
 
 
@@ -71,31 +80,45 @@ class LoginForm(AdminAuthenticationForm):
 
 
 def is_locked(request: HttpRequest, username: str) -> bool:
-    """Return whether the client's address or the user name has no free slot."""
-    return any(not free for _, free in _get_free_slots(request, username))
+    """Return whether this client has no attempt left for this user name."""
+    failures = ADDRESS.count(get_network(request))
+    if failures >= ADDRESS.slots:
+        return True
+    # An address under which nothing failed has one attempt for any name.
+    return (
+        failures > 0
+        and NAME.count(normalize(username)) >= NAME.slots
+        and caches["limits"].get(_get_pair(request, username)) is None
+    )
 
 
 def record_failure(request: HttpRequest, username: str) -> None:
     """Take one slot of the client's address and one of the user name."""
-    for kind, free in _get_free_slots(request, username):
-        # Another process may take a slot first; then take the next one.
-        next(filter(_take, free), None)
-        if len(free) == 1:
-            logger.warning("Logins of one %s are locked for %d minutes", kind, LOCKOUT_MINUTES)
+    for limit, value in ((ADDRESS, get_network(request)), (NAME, normalize(username))):
+        if limit.take(value) and limit.count(value) == limit.slots:
+            logger.warning("Too many failed logins of one %s", limit.name)
 
 
-def _take(slot: str) -> bool:
-    return caches["logins"].add(slot, "taken", LOCKOUT_MINUTES * 60)
+def record_success(request: HttpRequest, username: str) -> None:
+    """Remember that this address logged in with this name."""
+    pair = _get_pair(request, username)
+    if caches["limits"].get(pair) is None:
+        caches["limits"].set(pair, "known", KNOWN)
 
 
-def _get_free_slots(request: HttpRequest, username: str) -> Iterator[tuple[str, list[str]]]:
-    """Yield the free slots of each kind; their names are hashes."""
-    values = {
-        "address": BaseThrottle().get_ident(request),  # type: ignore[arg-type]
-        "user name": get_user_model().normalize_username(username).lower(),
-    }
-    for kind, number in SLOTS.items():
-        digest = salted_hmac("logins", f"{kind} {values[kind]}", algorithm="sha256").hexdigest()
-        slots = [f"{digest}.{slot}" for slot in range(number)]
-        taken = caches["logins"].get_many(slots)
-        yield kind, [slot for slot in slots if slot not in taken]
+def unlock(value: str) -> int:
+    """Forget the failures of a user name or an address; return how many they were."""
+    count = 0
+    for limit, key in ((NAME, normalize(value)), (ADDRESS, to_network(value))):
+        count += limit.count(key)
+        limit.clear(key)
+    return count
+
+
+def normalize(username: str) -> str:
+    """Return the form of a user name under which failures count."""
+    return get_user_model().normalize_username(username[:MAX_LENGTH]).lower()
+
+
+def _get_pair(request: HttpRequest, username: str) -> str:
+    return get_key("known", get_network(request), normalize(username))

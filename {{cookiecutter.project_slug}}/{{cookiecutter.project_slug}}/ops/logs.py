@@ -23,6 +23,8 @@ from django.http import HttpRequest, HttpResponse
 from django.utils.encoding import escape_uri_path
 from django.utils.log import configure_logging
 
+from .clients import get_address
+
 logger = logging.getLogger(__name__)
 access = logging.getLogger(f"{__package__}.access")
 
@@ -48,7 +50,7 @@ REDACTIONS = [
 
 #: The fields passed with ``extra`` that JSON events contain. Libraries pass whole requests
 #: and task arguments in others.
-FIELDS = ("method", "path", "status", "duration_ms")
+FIELDS = ("method", "path", "status", "duration_ms", "client")
 
 _process = "command"
 _stream: TextIO | None = None
@@ -177,5 +179,6 @@ class RequestLogMiddleware:
                 "path": path,
                 "status": response.status_code,
                 "duration_ms": duration,
+                "client": get_address(request),
             },
         )

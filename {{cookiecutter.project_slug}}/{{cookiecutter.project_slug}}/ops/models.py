@@ -1,8 +1,25 @@
-"""The record of digests: which are due for which period, and who received them."""
+"""Tokens of the API, and the record of digests: which are due, and who received them."""
 
 from django.conf import settings
 from django.db import models
 from django.db.models import Q
+
+
+class Token(models.Model):
+    """A token of the API; see ``tokens.py``. The row has a hash of it only."""
+
+    user = models.ForeignKey(
+        settings.AUTH_USER_MODEL, on_delete=models.CASCADE, related_name="api_tokens"
+    )
+    digest = models.CharField(max_length=64)
+    created_at = models.DateTimeField(auto_now_add=True)
+    expires_at = models.DateTimeField()
+
+    class Meta:
+        verbose_name = "API token"
+
+    def __str__(self) -> str:
+        return f"API token {self.pk} of {self.user}"
 
 
 class DigestRun(models.Model):

@@ -68,13 +68,22 @@ class Defaults(BaseSettings):  # type: ignore[misc]
         "frame-ancestors": ["'none'"],
     }
 
-    # Caches: one in each process, and one that all processes share to count failed logins
+    # Proxies in front of the service that append to X-Forwarded-For
+    PROXY_COUNT = env(0, cast=integer(0, 10))
+
+    # How long a token of the API is valid
+    TOKEN_DAYS = env(90, cast=integer(1, 3650))
+
+    # Caches: one in each process, and one that all processes share to count what protects them
     CACHES = {
-        "default": {"BACKEND": "django.core.cache.backends.locmem.LocMemCache"},
-        "logins": {
-            "BACKEND": "django.core.cache.backends.db.DatabaseCache",
-            "LOCATION": "failed_logins",
+        "default": {
+            "BACKEND": "django.core.cache.backends.locmem.LocMemCache",
             "OPTIONS": {"MAX_ENTRIES": 10_000},
+        },
+        "limits": {
+            "BACKEND": "django.core.cache.backends.db.DatabaseCache",
+            "LOCATION": "limits",
+            "OPTIONS": {"MAX_ENTRIES": 100_000},
         },
     }
 
@@ -247,7 +256,8 @@ class ProductionDefaults(Defaults):
     def SITE_URL(self) -> str:
         return f"https://{self.DOMAIN}"
 
-    # HTTPS: behind a proxy that sets X-Forwarded-Proto
+    # HTTPS: behind a proxy that sets X-Forwarded-Proto and appends to X-Forwarded-For
+    PROXY_COUNT = env(1, cast=integer(0, 10))
     SECURE_PROXY_SSL_HEADER = ("HTTP_X_FORWARDED_PROTO", "https")
     SECURE_SSL_REDIRECT = env(True, cast=boolean)
     SECURE_HSTS_SECONDS = env(3600, cast=integer(0))

@@ -1,0 +1,46 @@
+"""The address of a request's client, behind the number of proxies in ``PROXY_COUNT``."""
+
+from ipaddress import IPv6Address, ip_address, ip_network
+
+from django.conf import settings
+from django.http import HttpRequest
+
+#: The leading bits of an IPv6 address that a provider gives to one customer.
+IPV6_PREFIX = 64
+
+
+def get_address(request: HttpRequest) -> str:
+    """Return the client's IP address, or "" if there is none, as on a Unix socket.
+
+    Each proxy appends the address that it was called from to X-Forwarded-For, so only the
+    last ``PROXY_COUNT`` of them are true: a client can send any others.
+    """
+    if settings.PROXY_COUNT and (forwarded := request.headers.get("X-Forwarded-For")):
+        address = forwarded.split(",")[-settings.PROXY_COUNT :][0].strip()
+        # Some proxies append the port.
+        for candidate in (address, address.rpartition(":")[0].strip("[]")):
+            if parsed := _parse(candidate):
+                return parsed
+    return _parse(request.META.get("REMOTE_ADDR", ""))
+
+
+def _parse(address: str) -> str:
+    try:
+        parsed = ip_address(address)
+    except ValueError:
+        return ""
+    mapped = parsed.ipv4_mapped if isinstance(parsed, IPv6Address) else None
+    return str(mapped or parsed)
+
+
+def get_network(request: HttpRequest) -> str:
+    """Return what counts as one client: its IPv4 address, or the /64 of its IPv6 address."""
+    return to_network(get_address(request))
+
+
+def to_network(address: str) -> str:
+    """Return the network of an IP address; other texts as they are."""
+    parsed = _parse(address)
+    if ":" not in parsed:
+        return parsed or address
+    return str(ip_network((parsed.partition("%")[0], IPV6_PREFIX), strict=False))
