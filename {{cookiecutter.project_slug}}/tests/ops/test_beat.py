@@ -79,6 +79,46 @@ def test_dispatch_without_the_lock_restarts_the_process(monkeypatch, held):
     assert restarts == ([] if held else [True])
 
 
+class Scheduler:
+    """A scheduler whose next schedule is due in an hour."""
+
+    def __init__(self, **options):
+        self.max_interval = 5
+        self.passes = 0
+        self.closed = False
+
+    def tick(self):
+        self.passes += 1
+        return 3600
+
+    def close(self):
+        self.closed = True
+
+
+def test_a_signal_ends_beat_between_two_passes(monkeypatch):
+    monkeypatch.setattr(beat.signal, "alarm", lambda seconds: None)
+    service = beat.Service(current_app, scheduler_cls=Scheduler, remote_control=False)
+    monkeypatch.setattr(beat, "_lock", object())
+    monkeypatch.setattr(beat.time, "sleep", lambda seconds: service.request_stop())
+    service.start()
+    assert (service.scheduler.passes, service.scheduler.closed) == (1, True)
+
+
+def test_a_signal_does_not_interrupt_a_pass(monkeypatch):
+    monkeypatch.setattr(beat.signal, "alarm", lambda seconds: None)
+    service = beat.Service(current_app, scheduler_cls=Scheduler, remote_control=False)
+    monkeypatch.setattr(beat, "_lock", object())
+    after = []
+
+    def tick(self):
+        service.request_stop()
+        after.append("completed")
+
+    monkeypatch.setattr(Scheduler, "tick", tick)
+    service.start()
+    assert after == ["completed"]
+
+
 def test_celery_app_uses_the_database_scheduler_and_the_standby_beat():
     assert current_app.conf.beat_scheduler == "django_celery_beat.schedulers:DatabaseScheduler"
     assert issubclass(current_app.Beat, beat.Beat)

@@ -13,6 +13,7 @@ import threading
 import time
 from typing import Any
 
+import celery.beat
 from celery import signals
 from celery.apps import beat
 from django.db import DatabaseError, connection
@@ -24,11 +25,56 @@ logger = logging.getLogger(__name__)
 #: Time between two attempts to take the lock, in seconds.
 RETRY_INTERVAL = 1
 
+#: How soon beat notices that it has to stop, in seconds.
+STOP_INTERVAL = 0.2
+
+#: How long beat may take to stop, in seconds; after that it ends at once, with status 1.
+STOP_TIMEOUT = 20
+
 _lock: Lock | None = None
+
+
+class Service(celery.beat.Service):
+    """A service that stops between two passes of the scheduler, never in the middle of one.
+
+    Celery's own raises SystemExit wherever a signal finds it. Raised in a query, that can get
+    lost, and beat continues.
+    """
+
+    stopping = False
+
+    def get_scheduler(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the scheduler; each of its passes ends with the wait until the next."""
+        scheduler: Any = super().get_scheduler(*args, **kwargs)
+        tick = scheduler.tick
+
+        def tick_and_wait(*args: Any, **kwargs: Any) -> float:
+            due = time.monotonic() + (tick(*args, **kwargs) or 0)
+            while not self.stopping and (left := due - time.monotonic()) > 0:
+                time.sleep(min(left, STOP_INTERVAL))
+            return 0
+
+        scheduler.tick = tick_and_wait
+        return scheduler
+
+    def request_stop(self, *args: Any) -> None:
+        """Stop after the current pass; a signal handler."""
+        self.stopping = True
+        self._is_shutdown.set()  # type: ignore[attr-defined]
+        # A server that does not respond may hold up the pass.
+        signal.signal(signal.SIGALRM, lambda *_: os._exit(1))
+        signal.alarm(STOP_TIMEOUT)
 
 
 class Beat(beat.Beat):
     """Beat that waits for the lock before it reads the schedules."""
+
+    Service = Service
+
+    def install_sync_handler(self, service: Any) -> None:
+        """Stop at SIGTERM and SIGINT."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, service.request_stop)
 
     def start_scheduler(self) -> None:  # type: ignore[override]
         """Log through Django's handlers, wait for the lock, then start to dispatch."""
