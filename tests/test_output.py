@@ -43,11 +43,13 @@ SLUG/ops/broker.py
 SLUG/ops/celery.py
 SLUG/ops/checks.py
 SLUG/ops/clients.py
+SLUG/ops/database.py
 SLUG/ops/deliveries.py
 SLUG/ops/digests.py
 SLUG/ops/doctor.py
 SLUG/ops/environment.py
 SLUG/ops/gunicorn_log.py
+SLUG/ops/gunicorn_worker.py
 SLUG/ops/health.py
 SLUG/ops/large_tables.py
 SLUG/ops/limits.py
@@ -105,6 +107,7 @@ tests/ops/test_api.py
 tests/ops/test_beat.py
 tests/ops/test_broker.py
 tests/ops/test_clients.py
+tests/ops/test_database.py
 tests/ops/test_deliveries.py
 tests/ops/test_digests.py
 tests/ops/test_doctor.py

@@ -124,6 +124,7 @@ class Settings(ops.Defaults):
                 "BACKEND": "django_prodserver.backends.servers.gunicorn.GunicornServer",
                 "ARGS": {
                     "bind": f"{self.BIND_HOST}:{self.PORT}",
+                    "worker-class": "{{ cookiecutter.project_slug }}.ops.gunicorn_worker.HealthWorker",
                     "workers": self.WEB_CONCURRENCY,
                     "threads": self.WEB_THREADS,
                     "logger-class": "{{ cookiecutter.project_slug }}.ops.gunicorn_log.GunicornLogger",

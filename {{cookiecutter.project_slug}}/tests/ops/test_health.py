@@ -1,8 +1,23 @@
 """Health checks: available over HTTP under any host name, without secrets."""
 
+from threading import Event
+
 import pytest
 
 from {{ cookiecutter.project_slug }}.ops import health
+
+
+@pytest.fixture(autouse=True)
+def _close_databases_in_memory(monkeypatch):
+    """Close what the threads of checks opened; Django keeps a database in memory open."""
+
+    def close_all():
+        for connection in health.connections.all(initialized_only=True):
+            if connection.connection is not None:
+                connection.connection.close()
+                connection.connection = None
+
+    monkeypatch.setattr(health.connections, "close_all", close_all)
 
 
 @pytest.fixture
@@ -41,6 +56,22 @@ def test_not_ready_names_the_failed_check_and_no_secret(client, caplog, fail, na
         "checks": {"database": "ok", "broker": "ok"} | {name: "unavailable"},
     }
     assert "hunter2" not in response.text + caplog.text
+
+
+def test_a_check_that_hangs_is_unavailable_and_not_started_again(client, monkeypatch):
+    started, end = [], Event()
+
+    def hang():
+        started.append(True)
+        end.wait()
+
+    monkeypatch.setattr(health, "READY_TIMEOUT", 0.1)
+    monkeypatch.setattr(health, "CHECKS", {"database": hang, "broker": lambda: None})
+    for _ in range(3):
+        response = client.get("/health/ready")
+        assert response.json()["checks"] == {"database": "unavailable", "broker": "ok"}
+    assert len(started) == 1
+    end.set()
 
 
 @pytest.mark.parametrize("path", ["/health/live", "/health/ready"])

@@ -122,3 +122,15 @@ def test_admin_path_is_a_setting(settings):
 
 def test_messages_are_json_only(settings):
     assert settings.CELERY_ACCEPT_CONTENT == ["json"]
+
+
+@pytest.mark.parametrize("mode", ["host", "size"])
+def test_a_rejected_request_is_one_line(client, caplog, settings, mode):
+    if mode == "host":
+        response = client.get("/", headers={"host": "evil.example"})
+    else:
+        settings.DATA_UPLOAD_MAX_MEMORY_SIZE = 10
+        response = client.post(reverse("admin:login"), {"username": "x" * 100})
+    assert response.status_code in (400, 413)
+    (record,) = [record for record in caplog.records if record.name.startswith("django.security")]
+    assert (record.levelname, record.exc_info) == ("WARNING", None)

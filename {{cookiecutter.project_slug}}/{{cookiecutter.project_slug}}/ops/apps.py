@@ -7,10 +7,11 @@ from django.apps import AppConfig
 from django.conf import settings
 from django.core.management import call_command
 from django.db import connection
-from django.db.models.signals import post_migrate
+from django.db.backends.signals import connection_created
+from django.db.models.signals import post_migrate, pre_migrate
 from django.utils.module_loading import autodiscover_modules
 
-from . import sentry
+from . import database, sentry
 
 
 class OpsConfig(AppConfig):
@@ -26,6 +27,8 @@ class OpsConfig(AppConfig):
         from . import checks  # noqa: F401  (registers them; needs loaded apps)
 
         autodiscover_modules("digests")
+        connection_created.connect(database.limit_connection)
+        pre_migrate.connect(database.lift_limit, sender=self)
         post_migrate.connect(create_cache_tables, sender=self)
         create_database_folder()
         if settings.SENTRY_DSN:

@@ -21,6 +21,7 @@ from django_prodserver.backends.workers.celery import CeleryBeat, CeleryWorker
 from gunicorn.config import Config
 from gunicorn.util import load_class
 
+from .database import find_pooler
 from .schedules import REQUIRED_MIGRATION, CreateSchedule, DeleteSchedule
 
 
@@ -70,6 +71,17 @@ def check_schedules(
             )
         messages += [checks.Error(text, obj=name, id="schedules.E001") for text in problems]
     return messages
+
+
+@checks.register
+def check_database(
+    app_configs: Sequence[AppConfig] | None, **kwargs: Any
+) -> list[checks.CheckMessage]:
+    """Report a pooler that does not keep sessions; a database that does not respond is none."""
+    if problem := find_pooler():
+        hint = "Use pool_mode = session, or connect to PostgreSQL itself."
+        return [checks.Error(problem, hint=hint, id="database.E001")]
+    return []
 
 
 @checks.register

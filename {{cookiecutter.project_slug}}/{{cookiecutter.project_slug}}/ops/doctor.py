@@ -23,6 +23,7 @@ from django_celery_beat.models import PeriodicTask
 from kombu.utils.json import loads
 
 from . import health
+from .database import find_pooler
 from .logs import redact
 
 #: Time limit of the checks that run at the same time, in seconds.
@@ -68,6 +69,8 @@ def check_settings() -> Result:
 def check_database() -> Result:
     """Query the database."""
     health.check_database()
+    if problem := find_pooler():
+        return failed("settings", problem)
     if connection.vendor == "sqlite":
         return Result(f"SQLite in {connection.settings_dict['NAME']}")
     host, port = get_database_address()

@@ -2,20 +2,26 @@
 
 ``GET /health/live`` returns 200 while the process responds. ``GET /health/ready`` returns
 200 if the database and the broker are available, otherwise 503; its JSON names what is not.
+It takes about ``READY_TIMEOUT`` at most, also if a server does not respond.
 """
 
 import logging
+import time
 from collections.abc import Callable
+from threading import Thread
 
 # The service's app: creating it with Django settings makes it the default in all threads.
 from celery import current_app
-from django.db import connection
+from django.db import connection, connections
 from django.http import HttpRequest, HttpResponse, JsonResponse
 
 logger = logging.getLogger(__name__)
 
 #: Time limit to connect to the broker, in seconds.
 BROKER_TIMEOUT = 3
+
+#: Time limit of all checks together, in seconds.
+READY_TIMEOUT = 4
 
 
 def check_database() -> None:
@@ -33,19 +39,39 @@ def check_broker() -> None:
 CHECKS: dict[str, Callable[[], None]] = {"database": check_database, "broker": check_broker}
 
 
+#: The running check of each name: one that hangs is not started again.
+_running: dict[str, Thread] = {}
+
+
 def get_readiness() -> dict[str, str]:
-    """Run all checks; return ``ok`` or ``unavailable`` by name."""
-    results = {}
-    for name, check in CHECKS.items():
+    """Run all checks at the same time; return ``ok`` or ``unavailable`` by name."""
+    problems = dict.fromkeys(CHECKS, f"no response within {READY_TIMEOUT} seconds")
+
+    def run(name: str, check: Callable[[], None]) -> None:
         try:
             check()
         except Exception as error:
             # The message may contain a password.
-            logger.warning("%s is unavailable: %s", name, type(error).__name__)
-            results[name] = "unavailable"
+            problems[name] = type(error).__name__
         else:
-            results[name] = "ok"
-    return results
+            problems.pop(name)
+        finally:
+            connections.close_all()
+
+    threads = []
+    for name, check in CHECKS.items():
+        if name not in _running or not _running[name].is_alive():
+            # A daemon thread does not keep the process alive.
+            _running[name] = Thread(target=run, args=(name, check), daemon=True)
+            _running[name].start()
+            threads.append(_running[name])
+    deadline = time.monotonic() + READY_TIMEOUT
+    for thread in threads:
+        thread.join(max(0, deadline - time.monotonic()))
+    found = problems.copy()
+    for name, problem in found.items():
+        logger.warning("%s is unavailable: %s", name, problem)
+    return {name: "unavailable" if name in found else "ok" for name in CHECKS}
 
 
 class HealthMiddleware:

@@ -138,6 +138,19 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(event, default=str)
 
 
+class RejectedRequestFilter(logging.Filter):
+    """Logs a request that Django rejects as one line at WARNING: it is no error of ours.
+
+    Without it, each one would be a traceback, and an event in Sentry.
+    """
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Change the event, and pass it on."""
+        record.levelno, record.levelname = logging.WARNING, "WARNING"
+        record.exc_info = record.exc_text = None
+        return True
+
+
 class RequestLogMiddleware:
     """Gives each request an id, and logs its status and duration.
 

@@ -12,6 +12,7 @@ from typing import Any
 from cbs import BaseSettings
 from dotenv import load_dotenv
 
+from .database import CONNECT_OPTIONS
 from .environment import (
     boolean,
     broker_url,
@@ -40,6 +41,25 @@ VAR_DIR = BASE_DIR / "var"
 
 # Variables that are set already take precedence.
 load_dotenv(BASE_DIR / ".env")
+
+
+def limit_database(database: dict[str, Any]) -> dict[str, Any]:
+    """Return an entry of ``DATABASES`` with limits for PostgreSQL, unless its URL sets them."""
+    if database["ENGINE"] != "django.db.backends.postgresql":
+        return database
+    return {**database, "OPTIONS": CONNECT_OPTIONS | database.get("OPTIONS", {})}
+
+
+#: Requests that Django rejects, by the name of the exception: anybody can send them.
+REJECTIONS = (
+    "DisallowedHost",
+    "DisallowedRedirect",
+    "RequestDataTooBig",
+    "SuspiciousFileOperation",
+    "SuspiciousMultipartForm",
+    "TooManyFieldsSent",
+    "TooManyFilesSent",
+)
 
 
 class Defaults(BaseSettings):  # type: ignore[misc]
@@ -108,8 +128,11 @@ class Defaults(BaseSettings):  # type: ignore[misc]
             },
         }
 
+    # The longest time of a statement in PostgreSQL, in seconds; see database.py
+    DATABASE_STATEMENT_TIMEOUT = env(30, cast=integer(1, 3600))
+
     def DATABASES(self) -> dict[str, Any]:
-        return {"default": self.database}
+        return {"default": limit_database(self.database)}
 
     # E-mail: printed by the process that sends it unless EMAIL_HOST is set
     EMAIL_HOST = env("", cast=or_empty(host))
@@ -211,6 +234,7 @@ class Defaults(BaseSettings):  # type: ignore[misc]
                 "text": {"()": f"{PACKAGE}.ops.logs.TextFormatter"},
                 "json": {"()": f"{PACKAGE}.ops.logs.JsonFormatter"},
             },
+            "filters": {"rejected": {"()": f"{PACKAGE}.ops.logs.RejectedRequestFilter"}},
             "handlers": {
                 "console": {
                     "()": f"{PACKAGE}.ops.logs.make_handler",
@@ -224,7 +248,8 @@ class Defaults(BaseSettings):  # type: ignore[misc]
                 "django.server": {"propagate": True},
                 # The request log has a line for each 4xx response already.
                 "django.request": {"level": "ERROR"},
-            },
+            }
+            | {f"django.security.{name}": {"filters": ["rejected"]} for name in REJECTIONS},
         }
 
     # Sentry: errors and missed schedules, if SENTRY_DSN is set
@@ -278,7 +303,11 @@ class ProductionDefaults(Defaults):
 
     def DATABASES(self) -> dict[str, Any]:
         return {
-            "default": {"CONN_MAX_AGE": 60, "CONN_HEALTH_CHECKS": True, **self.database},
+            "default": {
+                "CONN_MAX_AGE": 60,
+                "CONN_HEALTH_CHECKS": True,
+                **limit_database(self.database),
+            },
         }
 
     # E-mail

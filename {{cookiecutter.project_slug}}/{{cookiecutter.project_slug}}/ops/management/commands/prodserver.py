@@ -21,6 +21,7 @@ from django_prodserver.management.base import BaseProcessCommand
 from gunicorn.util import parse_address
 
 from ... import logs
+from ...database import find_pooler
 
 try:
     import watchfiles
@@ -65,6 +66,8 @@ class Command(BaseProcessCommand):
         if options.get("reload"):
             self.run_with_reload(process_name)
             return
+        if pooler := find_pooler():
+            raise CommandError(pooler)
         # gunicorn also reads the command line, and would fail on Django's options.
         sys.argv[1:] = ["prodserver", process_name]
         logs.configure(process_name)

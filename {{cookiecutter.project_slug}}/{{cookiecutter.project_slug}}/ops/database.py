@@ -1,0 +1,132 @@
+"""Limits of every wait for PostgreSQL, and a check for poolers that do not keep sessions.
+
+By default neither Django nor PostgreSQL limits how long a client waits for a server that is
+frozen or out of reach.
+"""
+
+from functools import partial
+from typing import Any
+
+import psycopg
+from django.conf import settings
+from django.db import DEFAULT_DB_ALIAS, connections
+from django.db.backends.base.base import BaseDatabaseWrapper
+from psycopg.pq import TransactionStatus
+
+#: Options of each connection. Connecting takes at most 5 seconds; a peer that acknowledges
+#: nothing for 25 seconds counts as lost, whether data is on its way to it or not.
+#: https://www.postgresql.org/docs/current/libpq-connect.html#LIBPQ-PARAMKEYWORDS
+CONNECT_OPTIONS = {
+    "connect_timeout": 5,
+    "tcp_user_timeout": 25_000,
+    "keepalives": 1,
+    "keepalives_idle": 10,
+    "keepalives_interval": 5,
+    "keepalives_count": 3,
+}
+
+#: How long a statement waits for a lock, in seconds.
+LOCK_TIMEOUT = 10
+
+#: How long a transaction may be idle before the server ends it, in seconds.
+IDLE_TIMEOUT = 300
+
+#: How much longer than a statement may take the client waits for its result, in seconds.
+GRACE = 5
+
+#: How long the check for a pooler waits for a response, in seconds.
+CHECK_TIMEOUT = 5
+
+
+# Limits
+
+
+def limit_connection(connection: BaseDatabaseWrapper, **kwargs: Any) -> None:
+    """Limit a new connection to PostgreSQL; a receiver of ``connection_created``."""
+    if connection.vendor == "postgresql":
+        set_limits(connection, settings.DATABASE_STATEMENT_TIMEOUT)
+
+
+def lift_limit(using: str, **kwargs: Any) -> None:
+    """Let migrations take as long as they need; a receiver of ``pre_migrate``.
+
+    They still wait at most ``LOCK_TIMEOUT`` for a lock: queries of other processes wait
+    behind them.
+    """
+    connection = connections[using]
+    if connection.vendor == "postgresql":
+        connection.ensure_connection()
+        set_limits(connection, 0)
+
+
+def set_limits(connection: BaseDatabaseWrapper, seconds: int) -> None:
+    """Limit each statement to some seconds; 0 is no limit."""
+    raw: Any = connection.connection
+    limit_wait(raw, seconds + GRACE if seconds else None)
+    with raw.cursor() as cursor:
+        cursor.execute(
+            f"SET statement_timeout = '{seconds}s'; SET lock_timeout = '{LOCK_TIMEOUT}s';"
+            f" SET idle_in_transaction_session_timeout = '{IDLE_TIMEOUT}s'"
+        )
+
+
+def limit_wait(raw: "psycopg.Connection[Any]", seconds: float | None) -> None:
+    """Limit how long a connection waits for each result: a frozen server ends no statement."""
+    raw.wait = partial(_wait, raw, seconds)  # type: ignore[method-assign]
+
+
+def _wait(
+    raw: "psycopg.Connection[Any]", seconds: float | None, generator: Any, **kwargs: Any
+) -> Any:
+    kwargs.setdefault("timeout", seconds)
+    try:
+        return type(raw).wait(raw, generator, **kwargs)
+    except psycopg.OperationalError as error:
+        if raw.info.transaction_status is not TransactionStatus.ACTIVE:
+            raise
+        # The result may still arrive, as that of another statement.
+        raw.pgconn.finish()
+        raise psycopg.OperationalError("the server does not respond") from error
+
+
+# Poolers
+
+
+def find_pooler(alias: str = DEFAULT_DB_ALIAS) -> str | None:
+    """Return a sentence if a pooler gives each transaction another session, otherwise None.
+
+    A server tells each client the process id of its session. A pooler sends another one, and
+    in transaction mode two clients share a session. Returns None too if the database does
+    not respond.
+    """
+    if connections[alias].vendor != "postgresql":
+        return None
+    try:
+        with _connect(alias) as first:
+            session = _get_session(first)
+            if session == first.info.backend_pid:
+                return None
+            with _connect(alias) as second:
+                for _ in range(3):
+                    if _get_session(second) == session or _get_session(first) != session:
+                        return (
+                            "A pooler gives each transaction another session, as PgBouncer does "
+                            "with pool_mode = transaction. Locks, cursors and limits need a "
+                            "session for each connection."
+                        )
+    except psycopg.Error:
+        pass
+    return None
+
+
+def _connect(alias: str) -> "psycopg.Connection[Any]":
+    params: dict[str, Any] = connections[alias].get_connection_params()
+    raw = psycopg.connect(**params | {"autocommit": True})
+    limit_wait(raw, CHECK_TIMEOUT)
+    return raw
+
+
+def _get_session(raw: "psycopg.Connection[Any]") -> int:
+    row = raw.execute("SELECT pg_backend_pid()").fetchone()
+    assert row is not None
+    return int(row[0])
