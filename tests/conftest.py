@@ -47,6 +47,7 @@ GIT_IDENTITY = {
 #: Variables that a service reads and that this machine may have set.
 SERVICE_VARIABLES = {
     "CELERY_BROKER_URL",
+    "DATABASE_STATEMENT_TIMEOUT",
     "DATABASE_URL",
     "DEBUG",
     "DJANGO_MODE",
@@ -54,9 +55,11 @@ SERVICE_VARIABLES = {
     "LOG_FORMAT",
     "LOG_LEVEL",
     "PORT",
+    "PROXY_COUNT",
     "RABBITMQ_URL",
     "SECRET_KEY",
     "SENTRY_DSN",
+    "TOKEN_DAYS",
     "VIRTUAL_ENV",
 }
 

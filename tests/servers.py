@@ -1,15 +1,22 @@
 """Dedicated servers for one test, which it can stop and start, and helpers for ports."""
 
 import contextlib
+import ctypes
 import glob
 import os
 import shutil
+import signal
 import socket
+import struct
 import subprocess
+import threading
 import time
 from pathlib import Path
 
 import pytest
+
+# https://www.kernel.org/doc/html/latest/networking/filter.html
+SO_ATTACH_FILTER, SO_DETACH_FILTER = 26, 27
 
 
 def free_port():
@@ -137,3 +144,67 @@ class PostgreSQL:
     def stop(self):
         """Stop the server and disconnect its clients (fast shutdown)."""
         self._run("pg_ctl", "-w", "-D", self.folder / "data", "-m", "fast", "stop")
+
+    def freeze(self):
+        """Stop all processes of the server, which keep their connections but do not respond."""
+        self._signal(signal.SIGSTOP)
+
+    def thaw(self):
+        """Let the processes continue."""
+        self._signal(signal.SIGCONT)
+
+    def _signal(self, number):
+        pid = int((self.folder / "data" / "postmaster.pid").read_text().split()[0])
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        for process in [pid, *map(int, children)]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, number)
+
+
+class Wire:
+    """A TCP forwarder to 127.0.0.1:port, at ``self.port``, that can become a black hole.
+
+    When it is cut, all packets are dropped without an acknowledgement, as if a firewall had
+    forgotten the connections or the machines were gone.
+    """
+
+    def __init__(self, port):
+        self.target = ("127.0.0.1", port)
+        self.sockets = []
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self.listener.getsockname()[1]
+        threading.Thread(target=self.accept, daemon=True).start()
+
+    def accept(self):
+        while True:
+            try:
+                client, _ = self.listener.accept()
+            except OSError:
+                return
+            server = socket.create_connection(self.target)
+            self.sockets += [client, server]
+            for source, sink in ((client, server), (server, client)):
+                threading.Thread(target=self.forward, args=(source, sink), daemon=True).start()
+
+    def forward(self, source, sink):
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                sink.sendall(data)
+        with contextlib.suppress(OSError):
+            sink.shutdown(socket.SHUT_WR)
+
+    def cut(self):
+        """Drop all packets of all connections, and refuse new ones without a word."""
+        drop_everything = ctypes.create_string_buffer(struct.pack("HBBI", 0x06, 0, 0, 0))
+        program = struct.pack("HL", 1, ctypes.addressof(drop_everything))
+        for end in [self.listener, *self.sockets]:
+            with contextlib.suppress(OSError):
+                end.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, program)
+
+    def mend(self):
+        """Accept new connections again; those that were cut stay cut."""
+        self.listener.setsockopt(socket.SOL_SOCKET, SO_DETACH_FILTER, 0)
+
+    def close(self):
+        """Close the listening socket."""
+        self.listener.close()

@@ -79,8 +79,7 @@ def check_database(
 ) -> list[checks.CheckMessage]:
     """Report a pooler that does not keep sessions; a database that does not respond is none."""
     if problem := find_pooler():
-        hint = "Use pool_mode = session, or connect to PostgreSQL itself."
-        return [checks.Error(problem, hint=hint, id="database.E001")]
+        return [checks.Error(problem, id="database.E001")]
     return []
 
 

@@ -25,11 +25,17 @@ CONNECT_OPTIONS = {
     "keepalives_count": 3,
 }
 
-#: How long a statement waits for a lock, in seconds.
-LOCK_TIMEOUT = 10
-
-#: How long a transaction may be idle before the server ends it, in seconds.
-IDLE_TIMEOUT = 300
+#: What the server applies to each session, other than the limit of a statement. It ends the
+#: session of a client that is out of reach, with its locks, as soon as the client notices.
+#: https://www.postgresql.org/docs/current/runtime-config.html
+SESSION_PARAMETERS = {
+    "lock_timeout": "10s",
+    "idle_in_transaction_session_timeout": "5min",
+    "tcp_user_timeout": "25s",
+    "tcp_keepalives_idle": "10",
+    "tcp_keepalives_interval": "5",
+    "tcp_keepalives_count": "3",
+}
 
 #: How much longer than a statement may take the client waits for its result, in seconds.
 GRACE = 5
@@ -50,8 +56,8 @@ def limit_connection(connection: BaseDatabaseWrapper, **kwargs: Any) -> None:
 def lift_limit(using: str, **kwargs: Any) -> None:
     """Let migrations take as long as they need; a receiver of ``pre_migrate``.
 
-    They still wait at most ``LOCK_TIMEOUT`` for a lock: queries of other processes wait
-    behind them.
+    The limit for locks still applies: queries of other processes wait behind a migration
+    that waits.
     """
     connection = connections[using]
     if connection.vendor == "postgresql":
@@ -64,10 +70,8 @@ def set_limits(connection: BaseDatabaseWrapper, seconds: int) -> None:
     raw: Any = connection.connection
     limit_wait(raw, seconds + GRACE if seconds else None)
     with raw.cursor() as cursor:
-        cursor.execute(
-            f"SET statement_timeout = '{seconds}s'; SET lock_timeout = '{LOCK_TIMEOUT}s';"
-            f" SET idle_in_transaction_session_timeout = '{IDLE_TIMEOUT}s'"
-        )
+        parameters = SESSION_PARAMETERS | {"statement_timeout": f"{seconds}s"}
+        cursor.execute(";".join(f"SET {name} = '{value}'" for name, value in parameters.items()))
 
 
 def limit_wait(raw: "psycopg.Connection[Any]", seconds: float | None) -> None:
@@ -111,8 +115,8 @@ def find_pooler(alias: str = DEFAULT_DB_ALIAS) -> str | None:
                     if _get_session(second) == session or _get_session(first) != session:
                         return (
                             "A pooler gives each transaction another session, as PgBouncer does "
-                            "with pool_mode = transaction. Locks, cursors and limits need a "
-                            "session for each connection."
+                            "with pool_mode = transaction. Use pool_mode = session, or connect "
+                            "to PostgreSQL itself: locks and cursors need a session."
                         )
     except psycopg.Error:
         pass
