@@ -68,6 +68,8 @@ SLUG/ops/migrations/0003_admin_history.py
 SLUG/ops/migrations/__init__.py
 SLUG/ops/models.py
 SLUG/ops/parsers.py
+SLUG/ops/publishing.py
+SLUG/ops/rabbitmq.py
 SLUG/ops/schedules.py
 SLUG/ops/sentry.py
 SLUG/ops/settings.py
@@ -118,6 +120,7 @@ tests/ops/test_locks.py
 tests/ops/test_logging.py
 tests/ops/test_logins.py
 tests/ops/test_processes.py
+tests/ops/test_publishing.py
 tests/ops/test_schedules.py
 tests/ops/test_security.py
 tests/ops/test_throttles.py

@@ -139,6 +139,9 @@ class Settings(ops.Defaults):
                     "loglevel": self.LOG_LEVEL,
                     "concurrency": self.WORKER_CONCURRENCY,
                     "pool": self.WORKER_POOL,
+                    # Workers need not know of each other.
+                    "without-gossip": None,
+                    "without-mingle": None,
                 },
             },
             "beat": {

@@ -1,17 +1,19 @@
 """The app of the template's part of the service."""
 
+import atexit
 from pathlib import Path
 from typing import Any
 
 from django.apps import AppConfig
 from django.conf import settings
 from django.core.management import call_command
+from django.core.signals import request_finished, request_started
 from django.db import connection
 from django.db.backends.signals import connection_created
 from django.db.models.signals import post_migrate, pre_migrate
 from django.utils.module_loading import autodiscover_modules
 
-from . import database, sentry
+from . import database, publishing, sentry
 
 
 class OpsConfig(AppConfig):
@@ -27,6 +29,9 @@ class OpsConfig(AppConfig):
         from . import checks  # noqa: F401  (registers them; needs loaded apps)
 
         autodiscover_modules("digests")
+        request_started.connect(publishing.start_request)
+        request_finished.connect(publishing.finish_request)
+        atexit.register(publishing.publisher.flush, publishing.EXIT_TIMEOUT)
         connection_created.connect(database.limit_connection)
         pre_migrate.connect(database.lift_limit, sender=self)
         post_migrate.connect(create_cache_tables, sender=self)

@@ -2,6 +2,7 @@
 
 import logging
 from datetime import datetime
+from functools import partial
 from typing import Any
 
 from celery import Celery, signals
@@ -12,10 +13,13 @@ from kombu.transport import TRANSPORT_ALIASES
 from kombu.utils.objects import cached_property
 
 from . import beat
+from .publishing import publish, try_to_publish
 
 logger = logging.getLogger(__name__)
 
 TRANSPORT_ALIASES["filesystem"] = f"{__package__}.broker:Transport"
+TRANSPORT_ALIASES["amqp"] = f"{__package__}.rabbitmq:Transport"
+TRANSPORT_ALIASES["amqps"] = f"{__package__}.rabbitmq:SSLTransport"
 
 
 class Task(DjangoTask[Any, Any]):
@@ -24,22 +28,27 @@ class Task(DjangoTask[Any, Any]):
     def apply_async(  # type: ignore[override]
         self, args: Any = None, kwargs: Any = None, **options: Any
     ) -> Any:
-        """Queue the task with a timestamp, so that a late worker knows when it was due."""
+        """Queue the task with a timestamp, so that a late worker knows when it was due.
+
+        A request waits for the broker at most a second altogether; then OperationalError is
+        raised, and the task may still be queued later.
+        """
         headers = options.pop("headers", None) or {}
         headers.setdefault("queued_at", timezone.now().isoformat())
-        return super().apply_async(args, kwargs, headers=headers, **options)
+        options |= {"args": args, "kwargs": kwargs, "headers": headers}
+        return publish(partial(super().apply_async, **options))
 
     def delay_on_commit(  # type: ignore[override]
         self, *args: Any, **kwargs: Any
     ) -> None:
         """Queue the task once the transaction is committed.
 
-        If the broker is unavailable the error is logged and the request continues: store
-        what must not be lost in the database, where a schedule can find it again.
+        If the broker is unavailable the error is logged: store what must not be lost in the
+        database, where a schedule can find it again.
         """
 
         def queue() -> None:
-            self.delay(*args, **kwargs)
+            try_to_publish(self.name, partial(self.delay, *args, **kwargs))
 
         transaction.on_commit(queue, robust=True)
 

@@ -1,0 +1,126 @@
+"""Publish messages from requests without waiting for the broker for long.
+
+A thread of the web process publishes. A request waits for it at most ``REQUEST_TIMEOUT``
+altogether, whatever state the broker is in. A message that must not get lost is a row in the
+database, where a schedule can find it again.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from queue import Full, Queue
+from typing import Any
+
+from kombu.exceptions import OperationalError
+
+logger = logging.getLogger(__name__)
+
+#: How long a request waits until its messages are published, in seconds.
+REQUEST_TIMEOUT = 1
+
+#: Messages that wait for the thread, at most.
+MAX_WAITING = 1000
+
+#: How long a process that ends waits until its messages are published, in seconds.
+EXIT_TIMEOUT = 2
+
+
+class Request(threading.local):
+    """The request that the current thread handles: how long it may still wait, or None."""
+
+    left: float | None = None
+
+
+request = Request()
+
+
+def start_request(**kwargs: Any) -> None:
+    """Begin to count the time; a receiver of ``request_started``."""
+    request.left = REQUEST_TIMEOUT
+
+
+def finish_request(**kwargs: Any) -> None:
+    """Stop to count; a receiver of ``request_finished``."""
+    request.left = None
+
+
+class Publisher:
+    """A thread that runs functions one after the other, started when it is needed."""
+
+    def __init__(self) -> None:
+        self.items: Queue[tuple[Callable[[], Any], Future[Any]]] = Queue(MAX_WAITING)
+        self.lock = threading.Lock()
+        self.thread: threading.Thread | None = None
+
+    def submit(self, function: Callable[[], Any]) -> "Future[Any]":
+        """Have the thread run a function; raise OperationalError if too many wait."""
+        future: Future[Any] = Future()
+        with self.lock:
+            if self.thread is None:
+                # A daemon thread does not keep the process alive.
+                self.thread = threading.Thread(target=self._run, daemon=True)
+                self.thread.start()
+        try:
+            self.items.put_nowait((function, future))
+        except Full as error:
+            raise OperationalError(f"{MAX_WAITING} messages wait already") from error
+        return future
+
+    def flush(self, seconds: float) -> None:
+        """Wait until nothing is left to run, or the time is over."""
+        deadline = time.monotonic() + seconds
+        while self.items.unfinished_tasks and time.monotonic() < deadline:
+            time.sleep(0.05)
+
+    def _run(self) -> None:
+        while True:
+            function, future = self.items.get()
+            try:
+                future.set_result(function())
+            except Exception as error:
+                future.set_exception(error)
+            finally:
+                self.items.task_done()
+
+
+publisher = Publisher()
+
+
+def publish(function: Callable[[], Any]) -> Any:
+    """Run a function that publishes a message, and return its result.
+
+    In a request, raise OperationalError if its time is over; the message may still be
+    published later.
+    """
+    if request.left is None:
+        return function()
+    start = time.monotonic()
+    future = publisher.submit(function)
+    try:
+        return future.result(max(0, request.left))
+    except TimeoutError as error:
+        if future.done():
+            raise
+        raise OperationalError("the broker does not respond") from error
+    finally:
+        request.left = max(0, request.left - (time.monotonic() - start))
+
+
+def try_to_publish(name: str, function: Callable[[], Any]) -> None:
+    """Run a function that publishes a message of that name; log why it fails.
+
+    In a request, return after its time is over; the message may still be published later.
+    """
+
+    def run() -> None:
+        try:
+            function()
+        except Exception as error:
+            logger.error("%s is not queued: %s", name, error)
+
+    try:
+        publish(run)
+    except OperationalError as error:
+        logger.warning("%s is not queued yet: %s", name, error)
