@@ -99,6 +99,27 @@ class RabbitMQ:
             os.killpg(self.popen.pid, 9)
             self.popen.wait()
 
+    def freeze(self):
+        """Stop the processes of the node, which keep their connections but do not respond."""
+        os.killpg(self.popen.pid, signal.SIGSTOP)
+
+    def thaw(self):
+        """Let the processes continue."""
+        os.killpg(self.popen.pid, signal.SIGCONT)
+
+    def set_memory_limit(self, fraction):
+        """Set the memory limit; below what the node uses, it blocks all publishers."""
+        # The program in the path would run with the cookie of another user.
+        program = find_program("/usr/lib/rabbitmq/bin/rabbitmqctl") or find_program("rabbitmqctl")
+        command = [program, "-n", self.environment["RABBITMQ_NODENAME"]]
+        subprocess.run(
+            [*command, "set_vm_memory_high_watermark", str(fraction)],
+            env=self.environment,
+            check=True,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+        )
+
 
 class PostgreSQL:
     """A PostgreSQL server."""

@@ -81,22 +81,22 @@ class Moderator:
         """Submit the form of a page. Return how long the response took, in seconds."""
         url = f"http://127.0.0.1:{self.service.port}{path}"
         headers = {
-            "Host": "failures.example.com",
+            "Host": f"{self.service.folder.name}.example.com",
             "X-Forwarded-Proto": "https",
-            "Referer": "https://failures.example.com/",
+            "Referer": f"https://{self.service.folder.name}.example.com/",
         }
         page = self.opener.open(urllib.request.Request(url, None, headers), timeout=30)
         page = page.read().decode()
         fields["csrfmiddlewaretoken"] = re.search(r'csrfmiddlewaretoken" value="(\w+)"', page)[1]
         start = time.monotonic()
-        data = urllib.parse.urlencode(fields).encode()
+        data = urllib.parse.urlencode(fields, doseq=True).encode()
         with contextlib.suppress(RedirectError):
             self.opener.open(urllib.request.Request(url, data, headers), timeout=30).read()
         return time.monotonic() - start
 
     def answer(self, number):
         return self.submit(
-            f"/admin/failures/submission/{number}/change/",
+            f"/admin/{self.service.folder.name}/submission/{number}/change/",
             response=f"Answer {number}.",
             expires_at_0="",
             expires_at_1="",

@@ -1,0 +1,91 @@
+"""A broker that is stopped, frozen or out of memory: requests go on, processes stop, no mail lost."""
+
+import concurrent.futures
+import time
+
+import pytest
+
+from tests.conftest import production_variables
+from tests.servers import wait_for
+from tests.test_failures import HealthMonitor, Moderator
+
+pytestmark = pytest.mark.slow
+
+#: Submissions that one action answers, and that requests answer at the same time.
+BULK, PARALLEL = 50, 8
+
+CREATE_DATA = f"""
+User.objects.create_superuser("admin", "admin@example.com", "secret")
+author = User.objects.create_user("author", "author@example.com")
+for number in range({BULK + PARALLEL}):
+    Submission.objects.create(author=author, body=f"Question {{number}}")
+"""
+
+OUTAGES = {
+    "stopped": (lambda node: node.stop(), lambda node: node.start()),
+    "frozen": (lambda node: node.freeze(), lambda node: node.thaw()),
+    "alarm": (lambda node: node.set_memory_limit(0.00001), lambda node: node.set_memory_limit(0.6)),
+}
+
+
+@pytest.mark.parametrize("outage", OUTAGES)
+def test_an_outage_of_the_broker_holds_nothing_up(
+    bake, make_service, smtp, postgres_url, dedicated_rabbitmq, outage
+):
+    begin, end = OUTAGES[outage]
+    service = make_service(
+        bake(project_slug="outages"),
+        EMAIL_HOST="127.0.0.1",
+        EMAIL_PORT=smtp.port,
+        **production_variables(postgres_url, dedicated_rabbitmq.url),
+    )
+    service.install("--no-dev")
+    service.run("python manage.py collectstatic --noinput")
+    service.run(service.procfile()["release"])
+    service.shell(CREATE_DATA)
+    processes = {name: service.start(name) for name in ("web", "worker", "beat")}
+    processes["web"].wait_for_text("Listening at")
+    monitor = HealthMonitor(service)
+    processes["worker"].wait_for_text(" ready.", seconds=60)
+    processes["beat"].wait_for_text("Sending due task deliveries-resume", seconds=60)
+    moderators = [Moderator(service) for _ in range(PARALLEL)]
+    # The first message opens the connection.
+    moderators[0].answer(1)
+    wait_for(lambda: smtp.messages, 30, processes["worker"].text)
+
+    begin(dedicated_rabbitmq)
+    monitor.start()
+    bulk = moderators[0].submit(
+        "/admin/outages/submission/",
+        action="answer",
+        response="We do.",
+        _selected_action=range(2, 2 + BULK),
+    )
+    print(f"{outage}: {BULK} answers in one action took {bulk:.1f} s")
+    with concurrent.futures.ThreadPoolExecutor(PARALLEL) as pool:
+        numbers = range(2 + BULK, 1 + BULK + PARALLEL)
+        single = max(pool.map(Moderator.answer, moderators[1:], numbers))
+    print(f"{outage}: {PARALLEL - 1} answers at the same time took {single:.1f} s each at most")
+    monitor.stopped.set()
+    monitor.join()
+    print(f"{outage}: slowest /health/ready {monitor.slowest:.1f} s")
+    assert set(monitor.live) == {200}
+    assert (bulk < 3, single < 3, monitor.slowest < 6) == (True, True, True)
+
+    stopped = {}
+    for name in ("worker", "beat", "web"):
+        start = time.monotonic()
+        status = processes[name].stop(seconds=30)
+        stopped[name] = (status, time.monotonic() - start)
+        print(f"{outage}: {name} stopped after {stopped[name][1]:.1f} s with status {status}")
+
+    end(dedicated_rabbitmq)
+    processes = {name: service.start(name) for name in ("worker", "beat")}
+    wait_for(
+        lambda: len({message["message-id"] for message in smtp.messages}) == BULK + PARALLEL,
+        150,
+        lambda: processes["beat"].text() + processes["worker"].text(),
+    )
+    repeated = len(smtp.messages) - BULK - PARALLEL
+    print(f"{outage}: all {BULK + PARALLEL} notifications sent, {repeated} repeated")
+    assert repeated == 0
