@@ -15,6 +15,10 @@ pytestmark = pytest.mark.slow
 BULK, PARALLEL = 50, 8
 
 CREATE_DATA = f"""
+from django_celery_beat.models import IntervalSchedule, PeriodicTask
+task = PeriodicTask.objects.get(name="deliveries-resume")
+task.interval = IntervalSchedule.objects.create(every=5, period="seconds")
+task.save()
 User.objects.create_superuser("admin", "admin@example.com", "secret")
 author = User.objects.create_user("author", "author@example.com")
 for number in range({BULK + PARALLEL}):
@@ -89,3 +93,35 @@ def test_an_outage_of_the_broker_holds_nothing_up(
     repeated = len(smtp.messages) - BULK - PARALLEL
     print(f"{outage}: all {BULK + PARALLEL} notifications sent, {repeated} repeated")
     assert repeated == 0
+
+
+POISON = """
+
+from celery import shared_task
+
+
+@shared_task
+def poison():
+    \"\"\"Kill the process that runs it.\"\"\"
+    import os
+
+    os.kill(os.getpid(), 9)
+"""
+
+
+def test_a_task_that_kills_each_worker_is_given_up(bake, make_service, postgres_url, rabbitmq_url):
+    project = bake(project_slug="poisoned")
+    with (project / "poisoned" / "tasks.py").open("a") as tasks:
+        tasks.write(POISON)
+    service = make_service(project, **production_variables(postgres_url, rabbitmq_url))
+    service.install("--no-dev")
+    service.run(service.procfile()["release"])
+    worker = service.start("worker")
+    worker.wait_for_text(" ready.", seconds=60)
+    service.shell("from poisoned.tasks import poison; poison.delay()")
+    worker.wait_for_text("poisoned.tasks.poison was delivered 10 times and is given up", seconds=90)
+    doctor = service.spawn("doctor", "python", "manage.py", "doctor")
+    doctor.popen.wait(timeout=30)
+    assert "1 tasks were given up after 10 deliveries" in doctor.text()
+    service.run("celery -A poisoned purge -f -Q poisoned.failed")
+    assert worker.stop(seconds=30) == 0

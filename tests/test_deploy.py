@@ -73,9 +73,9 @@ def test_compose_runs_the_processes_of_the_procfiles(containers):
         services = yaml.safe_load((containers / name).read_text())["services"]
         commands = read_procfile(containers / procfile)
         for process in ("web", "worker", "beat"):
-            # Only honcho gives each process a port of its own.
-            command = commands[process].rpartition("PORT - ")[2].partition(")) ")[2]
-            assert services[process]["command"] == (command or commands[process]), process
+            # Only honcho needs exec, and gives each process a port of its own.
+            command = commands[process].rpartition("exec ")[2]
+            assert services[process]["command"] == command, process
             # All processes run the image that ``migrate`` builds.
             assert services[process]["image"] == services["migrate"]["image"]
 

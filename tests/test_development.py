@@ -1,10 +1,12 @@
 """Development: the processes of Procfile.dev reload, keep running tasks, and share one port."""
 
 import os
+import pty
 import re
 import shlex
 import signal
 import socket
+import subprocess
 import time
 
 import pytest
@@ -108,3 +110,23 @@ def test_a_port_that_is_in_use_ends_all_processes_with_one_line(service):
     assert "Traceback" not in honcho.text()
     stopped = set(re.findall(r"(\w+)\.1 +stopped|\b(\w+)\.1 stopped", honcho.text()))
     assert {name for names in stopped for name in names if name} == {"web", "worker", "beat"}
+
+
+def test_closing_the_terminal_ends_all_processes(service):
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.chdir(service.folder)
+        port = free_port()
+        command = ["honcho", "start", "--no-colour", "-f", "Procfile.dev", "-p", str(port)]
+        os.execvpe("honcho", command, service.environment)
+    output = b""
+    while b"beat: Starting..." not in output or b" ready." not in output:
+        output += os.read(terminal, 4096)
+    def processes():
+        found = subprocess.run(["pgrep", "--full", service.folder], capture_output=True, text=True)
+        return found.stdout.split()
+
+    assert len(processes()) >= 3
+    os.close(terminal)
+    os.waitpid(pid, 0)
+    wait_for(lambda: not processes(), 20, lambda: f"still running: {processes()}")

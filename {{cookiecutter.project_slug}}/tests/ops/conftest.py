@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 from django.contrib.auth import get_user_model
 from django.core.cache import caches
+from django.db import connection
 from django.db.models import CharField
 
 from {{ cookiecutter.project_slug }}.ops.celery import Task
@@ -12,6 +13,20 @@ from {{ cookiecutter.project_slug }}.ops.celery import Task
 def _empty_cache():
     """Forget the requests of earlier tests, which throttles would count."""
     caches["default"].clear()
+
+
+@pytest.fixture(scope="session")
+def django_db_setup(django_db_setup, django_db_blocker, django_db_keepdb):
+    """Keep the rows that migrations create for the next run with ``--reuse-db``.
+
+    Tests with transactions empty all tables.
+    """
+    yield
+    contents = getattr(connection, "_test_serialized_contents", None)
+    if django_db_keepdb and contents:
+        with django_db_blocker.unblock():
+            connection.creation.deserialize_db_from_string(contents)
+            connection.close()
 
 
 @pytest.fixture

@@ -1,21 +1,27 @@
 """The broker: a worker runs queued tasks, whichever broker is configured."""
 
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import timedelta
 from multiprocessing import get_context
 from queue import Empty, Queue
-from threading import Barrier
+from threading import Barrier, Event
+from types import SimpleNamespace
 
 import pytest
 from celery import current_app
+from celery.app.task import Context
 from celery.contrib.testing.worker import start_worker
+from celery.exceptions import Reject
 from django.utils import timezone
 from kombu import Connection
 from kombu.transport import resolve_transport
 
+from {{ cookiecutter.project_slug }}.ops import celery
 from {{ cookiecutter.project_slug }}.ops.broker import Transport
+from {{ cookiecutter.project_slug }}.ops.celery import MAX_DELIVERIES, get_failed_queue
 
 
 @pytest.mark.django_db(transaction=True, serialized_rollback=True)
@@ -55,6 +61,18 @@ class TestEmbeddedBroker:
     def test_is_the_transport_of_filesystem_urls(self):
         assert resolve_transport("filesystem") is Transport
 
+    def test_messages_never_leave_the_folder(self, tmp_path, monkeypatch):
+        # Nothing can be moved to another file system, or written to it.
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "does" / "not" / "exist"))
+        channel = connect(tmp_path)
+        for number in range(3):
+            channel._put("queue", number)
+        channel._put("queue.other", 9)
+        assert sorted(channel._get("queue") for _ in range(3)) == [0, 1, 2]
+        with pytest.raises(Empty):
+            channel._get("queue")
+        assert channel._get("queue.other") == 9
+
     def test_message_is_visible_only_when_it_is_complete(self, tmp_path):
         received = []
         writer = get_context("spawn").Process(target=write, args=[tmp_path])
@@ -76,3 +94,63 @@ class TestEmbeddedBroker:
             for exchange in map(str, range(100)):
                 list(pool.map(bind, range(8)))
                 assert len(connect(tmp_path).get_table(exchange)) == 8
+
+
+class TestPoison:
+    """A task that kills each worker is delivered again and again."""
+
+    @pytest.fixture
+    def task(self, queue):
+        @current_app.task(name="tests.poison", shared=False)
+        def poison():
+            pass
+
+        yield poison
+        del current_app.tasks["tests.poison"]
+
+    @pytest.mark.parametrize("count", [None, 0, MAX_DELIVERIES - 1])
+    def test_runs_as_long_as_it_is_not_delivered_too_often(self, task, queue, count):
+        task.request_stack.push(Context(**{"x-delivery-count": count}))
+        task.before_start("id", [], {})
+        assert queue == []
+
+    def test_is_given_up_and_kept(self, task, queue, caplog):
+        task.request_stack.push(Context(**{"x-delivery-count": MAX_DELIVERIES}))
+        with pytest.raises(Reject) as caught:
+            task.before_start("id", [1], {})
+        assert not caught.value.requeue
+        assert queue == [("tests.poison", (1,), {"queue": get_failed_queue()})]
+        assert f"tests.poison was delivered {MAX_DELIVERIES} times" in caplog.text
+
+
+@pytest.mark.parametrize("status", [0, 1])
+def test_a_worker_that_fails_exits_with_its_status(monkeypatch, status):
+    monkeypatch.setattr(celery.celery, "main", lambda **kwargs: status)
+    if status:
+        with pytest.raises(SystemExit, match="1"):
+            current_app.start(["worker"])
+    else:
+        current_app.start(["worker"])
+
+
+def test_a_worker_that_has_to_stop_ends_without_the_broker(monkeypatch):
+    ended, active = [], iter([True, True, False])
+    monkeypatch.setattr(celery, "STOP_TIMEOUT", 0.2)
+    monkeypatch.setattr(celery.time, "sleep", lambda seconds: Event().wait(0.15))
+    monkeypatch.setattr(
+        celery, "state", SimpleNamespace(active_requests=Tasks(lambda: next(active, False)))
+    )
+    monkeypatch.setattr(celery.os, "_exit", ended.append)
+    monkeypatch.setattr(celery.logging, "shutdown", lambda: None)
+    celery.end_when_idle()
+    assert (ended, next(active, None)) == ([1], None)
+
+
+class Tasks:
+    """A collection that is empty or not."""
+
+    def __init__(self, is_filled):
+        self.is_filled = is_filled
+
+    def __bool__(self):
+        return self.is_filled()

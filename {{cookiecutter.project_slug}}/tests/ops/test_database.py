@@ -116,16 +116,14 @@ def test_a_database_that_does_not_respond_is_no_pooler(pooler, monkeypatch):
 
 
 @postgresql
-@pytest.mark.django_db(transaction=True)
-def test_a_statement_is_limited(settings):
-    settings.DATABASE_STATEMENT_TIMEOUT = 1
-    connection.close()
+@pytest.mark.django_db
+def test_a_statement_is_limited():
+    database.set_limits(connection, 1)
     with (
         pytest.raises(OperationalError, match="statement timeout"),
         connection.cursor() as cursor,
     ):
         cursor.execute("SELECT pg_sleep(20)")
-    connection.close()
 
 
 @postgresql

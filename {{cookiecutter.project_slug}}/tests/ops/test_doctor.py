@@ -18,6 +18,7 @@ from django.utils import timezone
 from django_celery_beat.models import CrontabSchedule, IntervalSchedule, PeriodicTask
 
 from {{ cookiecutter.project_slug }}.ops import doctor
+from {{ cookiecutter.project_slug }}.ops.celery import get_failed_queue
 from {{ cookiecutter.project_slug }}.ops.doctor import ERROR, OK, SKIPPED, Result
 from {{ cookiecutter.project_slug }}.ops.management.commands import doctor as command
 
@@ -61,6 +62,7 @@ class TestCommand:
                 "database",
                 "migrations",
                 "broker",
+                "queue",
                 "worker",
                 "beat",
                 "schedules",
@@ -74,7 +76,7 @@ class TestCommand:
 
     def test_next_command_follows_a_problem(self, run):
         _, output = run(worker=Result("no reply", ERROR, "python manage.py prodserver worker"))
-        assert [line.split(maxsplit=2) for line in output.splitlines()[4:6]] == [
+        assert [line.split(maxsplit=2) for line in output.splitlines()[5:7]] == [
             ["worker", "error", "no reply"],
             ["run", "python", "manage.py prodserver worker"],
         ]
@@ -85,7 +87,7 @@ class TestCommand:
             {"name": "bad", "next_run": None, "problem": "it has no task", "next": "do something"},
         ]
         _, output = run(schedules=Result("2 enabled", ERROR, schedules=schedules))
-        assert [line.strip() for line in output.splitlines()[7:10]] == [
+        assert [line.strip() for line in output.splitlines()[8:11]] == [
             "good: Fri 02 Jan 08:00:00",
             "bad: it has no task",
             "run      do something",
@@ -217,6 +219,23 @@ class TestBroker:
         settings.CELERY_BROKER_URL = "amqp://user:hunter2@mq.example.com//"
         assert doctor.check_broker() == Result("amqp on mq.example.com:5672")
         assert doctor.get_next_command("broker") == "nc -zv mq.example.com 5672"
+
+
+class TestQueue:
+    def test_is_ok_without_failed_tasks(self):
+        assert doctor.check_queue() == Result("no task was given up")
+
+    def test_counts_failed_tasks(self):
+        with current_app.connection_for_write() as broker:
+            queue = broker.SimpleQueue(get_failed_queue())
+            try:
+                queue.put("task")
+                results = doctor.check_queue()
+            finally:
+                queue.queue.delete()
+        assert results.status == ERROR
+        assert results.message.startswith("1 tasks were given up after 10 deliveries")
+        assert results.next.endswith(f"purge -Q {get_failed_queue()}")
 
 
 @pytest.mark.django_db(transaction=True, serialized_rollback=True)

@@ -53,6 +53,16 @@ class TestCreateSchedule:
         apply(CreateSchedule("sample", task=TASK, crontab="0 8 * * *"))
         assert PeriodicTask.objects.values().get(name="sample") == before
 
+    def test_a_database_that_a_router_excludes_is_left_alone(self, settings):
+        settings.DATABASE_ROUTERS = [SimpleNamespace(allow_migrate=lambda db, app, **hints: False)]
+        apply(CreateSchedule("sample", task=TASK, crontab="*/5 * * * *"))
+        assert names() == []
+        settings.DATABASE_ROUTERS = []
+        apply(CreateSchedule("sample", task=TASK, crontab="*/5 * * * *"))
+        settings.DATABASE_ROUTERS = [SimpleNamespace(allow_migrate=lambda db, app, **hints: False)]
+        apply(DeleteSchedule("sample", task=TASK, crontab="*/5 * * * *"))
+        assert names() == ["sample"]
+
     def test_can_be_applied_and_reversed_twice(self):
         apply(CreateSchedule("other", task=TASK, crontab="*/5 * * * *"))
         operation = CreateSchedule("sample", task=TASK, crontab="*/5 * * * *")

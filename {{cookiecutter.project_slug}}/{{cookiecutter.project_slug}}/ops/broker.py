@@ -1,7 +1,8 @@
 """The embedded broker for development: Celery's filesystem transport, made safe for several processes.
 
 kombu's transport makes files visible before they are complete: a reader that is too early
-fails and loses the message, and two processes that create the same file lose one write.
+fails and loses the message, and two processes that create the same file lose one write. It
+takes messages through the folder for temporary files, which may be on another file system.
 
 https://docs.celeryq.dev/projects/kombu/en/stable/reference/kombu.transport.filesystem.html
 """
@@ -9,11 +10,12 @@ https://docs.celeryq.dev/projects/kombu/en/stable/reference/kombu.transport.file
 import time
 from contextlib import suppress
 from pathlib import Path
+from queue import Empty
 from typing import Any
 from uuid import uuid4
 
 from kombu.transport import filesystem
-from kombu.utils.json import dumps
+from kombu.utils.json import dumps, loads
 
 
 class Channel(filesystem.Channel):
@@ -30,6 +32,17 @@ class Channel(filesystem.Channel):
         name = f"{time.monotonic_ns() // 1_000_000}_{uuid4()}.{queue}.msg"
         draft = write_draft(Path(self.data_folder_out, name), payload)
         draft.rename(draft.with_name(name))
+
+    def _get(self, queue: str) -> Any:  # type: ignore[override]
+        for path in sorted(Path(self.data_folder_in).glob("[!.]*.msg")):
+            if path.name.partition(".")[2] == f"{queue}.msg":
+                taken = path.with_name(f".{path.name}")
+                with suppress(FileNotFoundError):  # Another process took it.
+                    path.rename(taken)
+                    content = taken.read_text()
+                    taken.unlink()
+                    return loads(content)
+        raise Empty
 
     def _queue_bind(self, exchange: str, routing_key: str, pattern: str | None, queue: str) -> None:
         table: Path = self._exchange_file(exchange)  # type: ignore[attr-defined]

@@ -1,12 +1,20 @@
 """The class of the Celery app, and the base class of its tasks."""
 
 import logging
+import os
+import sys
+import threading
+import time
 from datetime import datetime
 from functools import partial
 from typing import Any
 
 from celery import Celery, signals
+from celery.bin.celery import celery
 from celery.contrib.django.task import DjangoTask
+from celery.exceptions import Reject
+from celery.worker import state
+from django.conf import settings
 from django.db import transaction
 from django.utils import timezone
 from kombu.transport import TRANSPORT_ALIASES
@@ -22,8 +30,33 @@ TRANSPORT_ALIASES["amqp"] = f"{__package__}.rabbitmq:Transport"
 TRANSPORT_ALIASES["amqps"] = f"{__package__}.rabbitmq:SSLTransport"
 
 
+#: How often RabbitMQ delivers a task whose worker is lost before it is given up.
+MAX_DELIVERIES = 10
+
+
+def get_failed_queue() -> str:
+    """Return the name of the queue of tasks that were given up, which no worker consumes."""
+    return f"{settings.CELERY_TASK_DEFAULT_QUEUE}.failed"
+
+
+#: How long a worker that has to stop and runs no task may take, in seconds.
+STOP_TIMEOUT = 20
+
+
 class Task(DjangoTask[Any, Any]):
     """The base class of every task of the service."""
+
+    def before_start(self, task_id: str, args: Any, kwargs: Any) -> None:
+        """Give the task up if it was delivered too often: it may kill each worker that runs it.
+
+        RabbitMQ counts the deliveries of a message. The task moves to the queue of failed
+        tasks, which ``doctor`` reports.
+        """
+        if int(self.request.get("x-delivery-count") or 0) < MAX_DELIVERIES:
+            return
+        logger.error("%s was delivered %d times and is given up", self.name, MAX_DELIVERIES)
+        self.apply_async(args, kwargs, queue=get_failed_queue())
+        raise Reject("delivered too often", requeue=False)
 
     def apply_async(  # type: ignore[override]
         self, args: Any = None, kwargs: Any = None, **options: Any
@@ -71,6 +104,16 @@ class CeleryApp(Celery):
         beat_class: type[beat.Beat] = self.subclass_with_self(beat.Beat)
         return beat_class
 
+    def start(self, argv: list[str] | None = None) -> None:  # type: ignore[override]
+        """Run a ``celery`` command; exit with its status if it fails.
+
+        Celery's own method ignores the status of a worker that ends with an error.
+        """
+        celery.params[0].default = self
+        status = celery.main(args=argv, standalone_mode=False)
+        if status:
+            sys.exit(status)
+
 
 @signals.setup_logging.connect
 def keep_django_logging(**kwargs: Any) -> None:
@@ -84,3 +127,16 @@ def keep_django_logging(**kwargs: Any) -> None:
 def log_shutdown(how: str, **kwargs: Any) -> None:
     """Log whether the worker finishes its tasks first (warm shutdown) or not (cold)."""
     logger.info("%s shutdown", how)
+    threading.Thread(target=end_when_idle, daemon=True).start()
+
+
+def end_when_idle() -> None:
+    """End the process if it ran no task for ``STOP_TIMEOUT``: a broker may hold it up."""
+    since = time.monotonic()
+    while time.monotonic() - since < STOP_TIMEOUT:
+        time.sleep(1)
+        if state.active_requests:
+            since = time.monotonic()
+    logger.warning("The worker ends without the broker, which does not respond")
+    logging.shutdown()
+    os._exit(1)

@@ -23,6 +23,7 @@ from django_celery_beat.models import PeriodicTask
 from kombu.utils.json import loads
 
 from . import health
+from .celery import MAX_DELIVERIES, get_failed_queue
 from .database import find_pooler
 from .logs import redact
 
@@ -94,6 +95,23 @@ def check_broker() -> Result:
     return Result(f"{scheme} on {host}:{port}" if port else scheme)
 
 
+def check_queue() -> Result:
+    """Count the tasks that were given up."""
+    with current_app.connection_for_read(connect_timeout=REPLY_TIMEOUT) as broker:
+        try:
+            channel: Any = broker.default_channel
+            declared = channel.queue_declare(get_failed_queue(), passive=True)
+        except broker.channel_errors:
+            return Result("no task was given up")
+    if not declared.message_count:
+        return Result("no task was given up")
+    return failed(
+        "queue",
+        f"{declared.message_count} tasks were given up after {MAX_DELIVERIES} deliveries; they are "
+        f"in the queue {get_failed_queue()}",
+    )
+
+
 def check_worker() -> Result:
     """Ping the workers."""
     return ping("worker", "celery@*")
@@ -146,6 +164,7 @@ CHECKS: dict[str, Callable[[], Result]] = {
     "database": check_database,
     "migrations": check_migrations,
     "broker": check_broker,
+    "queue": check_queue,
     "worker": check_worker,
     "beat": check_beat,
     "schedules": check_schedules,
@@ -156,6 +175,7 @@ CHECKS: dict[str, Callable[[], Result]] = {
 REQUIREMENTS = {
     "migrations": "database",
     "schedules": "database",
+    "queue": "broker",
     "worker": "broker",
     "beat": "broker",
 }
@@ -214,6 +234,8 @@ def get_next_command(name: str) -> str | None:
             return "python manage.py migrate"
         case "broker":
             return "nc -zv {1} {2}".format(*get_broker_address())
+        case "queue":
+            return f"celery -A {current_app.main} purge -Q {get_failed_queue()}"
         case "worker" | "beat":
             return f"python manage.py prodserver {name}"
         case "e-mail":

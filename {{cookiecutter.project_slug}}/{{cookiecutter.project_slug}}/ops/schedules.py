@@ -142,6 +142,8 @@ class CreateSchedule(Operation):
         to_state: ProjectState,
     ) -> None:
         """Create the schedule unless one with its name exists."""
+        if not self._is_allowed(from_state, schema_editor):
+            return
         if problems := self.get_problems():
             raise BadMigrationError(" ".join(problems))
         tasks = self._get_manager("PeriodicTask", from_state, schema_editor)
@@ -164,9 +166,16 @@ class CreateSchedule(Operation):
         to_state: ProjectState,
     ) -> None:
         """Delete the schedule with that name."""
+        if not self._is_allowed(from_state, schema_editor):
+            return
         tasks = self._get_manager("PeriodicTask", from_state, schema_editor)
         tasks.filter(name=self.name).delete()
         self._notify_beat(from_state, schema_editor)
+
+    def _is_allowed(self, state: ProjectState, schema_editor: BaseDatabaseSchemaEditor) -> bool:
+        """Return whether the database routers keep schedules in this database."""
+        model = state.apps.get_model(APP_LABEL, "PeriodicTask")
+        return self.allow_migrate_model(schema_editor.connection.alias, model)
 
     def _get_manager(
         self, model: str, state: ProjectState, schema_editor: BaseDatabaseSchemaEditor

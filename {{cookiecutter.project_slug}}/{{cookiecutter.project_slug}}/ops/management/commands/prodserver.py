@@ -31,6 +31,9 @@ except ImportError:
 #: How long a process may take to stop before a reload kills it, in seconds.
 STOP_TIMEOUT = 10
 
+#: How often to look for the parent process, in seconds.
+PARENT_INTERVAL = 0.5
+
 
 class Command(BaseProcessCommand):
     """Run the web, worker or beat process in the foreground, until SIGTERM.
@@ -89,8 +92,9 @@ class Command(BaseProcessCommand):
         timeout = STOP_TIMEOUT + (settings.CELERY_TASK_TIME_LIMIT if is_worker else 0)
         logging.getLogger("watchfiles").setLevel(logging.WARNING)
         stopped = threading.Event()
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, lambda *_: stopped.set())
+        threading.Thread(target=wait_for_parent, args=[stopped], daemon=True).start()
         while not stopped.is_set():
             command = [sys.executable, settings.BASE_DIR / "manage.py", "prodserver", name]
             child = subprocess.Popen(command)
@@ -105,6 +109,14 @@ class Command(BaseProcessCommand):
 def get_packages() -> list[Path]:
     """Return the folders of the Python packages beside ``manage.py``."""
     return [path.parent for path in Path(settings.BASE_DIR).glob("*/__init__.py")]
+
+
+def wait_for_parent(stopped: threading.Event) -> None:
+    """Set the event when the parent process ends, as honcho does with its terminal."""
+    parent = os.getppid()
+    while os.getppid() == parent and not stopped.wait(PARENT_INTERVAL):
+        pass
+    stopped.set()
 
 
 def stop(child: subprocess.Popen[bytes], timeout: float) -> None:
