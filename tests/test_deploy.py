@@ -82,6 +82,7 @@ def test_compose_runs_the_processes_of_the_procfiles(containers):
 
 def test_compose_processes_wait_for_servers_and_migrations(containers):
     services = yaml.safe_load((containers / "compose.yaml").read_text())["services"]
+    assert services["proxy"]["depends_on"] == {"web": {"condition": "service_healthy"}}
     for process in ("web", "worker", "beat"):
         assert services[process]["depends_on"] == {
             "postgres": {"condition": "service_healthy"},

@@ -122,6 +122,7 @@ def test_closing_the_terminal_ends_all_processes(service):
     output = b""
     while b"beat: Starting..." not in output or b" ready." not in output:
         output += os.read(terminal, 4096)
+
     def processes():
         found = subprocess.run(["pgrep", "--full", service.folder], capture_output=True, text=True)
         return found.stdout.split()

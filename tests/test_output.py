@@ -79,6 +79,7 @@ SLUG/ops/templates/admin/djcelery/change_periodictask_form.html
 SLUG/ops/throttles.py
 SLUG/ops/tokens.py
 SLUG/ops/unsubscribe.py
+SLUG/ops/uploads.py
 SLUG/settings.py
 SLUG/static/docs.css
 SLUG/static/site.css
@@ -113,6 +114,7 @@ tests/ops/test_database.py
 tests/ops/test_deliveries.py
 tests/ops/test_digests.py
 tests/ops/test_doctor.py
+tests/ops/test_email_settings.py
 tests/ops/test_environment.py
 tests/ops/test_health.py
 tests/ops/test_large_tables.py
@@ -144,6 +146,7 @@ COMPOSE_FILES = """
 compose.dev.yaml
 compose.yaml
 docs/compose.md
+nginx.conf
 """
 
 #: Answers that cover every choice that changes the output.

@@ -115,7 +115,18 @@ def test_dependabot_updates_images_where_there_is_a_dockerfile(bake, answers, do
     """Without a Dockerfile the ecosystem is an error."""
     project = bake(**answers)
     assert (project / "Dockerfile").exists() is dockerfile
-    assert updates(project) == ["uv", "github-actions"] + ["docker"] * dockerfile
+    expected = ["uv", "github-actions"] + ["docker"] * dockerfile
+    assert updates(project) == expected + ["docker-compose"] * ("compose" in answers)
+
+
+def test_actions_are_pinned_by_commit(bake):
+    project = bake(deploy="dockerfile")
+    for folder in (ROOT, project):
+        workflows = [path.read_text() for path in (folder / ".github" / "workflows").iterdir()]
+        actions = re.findall(r"uses: *(.*)", "\n".join(workflows))
+        assert actions
+        for action in actions:
+            assert re.fullmatch(r"[\w./-]+@[0-9a-f]{40}  # v\d+\.\d+\.\d+", action)
 
 
 def actions(folder):

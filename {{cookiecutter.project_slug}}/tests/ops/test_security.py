@@ -5,6 +5,7 @@ from html.parser import HTMLParser
 
 import pytest
 from django.contrib.staticfiles import finders
+from django.core.files.uploadedfile import SimpleUploadedFile
 from django.test import Client
 from django.urls import reverse
 
@@ -134,3 +135,12 @@ def test_a_rejected_request_is_one_line(client, caplog, settings, mode):
     assert response.status_code in (400, 413)
     (record,) = [record for record in caplog.records if record.name.startswith("django.security")]
     assert (record.levelname, record.exc_info) == ("WARNING", None)
+
+
+def test_uploads_are_limited(client, settings):
+    settings.UPLOAD_MAX_SIZE = 1000
+    file = SimpleUploadedFile("x.txt", b"x" * 2000)
+    response = client.post(reverse("admin:login"), {"file": file})
+    assert response.status_code in (400, 413)
+    small = SimpleUploadedFile("x.txt", b"x" * 100)
+    assert client.post(reverse("admin:login"), {"file": small}).status_code == 200

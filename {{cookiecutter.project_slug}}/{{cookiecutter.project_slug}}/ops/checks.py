@@ -83,6 +83,22 @@ def check_database(
     return []
 
 
+@checks.register(deploy=True)
+def check_email(
+    app_configs: Sequence[AppConfig] | None, **kwargs: Any
+) -> list[checks.CheckMessage]:
+    """Report an SMTP connection that sends its password in clear, or that cannot start."""
+    if settings.EMAIL_USE_TLS and settings.EMAIL_USE_SSL:
+        problem = "EMAIL_USE_TLS and EMAIL_USE_SSL are both on: the server has one of them."
+        return [checks.Error(problem, id="email.E002")]
+    encrypted = settings.EMAIL_USE_TLS or settings.EMAIL_USE_SSL
+    if settings.EMAIL_HOST and settings.EMAIL_HOST_USER and not encrypted:
+        problem = "The password of the SMTP server is sent in clear."
+        hint = "Set EMAIL_USE_TLS=on for STARTTLS, or EMAIL_USE_SSL=on."
+        return [checks.Error(problem, hint=hint, id="email.E001")]
+    return []
+
+
 @checks.register
 def check_processes(
     app_configs: Sequence[AppConfig] | None, **kwargs: Any

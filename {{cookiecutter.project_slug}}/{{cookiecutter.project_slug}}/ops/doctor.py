@@ -267,6 +267,7 @@ def redact_text(text: str) -> str:
     text = redact(" ".join(text.split()))
     secrets = (
         settings.SECRET_KEY,
+        *settings.SECRET_KEY_FALLBACKS,
         settings.EMAIL_HOST_PASSWORD,
         settings.DATABASES["default"].get("PASSWORD"),
         urlsplit(settings.CELERY_BROKER_URL).password,

@@ -208,6 +208,12 @@ def secret_key(text: str) -> str:
     return text
 
 
+@expects("earlier secret keys, separated by commas")
+def secret_keys(text: str) -> list[str]:
+    """Accept a list of keys that signed what is still in use, such as links in e-mails."""
+    return [secret_key(key.strip()) for key in text.split(",")]
+
+
 @expects("postgres://USER:PASSWORD@HOST:PORT/NAME")
 def database_url(text: str) -> dict[str, Any]:
     """Return the URL of a PostgreSQL database as an entry of ``DATABASES``."""

@@ -41,11 +41,18 @@ REDACTIONS = [
     # Query strings
     (re.compile(r"(?<=[\w/])\?[^\s'\"]+"), "?***"),
     # E-mail addresses, but not the names of Celery's nodes
-    (re.compile(r"\b(?!celery(?:beat)?@)[\w.+-]{1,64}(?:@|%40)[\w-]+(?:\.[\w-]+)+"), "***@***"),
+    (
+        re.compile(
+            r"""(?:"[^"\n]{1,64}"|\b(?!celery(?:beat)?@)[\w.!#$%&'*+/=?^`{|}~-]{1,64})"""
+            r"""(?:@|%40)(?:[\w-]+(?:\.[\w-]+)*|\[[\w.:]+\])"""
+        ),
+        "***@***",
+    ),
     # Client addresses in gunicorn's messages
     (re.compile(r"\bip=\S+"), "ip=***"),
-    # Values of a row in PostgreSQL's error messages
-    (re.compile(r"(?<=\)=)\(.*?\)|(?<=Failing row contains )\(.*\)"), "(***)"),
+    # Values of a row in PostgreSQL's error messages; a text may have several lines
+    (re.compile(r"(?<=\)=)\(.*\)"), "(***)"),
+    (re.compile(r"(?<=Failing row contains )\((?s:.*?)\)\.?(?=\\n|\n|[\"']|$)"), "(***)."),
 ]
 
 #: The fields passed with ``extra`` that JSON events contain. Libraries pass whole requests

@@ -27,6 +27,7 @@ from .environment import (
     path,
     port,
     secret_key,
+    secret_keys,
     sentry_dsn,
     site_url,
 )
@@ -74,6 +75,7 @@ class Defaults(BaseSettings):  # type: ignore[misc]
     # Security
     DEBUG = env(True, cast=boolean)
     SECRET_KEY = env("django-insecure-for-development-only")
+    SECRET_KEY_FALLBACKS = env("", cast=or_empty(secret_keys, []))
     ALLOWED_HOSTS = env("localhost,127.0.0.1,[::1]", cast=hosts)
     ADMIN_PATH = env("admin/", cast=path)
     AUTHENTICATION_BACKENDS = [f"{PACKAGE}.ops.logins.ThrottledBackend"]
@@ -90,6 +92,15 @@ class Defaults(BaseSettings):  # type: ignore[misc]
 
     # Proxies in front of the service that append to X-Forwarded-For
     PROXY_COUNT = env(0, cast=integer(0, 10))
+
+    # Requests: how many bytes of fields they contain at most, and of files
+    DATA_UPLOAD_MAX_MEMORY_SIZE = 2**20
+    UPLOAD_MAX_SIZE = 5 * 2**20
+    FILE_UPLOAD_HANDLERS = [
+        f"{PACKAGE}.ops.uploads.LimitedUploadHandler",
+        "django.core.files.uploadhandler.MemoryFileUploadHandler",
+        "django.core.files.uploadhandler.TemporaryFileUploadHandler",
+    ]
 
     # How long a token of the API is valid
     TOKEN_DAYS = env(90, cast=integer(1, 3650))
@@ -135,12 +146,22 @@ class Defaults(BaseSettings):  # type: ignore[misc]
         return {"default": limit_database(self.database)}
 
     # E-mail: printed by the process that sends it unless EMAIL_HOST is set
+    # A server with an account gets STARTTLS on port 587
     EMAIL_HOST = env("", cast=or_empty(host))
-    EMAIL_PORT = env(25, cast=port)
     EMAIL_HOST_USER = env("")
     EMAIL_HOST_PASSWORD = env("")
-    EMAIL_USE_TLS = env(False, cast=boolean)
+    EMAIL_USE_SSL = env(False, cast=boolean)
     EMAIL_TIMEOUT = 30
+
+    @env(cast=boolean)
+    def EMAIL_USE_TLS(self) -> bool:
+        return bool(self.EMAIL_HOST_USER) and not self.EMAIL_USE_SSL
+
+    @env(cast=port)
+    def EMAIL_PORT(self) -> int:
+        if self.EMAIL_USE_SSL:
+            return 465
+        return 587 if self.EMAIL_USE_TLS else 25
 
     @env(cast=email_address)
     def DEFAULT_FROM_EMAIL(self) -> str:

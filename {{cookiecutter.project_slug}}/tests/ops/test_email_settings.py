@@ -1,0 +1,60 @@
+"""E-mail settings: a password is never sent in clear by default, and ``check`` says so if it is."""
+
+import pytest
+from django.conf import settings as current
+from django.core.checks import run_checks
+from django.core.signing import Signer
+
+from {{ cookiecutter.project_slug }}.ops.settings import Defaults
+
+ACCOUNT = {"EMAIL_HOST": "mail.example.com", "EMAIL_HOST_USER": "user"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({}, (25, False, False)),
+        ({"EMAIL_HOST": "mail.example.com"}, (25, False, False)),
+        (ACCOUNT, (587, True, False)),
+        (ACCOUNT | {"EMAIL_USE_SSL": "on"}, (465, False, True)),
+        (ACCOUNT | {"EMAIL_USE_TLS": "off"}, (25, False, False)),
+        (ACCOUNT | {"EMAIL_PORT": "2525"}, (2525, True, False)),
+    ],
+)
+def test_a_server_with_an_account_is_encrypted(monkeypatch, variables, expected):
+    for name in ("EMAIL_HOST", "EMAIL_HOST_USER", "EMAIL_PORT", "EMAIL_USE_TLS", "EMAIL_USE_SSL"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    settings = Defaults()
+    assert expected == (settings.EMAIL_PORT, settings.EMAIL_USE_TLS, settings.EMAIL_USE_SSL)
+
+
+@pytest.mark.parametrize(
+    ("user", "tls", "ssl", "expected"),
+    [
+        ("user", False, False, ["email.E001"]),
+        ("user", True, True, ["email.E002"]),
+        ("user", True, False, []),
+        ("user", False, True, []),
+        ("", False, False, []),
+    ],
+)
+def test_check_deploy_reports_a_password_in_clear(settings, user, tls, ssl, expected):
+    settings.EMAIL_HOST, settings.EMAIL_HOST_USER = "mail.example.com", user
+    settings.EMAIL_USE_TLS, settings.EMAIL_USE_SSL = tls, ssl
+    ids = [message.id for message in run_checks(include_deployment_checks=True)]
+    assert [id_ for id_ in ids if id_.startswith("email.")] == expected
+
+
+def test_earlier_keys_still_verify(monkeypatch, settings):
+
+    old = current.SECRET_KEY
+    signed = Signer().sign("value")
+    monkeypatch.setenv(
+        "SECRET_KEY_FALLBACKS",
+        "a-key-for-this-test-alone-of-more-than-fifty-characters, " + "b1c2d3" * 10,
+    )
+    assert Defaults().SECRET_KEY_FALLBACKS[1] == "b1c2d3" * 10
+    settings.SECRET_KEY, settings.SECRET_KEY_FALLBACKS = "b1c2d3" * 10, [old]
+    assert Signer().unsign(signed) == "value"

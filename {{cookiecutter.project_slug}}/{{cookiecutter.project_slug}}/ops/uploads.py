@@ -1,0 +1,30 @@
+"""A limit for files that requests upload, which Django writes to temporary files without one."""
+
+from typing import Any
+
+from django.conf import settings
+from django.core.exceptions import RequestDataTooBig
+from django.core.files.uploadhandler import FileUploadHandler
+
+
+class LimitedUploadHandler(FileUploadHandler):
+    """Refuses requests with files of more than ``UPLOAD_MAX_SIZE`` bytes altogether."""
+
+    def handle_raw_input(
+        self,
+        input_data: Any,
+        META: Any,
+        content_length: int,
+        boundary: str,
+        encoding: str | None = None,
+    ) -> None:
+        """Raise RequestDataTooBig before any byte is read."""
+        if content_length > settings.UPLOAD_MAX_SIZE:
+            raise RequestDataTooBig("The uploaded files are larger than UPLOAD_MAX_SIZE.")
+
+    def receive_data_chunk(self, raw_data: bytes, start: int) -> bytes:
+        """Leave the data to the next handler."""
+        return raw_data
+
+    def file_complete(self, file_size: int) -> None:
+        """Leave the file to the next handler."""
