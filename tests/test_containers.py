@@ -89,6 +89,11 @@ def rabbitmq_image(engine):
 
 
 @pytest.fixture(scope="session")
+def nginx_image(engine):
+    return first_available_image("nginx:1.29-alpine", "nginx:alpine")
+
+
+@pytest.fixture(scope="session")
 def project(engine, cookies_session, uv):
     """A service with a unique name, Dockerfile, compose files and lock file."""
     slug = f"boxed_{uuid.uuid4().hex[:8]}"
@@ -273,10 +278,11 @@ def test_every_process_runs_in_a_hardened_container(project, image, postgres_ima
 
 
 @pytest.fixture
-def compose(project, rabbitmq_image, postgres_image, tmp_path):
+def compose(project, rabbitmq_image, postgres_image, nginx_image, tmp_path):
     """A function that runs shell code in the project, whose containers are removed afterwards."""
     override = tmp_path / "override.yaml"
-    override.write_text(f"services: {{rabbitmq: {{image: '{rabbitmq_image}'}}}}\n")
+    images = {"rabbitmq": {"image": rabbitmq_image}, "proxy": {"image": nginx_image}}
+    override.write_text(json.dumps({"services": images}))
     environment = clean_environment(COMPOSE_FILE=f"compose.yaml:{override}", PORT=free_port())
 
     def compose(command, overlay=False):
@@ -307,7 +313,7 @@ def states(compose):
 
 def test_documented_compose_commands_work(project, compose):
     document = (project / "docs" / "compose.md").read_text()
-    secrets, up, _ = re.findall(r"^```sh\n(.*)\n```$", document, re.M)
+    secrets, up, *_ = re.findall(r"^```sh\n(.*)\n```$", document, re.M)
     commands = re.findall(r"^\| `(docker compose .*?)` \|", document, re.M)
 
     compose(secrets)
@@ -316,6 +322,7 @@ def test_documented_compose_commands_work(project, compose):
         ("beat", "running", "healthy", 0),
         ("migrate", "exited", "", 0),
         ("postgres", "running", "healthy", 0),
+        ("proxy", "running", "healthy", 0),
         ("rabbitmq", "running", "healthy", 0),
         ("web", "running", "healthy", 0),
         ("worker", "running", "healthy", 0),
@@ -350,7 +357,7 @@ def test_documented_compose_commands_work(project, compose):
 
 def test_compose_reloads_code_in_development(project, compose):
     document = (project / "docs" / "compose.md").read_text()
-    secrets, _, develop = re.findall(r"^```sh\n(.*)\n```$", document, re.M)
+    secrets, *_, develop = re.findall(r"^```sh\n(.*)\n```$", document, re.M)
     assert develop.startswith("docker compose --file compose.yaml --file compose.dev.yaml up")
 
     compose(secrets)
@@ -360,7 +367,7 @@ def test_compose_reloads_code_in_development(project, compose):
     mode = compose("docker compose exec -T web sh -c 'echo [$DJANGO_MODE]'", overlay=True)
     assert mode == "[]\n"
 
-    health = project / project.name / "health.py"
+    health = project / project.name / "ops" / "health.py"
     code = health.read_text()
     health.write_text(code.replace('{"status": "ok"}', '{"status": "reloaded"}'))
     try:
