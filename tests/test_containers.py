@@ -150,6 +150,7 @@ def test_image_contains_only_runtime_files_and_no_secrets(project, image):
     assert sorted(listed) == sorted(
         [
             ".python-version",
+            "__pycache__",
             "Procfile",
             "app.json",
             "manage.py",
@@ -281,8 +282,11 @@ def test_every_process_runs_in_a_hardened_container(project, image, postgres_ima
 def compose(project, rabbitmq_image, postgres_image, nginx_image, tmp_path):
     """A function that runs shell code in the project, whose containers are removed afterwards."""
     override = tmp_path / "override.yaml"
-    images = {"rabbitmq": {"image": rabbitmq_image}, "proxy": {"image": nginx_image}}
-    override.write_text(json.dumps({"services": images}))
+    services = {"rabbitmq": {"image": rabbitmq_image}, "proxy": {"image": nginx_image}}
+    if not docker_succeeds("run", "--rm", "--entrypoint=which", nginx_image, "wget"):
+        connect = "bash -c '</dev/tcp/127.0.0.1/8080'"
+        services["proxy"]["healthcheck"] = {"test": connect}
+    override.write_text(json.dumps({"services": services}))
     environment = clean_environment(COMPOSE_FILE=f"compose.yaml:{override}", PORT=free_port())
 
     def compose(command, overlay=False):
