@@ -107,7 +107,18 @@ def run_doctor(service, **variables):
 
 
 ALL_OK = dict.fromkeys(
-    ("settings", "database", "migrations", "broker", "worker", "beat", "schedules", "e-mail"), "ok"
+    (
+        "settings",
+        "database",
+        "migrations",
+        "broker",
+        "queue",
+        "worker",
+        "beat",
+        "schedules",
+        "e-mail",
+    ),
+    "ok",
 )
 
 BREAK_SCHEDULE = """

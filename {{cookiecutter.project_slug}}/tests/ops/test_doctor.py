@@ -234,7 +234,7 @@ class TestQueue:
             finally:
                 queue.queue.delete()
         assert results.status == ERROR
-        assert results.message.startswith("1 tasks were given up after 10 deliveries")
+        assert results.message.startswith("1 tasks were given up after 20 deliveries")
         assert results.next.endswith(f"purge -Q {get_failed_queue()}")
 
 

@@ -30,8 +30,9 @@ TRANSPORT_ALIASES["amqp"] = f"{__package__}.rabbitmq:Transport"
 TRANSPORT_ALIASES["amqps"] = f"{__package__}.rabbitmq:SSLTransport"
 
 
-#: How often RabbitMQ delivers a task whose worker is lost before it is given up.
-MAX_DELIVERIES = 10
+#: How often RabbitMQ delivers a task whose worker is lost before it is given up. Version 4 drops
+#: a message at the next delivery.
+MAX_DELIVERIES = 20
 
 
 def get_failed_queue() -> str:

@@ -43,7 +43,7 @@ REDACTIONS = [
     # E-mail addresses, but not the names of Celery's nodes
     (
         re.compile(
-            r"""(?:"[^"\n]{1,64}"|\b(?!celery(?:beat)?@)[\w.!#$%&'*+/=?^`{|}~-]{1,64})"""
+            r"""(?:"[^"\n]{1,64}"|\b(?!celery(?:beat)?@)[\w.!#$%&'*+^`{|}~-]{1,64})"""
             r"""(?:@|%40)(?:[\w-]+(?:\.[\w-]+)*|\[[\w.:]+\])"""
         ),
         "***@***",
