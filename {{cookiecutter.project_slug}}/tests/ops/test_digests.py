@@ -1,5 +1,6 @@
 """Digests: their periods, their registration, and the e-mail that is composed for them."""
 
+import re
 from datetime import UTC, datetime, timedelta
 from zoneinfo import ZoneInfo
 
@@ -174,3 +175,32 @@ class TestMessage:
         email = compose()
         assert "List-Unsubscribe" not in email.extra_headers
         assert "https://" not in email.body
+
+
+@pytest.mark.django_db
+@pytest.mark.usefixtures("sample_templates")
+class TestHeaders:
+    """What leaves for the mail server, not what is in ``extra_headers``."""
+
+    @pytest.fixture
+    def lines(self, make_user, settings):
+        settings.SITE_URL = f"https://{'long-name.' * 10}example.com"
+        settings.DEFAULT_FROM_EMAIL = f"Service <noreply@{'long-name.' * 10}example.com>"
+        digest = make_digest(name="x" * 50, subject="Überlänge " * 20, unsubscribe_label="sample")()
+        messages._domain.cache_clear()
+        email = messages.compose(digest, make_user("anna"), {"content": "é" * 3000}, "x" * 70)
+        messages._domain.cache_clear()
+        return email.message().as_bytes().decode("ascii").splitlines()
+
+    def test_links_are_on_one_line_in_ascii(self, lines):
+        (link,) = [line for line in lines if line.startswith("List-Unsubscribe: ")]
+        assert re.fullmatch(r"List-Unsubscribe: <https://\S+/unsubscribe/\S+/>", link)
+        (number,) = [line for line in lines if line.startswith("Message-ID: ")]
+        assert re.fullmatch(r"Message-ID: <\S+@\S+>", number)
+
+    def test_lines_are_not_too_long(self, lines):
+        assert max(len(line) for line in lines) <= 998
+
+    def test_nobody_replies_automatically(self, lines):
+        assert "Auto-Submitted: auto-generated" in lines
+        assert "List-Unsubscribe-Post: List-Unsubscribe=One-Click" in lines
