@@ -1,16 +1,16 @@
 """Deliveries: each message is sent once, after rejections, repetitions and crashes."""
 
 import smtplib
+from collections import Counter
 from datetime import timedelta
 
 import pytest
 import time_machine
-from celery.exceptions import Retry, SoftTimeLimitExceeded
+from celery.exceptions import SoftTimeLimitExceeded
 from django.contrib.auth import get_user_model
 from django.core import mail
 from django.core.mail.backends.locmem import EmailBackend
 from django.db import IntegrityError, connection
-from django.urls import reverse
 from django.utils import timezone
 from django_celery_beat.models import IntervalSchedule, PeriodicTask
 from kombu.exceptions import OperationalError
@@ -18,7 +18,7 @@ from kombu.exceptions import OperationalError
 from {{ cookiecutter.project_slug }}.ops import deliveries, tasks
 from {{ cookiecutter.project_slug }}.ops.celery import Task
 from {{ cookiecutter.project_slug }}.ops.digests import DailyDigest, Notification, registry
-from {{ cookiecutter.project_slug }}.ops.models import DigestDelivery, DigestRun
+from {{ cookiecutter.project_slug }}.ops.models import Attempt, DigestDelivery, DigestRun
 
 pytestmark = [pytest.mark.django_db, pytest.mark.usefixtures("sample_templates")]
 
@@ -125,6 +125,7 @@ class Server(EmailBackend):
     """A mail server that rejects some addresses."""
 
     errors = {}
+    tried = Counter()
     opened = 0
 
     def open(self):
@@ -132,6 +133,7 @@ class Server(EmailBackend):
 
     def send_messages(self, messages):
         for message in messages:
+            self.tried[message.to[0]] += 1
             if error := self.errors.get(message.to[0]):
                 raise error
         return super().send_messages(messages)
@@ -141,6 +143,7 @@ class Server(EmailBackend):
 def server(monkeypatch):
     monkeypatch.setattr(mail, "get_connection", lambda *args, **kwargs: Server())
     monkeypatch.setattr(Server, "errors", {})
+    monkeypatch.setattr(Server, "tried", Counter())
     monkeypatch.setattr(Server, "opened", 0)
     return Server
 
@@ -213,7 +216,7 @@ class TestDeliverOnce:
             deliveries.send_chunk(run, chunk)
         queue.clear()
         tasks.send_digest_chunk.apply([run.pk, chunk])
-        assert queue == [(CHUNK_TASK, (run.pk, chunk), {"countdown": 10, "retries": 0})]
+        assert queue == [(CHUNK_TASK, (run.pk, chunk), {"countdown": 10})]
         assert mail.outbox == []
 
 
@@ -232,22 +235,88 @@ class TestRejections:
         send(run, queue)
         assert len(mail.outbox) == 2
 
-    def test_temporary_rejection_is_retried(self, run, queue, readers, server):
+    def test_temporary_refusal_is_tried_again_on_a_ladder(self, run, queue, readers, server):
         to = address(readers[0])
         server.errors = {to: smtplib.SMTPRecipientsRefused({to: (450, b"greylisted")})}
-        with pytest.raises(deliveries.TemporaryFailure):
-            send(run, queue)
-        assert [name for name, _, _ in statuses()] == ["reader1", "reader2"]
-        server.errors = {}
-        send(run, queue)
-        assert [name for name, _, _ in statuses()] == ["reader0", "reader1", "reader2"]
+        now = timezone.now()
+        tried = 0
+        with time_machine.travel(now, tick=False) as clock:
+            for minute in range(10 * 60):
+                clock.move_to(now + timedelta(minutes=minute))
+                before = server.tried[to]
+                send(run, queue)
+                tried += server.tried[to] - before
+        assert (tried, server.tried[to]) == (9, 9)
+        assert statuses() == [
+            ("reader0", "failed", "450 greylisted"),
+            ("reader1", "sent", ""),
+            ("reader2", "sent", ""),
+        ]
+        assert not Attempt.objects.exists()
 
-    def test_temporary_rejection_at_the_last_try_is_recorded_as_failed(
-        self, run, queue, readers, server
-    ):
+    def test_refusal_that_ends_is_sent(self, run, queue, readers, server):
         server.errors = {address(readers[0]): smtplib.SMTPDataError(451, b"try later")}
-        send(run, queue, last_try=True)
-        assert statuses()[0] == ("reader0", "failed", "451 try later")
+        send(run, queue)
+        send(run, queue)
+        assert server.tried[address(readers[0])] == 1
+        server.errors = {}
+        with time_machine.travel(timezone.now() + timedelta(minutes=2)):
+            send(run, queue)
+        assert [status for _, status, _ in statuses()] == ["sent"] * 3
+        assert not Attempt.objects.exists()
+
+    @pytest.mark.parametrize(
+        "error",
+        [smtplib.SMTPServerDisconnected("gone"), TimeoutError("timed out"), KeyError("a bug")],
+        ids=lambda error: type(error).__name__,
+    )
+    def test_email_without_a_reply_is_repeated_twice_a_day_apart_and_others_get_theirs(
+        self, run, queue, readers, server, error
+    ):
+        to = address(readers[0])
+        server.errors = {to: error}
+        now = timezone.now()
+        with time_machine.travel(now, tick=False) as clock:
+            for hour in range(4 * 24):
+                clock.move_to(now + timedelta(hours=hour))
+                send(run, queue)
+                assert server.tried[to] == min(hour // 24 + 1, 3)
+        (failed, *others) = statuses()
+        assert failed[:2] == ("reader0", "failed")
+        assert type(error).__name__ in failed[2]
+        assert [status for _, status, _ in others] == ["sent"] * 2
+
+    def test_server_that_replies_to_nobody_stops_the_chunk(
+        self, run, queue, digest, readers, make_user, server
+    ):
+        users = [*readers, make_user("reader3"), make_user("reader4")]
+        digest.keys = {user.pk for user in users}
+        server.errors = {address(user): TimeoutError() for user in users}
+        with pytest.raises(TimeoutError):
+            deliveries.send_chunk(run, readers[0].pk // deliveries.CHUNK)
+        assert sum(server.tried.values()) == deliveries.MAX_UNKNOWN
+        # The tasks of others do not wait for it.
+        server.errors = {}
+        deliveries.send_chunk(run, readers[0].pk // deliveries.CHUNK)
+        assert sum(server.tried.values()) == deliveries.MAX_UNKNOWN
+        with time_machine.travel(timezone.now() + timedelta(seconds=deliveries.PAUSE_SECONDS + 1)):
+            deliveries.send_chunk(run, readers[0].pk // deliveries.CHUNK)
+        assert len(mail.outbox) == 2
+
+    def test_repeat_is_recorded_before_it_is_made(self, run, queue, readers, server):
+        class Killed(BaseException):
+            pass
+
+        to = address(readers[0])
+        server.errors = {to: TimeoutError()}
+        send(run, queue)
+        server.errors = {to: Killed()}
+        with time_machine.travel(timezone.now() + timedelta(days=2)):
+            with pytest.raises(Killed):
+                send(run, queue)
+            send(run, queue)
+        assert server.tried[to] == 2
+        assert Attempt.objects.get().unknown == 2
 
     def test_invalid_message_is_recorded_and_others_get_theirs(self, run, queue, readers, server):
         server.errors = {address(readers[0]): ValueError("bad header")}
@@ -258,12 +327,10 @@ class TestRejections:
     @pytest.mark.parametrize(
         "error",
         [
-            smtplib.SMTPServerDisconnected("gone"),
             smtplib.SMTPSenderRefused(550, b"no", "noreply@example.com"),
             smtplib.SMTPAuthenticationError(535, b"no"),
             ConnectionRefusedError(),
             SoftTimeLimitExceeded(),
-            KeyError("a bug"),
         ],
         ids=lambda error: type(error).__name__,
     )
@@ -274,22 +341,6 @@ class TestRejections:
         with pytest.raises(type(error)):
             send(run, queue)
         assert statuses() == [("reader0", "sent", "")]
-
-    @pytest.mark.parametrize(("retries", "wait"), [(0, 60), (1, 120), (7, 7200)])
-    def test_retries_back_off(self, run, queue, readers, monkeypatch, retries, wait):
-        def reject(*args):
-            raise deliveries.TemporaryFailure
-
-        monkeypatch.setattr(deliveries, "send_chunk", reject)
-        waits = []
-
-        def retry(task, exc=None, countdown=None, **options):
-            waits.append(countdown)
-            return Retry()
-
-        monkeypatch.setattr(Task, "retry", retry)
-        tasks.send_digest_chunk.apply([run.pk, 0], retries=retries)
-        assert waits == [wait]
 
 
 class TestChunks:
@@ -302,7 +353,7 @@ class TestChunks:
     def test_chunk_takes_one_connection_and_one_query_per_recipient_plus_a_constant(
         self, run, digest, make_user, readers, django_assert_num_queries, server
     ):
-        overhead = {"postgresql": 6, "sqlite": 2}[connection.vendor]
+        overhead = {"postgresql": 8, "sqlite": 4}[connection.vendor]
         with django_assert_num_queries(overhead + 3):
             deliveries.send_chunk(run, readers[0].pk // deliveries.CHUNK)
         users = [make_user(f"more{number}") for number in range(20)]
@@ -451,41 +502,55 @@ class TestNotification:
             (
                 tasks.send_notification.name,
                 (notification.name, user.pk),
-                {"countdown": 10, "retries": 0},
+                {"countdown": 10},
             )
         ]
         assert mail.outbox == []
 
-    @pytest.fixture
-    def reject(self, monkeypatch):
-        """Return a function that makes the mail server reject all e-mail with this code."""
-
-        def reject(code):
-            def send(message):
-                raise smtplib.SMTPRecipientsRefused({message.to[0]: (code, b"rejected")})
-
-            monkeypatch.setattr(mail.EmailMessage, "send", send)
-
-        return reject
-
-    def test_is_not_retried_after_a_permanent_rejection(self, notification, user, queue, reject):
-        reject(550)
+    def test_is_not_repeated_after_a_permanent_rejection(self, notification, user, queue, server):
+        server.errors = {address(user): smtplib.SMTPDataError(550, b"no")}
         tasks.send_notification.apply([notification.name, user.pk])
         assert notification.keys == set()
-        assert queue == []
+        assert (queue, Attempt.objects.count()) == ([], 0)
 
-    def test_waits_for_a_retry_after_a_temporary_rejection(self, notification, user, reject):
-        reject(450)
-        with pytest.raises(deliveries.TemporaryFailure):
+    @pytest.mark.parametrize(
+        ("error", "days", "count"),
+        [(smtplib.SMTPDataError(450, b"later"), 1, 9), (TimeoutError(), 4, 3)],
+        ids=["refused", "no reply"],
+    )
+    def test_is_tried_a_few_times_whatever_resume_does(
+        self, notification, user, queue, server, error, days, count
+    ):
+        server.errors = {address(user): error}
+        with time_machine.travel(NOW + timedelta(minutes=2), tick=False) as clock:
+            for minute in range(0, days * 24 * 60, 5):
+                clock.move_to(NOW + timedelta(minutes=2 + minute))
+                tasks.resume_deliveries()
+                for name, args, _ in queue:
+                    assert name == tasks.send_notification.name
+                    deliveries.send_notification(notification, args[1])
+                queue.clear()
+        assert server.tried[address(user)] <= count
+        assert server.tried[address(user)] >= count - 1
+
+    def test_waits_for_a_server_that_is_down(self, notification, user, queue, monkeypatch, caplog):
+        def refuse(*args, **kwargs):
+            raise ConnectionRefusedError
+
+        with monkeypatch.context() as patch:
+            patch.setattr(mail, "get_connection", refuse)
+            with pytest.raises(ConnectionRefusedError):
+                deliveries.send_notification(notification, user.pk)
+        deliveries.send_notification(notification, user.pk)
+        assert (mail.outbox, Attempt.objects.count()) == ([], 0)
+        with time_machine.travel(timezone.now() + timedelta(seconds=deliveries.PAUSE_SECONDS + 1)):
             deliveries.send_notification(notification, user.pk)
-        assert notification.keys == {user.pk}
-        deliveries.send_notification(notification, user.pk, last_try=True)
-        assert notification.keys == set()
+        assert len(mail.outbox) == 1
 
-
-def test_administrator_finds_the_deliveries(client, run, queue, readers, make_user):
-    send(run, queue)
-    client.force_login(make_user("admin", is_staff=True, is_superuser=True))
-    response = client.get(reverse("admin:ops_digestdelivery_changelist"), {"q": "reader1"})
-    assert response.status_code == 200
-    assert [row.recipient for row in response.context["cl"].result_list] == [readers[1]]
+    def test_old_resume_task_does_nothing(self, notification, user, queue):
+        old = (timezone.now() - timedelta(hours=1)).isoformat()
+        with time_machine.travel(NOW + timedelta(minutes=2)):
+            tasks.resume_deliveries.apply(headers={"queued_at": old})
+            assert queue == []
+            tasks.resume_deliveries.apply()
+            assert len(queue) == 1

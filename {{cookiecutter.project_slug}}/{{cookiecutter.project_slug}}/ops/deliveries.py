@@ -10,19 +10,21 @@ import logging
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from datetime import UTC
+from datetime import UTC, timedelta
 from itertools import batched
 from typing import Any
 
 from django.core import mail
+from django.core.cache import caches
 from django.core.mail import EmailMessage
 from django.db import connection
 from django.db.models import BigIntegerField, Exists, ExpressionWrapper, F, OuterRef, QuerySet
+from django.utils import timezone
 
 from .digests import Notification, get_digest
 from .locks import try_lock
-from .messages import classify_smtp_error, compose, deferred_sigterm
-from .models import DigestDelivery, DigestRun
+from .messages import Verdict, classify_error, compose, deferred_sigterm
+from .models import Attempt, DigestDelivery, DigestRun
 
 logger = logging.getLogger(__name__)
 
@@ -36,12 +38,24 @@ BATCH = 100
 CHUNK_SECONDS = 120
 
 
+#: Waits between the attempts of an e-mail that the server refuses for now: nine attempts in
+#: about four hours, then it has failed.
+LADDER = [timedelta(minutes=minutes) for minutes in (1, 2, 4, 8, 16, 32, 64, 120)]
+
+#: An e-mail that may have been sent is sent again at most this often, after this time each.
+MAX_REPEATS = 2
+REPEAT_AFTER = timedelta(days=1)
+
+#: E-mails without a reply, one after the other, after which a chunk stops for later.
+MAX_UNKNOWN = 3
+
+
+#: How long no e-mail is sent after the mail server could not be used, in seconds.
+PAUSE_SECONDS = 60
+
+
 class Busy(Exception):
     """Another process is sending the same messages."""
-
-
-class TemporaryFailure(Exception):
-    """The mail server rejected e-mail temporarily; try again later."""
 
 
 # Digests
@@ -61,21 +75,23 @@ def remaining_chunks(run: DigestRun) -> Iterable[int]:
     return remaining(run).order_by().values_list(number, flat=True).distinct().iterator()
 
 
-def send_chunk(run: DigestRun, chunk: int, last_try: bool = False) -> bool:
-    """Send the digest to the remaining recipients of a chunk; return whether all were sent.
+def send_chunk(run: DigestRun, chunk: int) -> bool:
+    """Send the digest to the recipients of a chunk who are due; return whether all were tried.
 
-    It stops after ``CHUNK_SECONDS``. Raises Busy if another process is sending the chunk,
-    and TemporaryFailure if the server rejected e-mail temporarily; at the last try this
-    is recorded as failed instead.
+    It stops after ``CHUNK_SECONDS``, and raises Busy if another process is sending the chunk.
+    It raises the error if the server cannot be used, or does not reply to ``MAX_UNKNOWN``
+    e-mails one after the other.
     """
+    if is_paused():
+        return True
     with try_lock(f"digest {run.pk} {chunk}") as acquired:
         if not acquired:
             raise Busy
         recipients = _recipients(run, chunk)
         if not recipients:
             return True
-        with relaxed_commits(), mail.get_connection() as server:
-            return _send(run, recipients, server, last_try)
+        with relaxed_commits(), connect() as server:
+            return _send(run, recipients, server)
 
 
 def _recipients(run: DigestRun, chunk: int) -> list[Any]:
@@ -97,27 +113,48 @@ def _recipients(run: DigestRun, chunk: int) -> list[Any]:
     return [user for user in recipients.order_by("pk") if user.pk not in delivered]
 
 
-def _send(run: DigestRun, recipients: Sequence[Any], server: Any, last_try: bool) -> bool:
+def _send(run: DigestRun, recipients: Sequence[Any], server: Any) -> bool:
     deadline = time.monotonic() + CHUNK_SECONDS
-    rejected, complete = 0, True
-    for recipient, email in _composed(run, recipients):
+    attempts = get_attempts(_message_id(run, recipient) for recipient in recipients)
+    now = timezone.now()
+    due = [
+        recipient
+        for recipient in recipients
+        if (attempt := attempts.get(_message_id(run, recipient))) is None or attempt.next_at <= now
+    ]
+    unknown = 0
+    for recipient, email in _composed(run, due):
         if time.monotonic() > deadline:
-            complete = False
-            break
+            return False
+        message_id = _message_id(run, recipient)
+        attempt = attempts.get(message_id)
         with deferred_sigterm():
+            if attempt is not None:
+                begin_attempt(message_id)
             try:
                 server.send_messages([email])
             except Exception as error:
-                permanent, reason = classify_smtp_error(error)
-                if permanent or last_try:
+                verdict, reason = classify_error(error)
+                if attempt is None:
+                    begin_attempt(message_id)
+                if end_attempt(message_id, verdict, reason):
                     record(run, recipient, DigestDelivery.Status.FAILED, reason)
-                else:
-                    rejected += 1
+                unknown = unknown + 1 if verdict is Verdict.UNKNOWN else 0
+                if unknown == MAX_UNKNOWN:
+                    raise
+                if unknown:
+                    server.close()
+                    server.open()
             else:
+                unknown = 0
                 record(run, recipient, DigestDelivery.Status.SENT)
-    if rejected:
-        raise TemporaryFailure(f"{rejected} recipients were rejected temporarily")
-    return complete
+                if attempt is not None:
+                    Attempt.objects.filter(message_id=message_id).delete()
+    return True
+
+
+def _message_id(run: DigestRun, recipient: Any) -> str:
+    return f"{run.digest}.{run.period_start.astimezone(UTC):%Y%m%dT%H%M}.{recipient.pk}"
 
 
 def _composed(run: DigestRun, recipients: Sequence[Any]) -> Iterator[tuple[Any, EmailMessage]]:
@@ -127,10 +164,9 @@ def _composed(run: DigestRun, recipients: Sequence[Any]) -> Iterator[tuple[Any, 
     """
     digest = get_digest(run.digest)
     contents = digest.contents(recipients, run)
-    message_id = f"{run.digest}.{run.period_start.astimezone(UTC):%Y%m%dT%H%M}"
     for batch in batched(recipients, BATCH):
         yield from [
-            (user, compose(digest, user, contents[user.pk], f"{message_id}.{user.pk}"))
+            (user, compose(digest, user, contents[user.pk], _message_id(run, user)))
             for user in batch
         ]
 
@@ -168,31 +204,91 @@ def relaxed_commits() -> Iterator[None]:
                 cursor.execute("RESET synchronous_commit")
 
 
+# Attempts
+
+
+def get_attempts(message_ids: Iterable[str]) -> dict[str, Attempt]:
+    """Return the unfinished e-mails among these by message id."""
+    rows = Attempt.objects.filter(message_id__in=list(message_ids))
+    return {row.message_id: row for row in rows}
+
+
+def begin_attempt(message_id: str) -> None:
+    """Record that an e-mail may be sent from now on, in case nothing more is heard of it."""
+    attempt = Attempt.objects.filter(message_id=message_id).first() or Attempt(
+        message_id=message_id
+    )
+    attempt.unknown += 1
+    attempt.next_at = timezone.now() + REPEAT_AFTER
+    attempt.save()
+
+
+def end_attempt(message_id: str, verdict: Verdict, reason: str) -> bool:
+    """Record how an attempt failed; return whether the e-mail is not tried again."""
+    attempt = Attempt.objects.get(message_id=message_id)
+    if verdict is not Verdict.UNKNOWN:
+        attempt.unknown -= 1
+    if verdict is Verdict.REFUSED and attempt.refusals < len(LADDER):
+        attempt.next_at = timezone.now() + LADDER[attempt.refusals]
+        attempt.refusals += 1
+    elif verdict is not Verdict.UNKNOWN or attempt.unknown > MAX_REPEATS:
+        attempt.delete()
+        return True
+    attempt.reason = reason[:500]
+    attempt.save()
+    return False
+
+
+@contextmanager
+def connect() -> Iterator[Any]:
+    """Yield an open connection to the mail server.
+
+    If it cannot be used, e-mail pauses for ``PAUSE_SECONDS`` and the error is raised, so that
+    waiting for it does not hold up the tasks of others.
+    """
+    try:
+        with mail.get_connection() as server:
+            yield server
+    except Exception:
+        caches["limits"].set("mail-paused", True, PAUSE_SECONDS)
+        raise
+
+
+def is_paused() -> bool:
+    """Return whether the mail server could not be used a moment ago."""
+    return caches["limits"].get("mail-paused") is not None
+
+
 # Notifications
 
 
-def send_notification(notification: Notification, pk: Any, last_try: bool = False) -> None:
-    """Send the notification about an object, unless it is sent already or not wanted.
+def send_notification(notification: Notification, pk: Any) -> None:
+    """Send the notification about an object, unless it is sent already, not wanted or not due.
 
-    Raises Busy and TemporaryFailure as ``send_chunk`` does.
+    Raises Busy if another process is sending it.
     """
+    if is_paused():
+        return
     with try_lock(f"notification {notification.name} {pk}") as acquired:
         if not acquired:
             raise Busy
         obj = notification.waiting().filter(pk=pk).first()
         if obj is None:
             return
+        message_id = f"{notification.name}.{obj.pk}"
+        attempt = get_attempts([message_id]).get(message_id)
+        if attempt is not None and attempt.next_at > timezone.now():
+            return
         recipient = notification.recipient(obj)
-        email = compose(
-            notification, recipient, notification.context(obj), f"{notification.name}.{obj.pk}"
-        )
-        with deferred_sigterm():
+        email = compose(notification, recipient, notification.context(obj), message_id)
+        with connect() as server, deferred_sigterm():
+            begin_attempt(message_id)
             try:
-                email.send()
+                server.send_messages([email])
             except Exception as error:
-                permanent, reason = classify_smtp_error(error)
-                if not (permanent or last_try):
-                    raise TemporaryFailure(reason) from error
+                verdict, reason = classify_error(error)
+                if not end_attempt(message_id, verdict, reason):
+                    return
                 logger.warning(
                     "Notification %s: user %s was rejected: %s",
                     notification.name,
@@ -200,3 +296,4 @@ def send_notification(notification: Notification, pk: Any, last_try: bool = Fals
                     reason,
                 )
             notification.mark_sent(obj)
+            Attempt.objects.filter(message_id=message_id).delete()

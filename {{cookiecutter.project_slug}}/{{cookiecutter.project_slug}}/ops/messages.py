@@ -8,9 +8,11 @@ from email.headerregistry import HeaderRegistry, UnstructuredHeader
 from email.message import EmailMessage
 from email.policy import EmailPolicy
 from email.utils import parseaddr
+from enum import Enum
 from functools import cache
 from typing import Any
 
+from celery.exceptions import SoftTimeLimitExceeded
 from django.conf import settings
 from django.core.mail import EmailMultiAlternatives
 from django.template.loader import get_template
@@ -93,12 +95,21 @@ def _domain(address: str) -> str:
     return parseaddr(address)[1].rpartition("@")[2]
 
 
-def classify_smtp_error(error: Exception) -> tuple[bool, str]:
-    """Return whether the server rejected one e-mail permanently, and the reason.
+class Verdict(Enum):
+    """What an error says about one e-mail."""
 
-    Replies 5xx are permanent, replies 4xx are temporary (RFC 5321, section 4.2.1). An
-    error that is not about this one e-mail, such as a lost connection, a failed login or
-    a time limit, is raised again.
+    REJECTED = "rejected for good"
+    REFUSED = "refused for now"
+    UNKNOWN = "no reply: the server may have accepted it"
+
+
+def classify_error(error: Exception) -> tuple[Verdict, str]:
+    """Return what an error of a mail backend says about one e-mail, and the reason.
+
+    Replies 5xx of an SMTP server are permanent, replies 4xx are temporary (RFC 5321, section
+    4.2.1). An error about no single e-mail, such as a failed login or the time limit of a
+    task, is raised again. Any other is unknown: a connection that is lost, a server that
+    takes too long, or an exception of another backend.
     """
     text: str | bytes
     match error:
@@ -107,11 +118,15 @@ def classify_smtp_error(error: Exception) -> tuple[bool, str]:
         case smtplib.SMTPDataError():
             code, text = error.smtp_code, error.smtp_error
         case smtplib.SMTPNotSupportedError() | ValueError():
-            return True, str(error)
-        case _:
+            return Verdict.REJECTED, str(error)
+        case smtplib.SMTPAuthenticationError() | smtplib.SMTPSenderRefused():
             raise error
+        case SoftTimeLimitExceeded() | ConnectionRefusedError():
+            raise error
+        case _:
+            return Verdict.UNKNOWN, f"{type(error).__name__}: {error}"
     text = text.decode(errors="replace") if isinstance(text, bytes) else text
-    return code >= 500, f"{code} {text}"
+    return Verdict.REJECTED if code >= 500 else Verdict.REFUSED, f"{code} {text}"
 
 
 @contextmanager

@@ -80,3 +80,20 @@ class DigestDelivery(models.Model):
 
     def __str__(self) -> str:
         return f"{self.digest} {self.period_start:%Y-%m-%d %H:%M} to {self.recipient}"
+
+
+class Attempt(models.Model):
+    """An e-mail that the mail server refused for now, or may have accepted without a reply.
+
+    ``message_id`` is the local part of its Message-ID. The row is deleted once the e-mail is
+    sent or has failed for good.
+    """
+
+    message_id = models.CharField(max_length=150, unique=True)
+    refusals = models.PositiveSmallIntegerField(default=0)
+    unknown = models.PositiveSmallIntegerField(default=0)
+    next_at = models.DateTimeField()
+    reason = models.CharField(max_length=500, blank=True)
+
+    def __str__(self) -> str:
+        return self.message_id

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable
 from datetime import datetime, timedelta
+from itertools import islice
 from typing import Any
 
 from celery import shared_task
@@ -12,22 +13,15 @@ from kombu.utils.json import loads
 
 from . import deliveries
 from .digests import get_digest, get_digests, get_notification, get_notifications
-from .models import DigestRun
+from .models import Attempt, DigestRun
 
 logger = logging.getLogger(__name__)
 
-#: Retry after 1, 2, 4 ... minutes, at most 2 hours: nine attempts within about four hours.
-RETRY_OPTIONS: dict[str, Any] = {
-    "bind": True,
-    "autoretry_for": (Exception,),
-    "max_retries": 8,
-    "retry_backoff": 60,
-    "retry_backoff_max": 2 * 60 * 60,
-    "retry_jitter": False,
-}
-
 #: Seconds to wait while another process is sending the same messages.
 BUSY_SECONDS = 10
+
+#: Age of a task at which another one has its work.
+RESUME_EXPIRES = timedelta(minutes=5)
 
 #: Age at which an unfinished run is queued again.
 STALE_AFTER = timedelta(minutes=10)
@@ -75,7 +69,8 @@ def queue_chunks(run: DigestRun) -> None:
     """Queue a task for each chunk with remaining recipients; finish the run if there is none."""
     queued = 0
     for chunk in deliveries.remaining_chunks(run):
-        send_digest_chunk.delay(run.pk, chunk)
+        # Another one is queued after this time as long as recipients are left.
+        send_digest_chunk.apply_async((run.pk, chunk), expires=STALE_AFTER.total_seconds())
         queued += 1
     run.queued_at = timezone.now()
     run.finished_at = None if queued else run.queued_at
@@ -85,15 +80,16 @@ def queue_chunks(run: DigestRun) -> None:
 
 def notify_on_commit(name: str, pk: Any) -> None:
     """Queue the notification of that name about an object once the transaction commits."""
-    send_notification.delay_on_commit(name, pk)
+    task: Any = send_notification
+    task.delay_on_commit(name, pk)
 
 
-@shared_task(name="ops.send_digest_chunk", **RETRY_OPTIONS)
+@shared_task(name="ops.send_digest_chunk", bind=True)
 def send_digest_chunk(self: Any, run_pk: int, chunk: int) -> None:
     """Send a digest to the recipients of one chunk."""
     run = DigestRun.objects.get(pk=run_pk)
     try:
-        complete = deliveries.send_chunk(run, chunk, is_last_try(self))
+        complete = deliveries.send_chunk(run, chunk)
     except deliveries.Busy:
         requeue(self)
         return
@@ -101,30 +97,26 @@ def send_digest_chunk(self: Any, run_pk: int, chunk: int) -> None:
         send_digest_chunk.delay(run_pk, chunk)
 
 
-@shared_task(name="ops.send_notification", **RETRY_OPTIONS)
+@shared_task(name="ops.send_notification", bind=True)
 def send_notification(self: Any, name: str, pk: Any) -> None:
     """Send the notification of that name about the object with that primary key."""
     try:
-        deliveries.send_notification(get_notification(name), pk, is_last_try(self))
+        deliveries.send_notification(get_notification(name), pk)
     except deliveries.Busy:
         requeue(self)
 
 
-def is_last_try(task: Any) -> bool:
-    """Return whether Celery will not retry the running task again."""
-    return bool(task.request.retries >= task.max_retries)
-
-
 def requeue(task: Any) -> None:
-    """Queue the running task again for later, without counting a retry."""
-    request = task.request
-    task.apply_async(request.args, request.kwargs, countdown=BUSY_SECONDS, retries=request.retries)
+    """Queue the running task again for later."""
+    task.apply_async(task.request.args, task.request.kwargs, countdown=BUSY_SECONDS)
 
 
-@shared_task(name="ops.resume_deliveries")
-def resume_deliveries() -> None:
-    """Queue again what a crash or an unavailable broker interrupted."""
+@shared_task(name="ops.resume_deliveries", bind=True)
+def resume_deliveries(self: Any) -> None:
+    """Queue again what a crash, a mail server or an unavailable broker interrupted."""
     now = timezone.now()
+    if now - self.queued_at > RESUME_EXPIRES:
+        return  # While no worker ran, others were queued.
     resume_schedules(now - RESUME_WINDOW)
     resume_runs(now - RESUME_WINDOW, now - STALE_AFTER)
     resume_notifications(now - RESUME_WINDOW, now - timedelta(minutes=1))
@@ -164,6 +156,11 @@ def resume_notifications(since: datetime, due_before: datetime) -> None:
     for name, notification in get_notifications().items():
         field = notification.due_field
         due = {f"{field}__gte": since, f"{field}__lt": due_before}
-        waiting = notification.waiting().filter(**due)
-        for pk in waiting.values_list("pk", flat=True)[:RESUME_LIMIT]:
-            send_notification.delay(name, pk)
+        later = Attempt.objects.filter(
+            message_id__startswith=f"{name}.", next_at__gt=timezone.now()
+        )
+        skipped = set(later.values_list("message_id", flat=True))
+        keys = notification.waiting().filter(**due).values_list("pk", flat=True).iterator()
+        for pk in islice((pk for pk in keys if f"{name}.{pk}" not in skipped), RESUME_LIMIT):
+            # Another one is queued each minute until the notification is sent.
+            send_notification.apply_async((name, pk), expires=60)

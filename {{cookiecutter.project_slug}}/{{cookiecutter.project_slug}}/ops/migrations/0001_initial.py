@@ -35,6 +35,22 @@ class Migration(migrations.Migration):
             options={"verbose_name": "API token"},
         ),
         migrations.CreateModel(
+            name="Attempt",
+            fields=[
+                (
+                    "id",
+                    models.BigAutoField(
+                        auto_created=True, primary_key=True, serialize=False, verbose_name="ID"
+                    ),
+                ),
+                ("message_id", models.CharField(max_length=150, unique=True)),
+                ("refusals", models.PositiveSmallIntegerField(default=0)),
+                ("unknown", models.PositiveSmallIntegerField(default=0)),
+                ("next_at", models.DateTimeField()),
+                ("reason", models.CharField(blank=True, max_length=500)),
+            ],
+        ),
+        migrations.CreateModel(
             name="DigestRun",
             fields=[
                 (
