@@ -190,13 +190,15 @@ class TestHeaders:
         messages._domain.cache_clear()
         email = messages.compose(digest, make_user("anna"), {"content": "é" * 3000}, "x" * 70)
         messages._domain.cache_clear()
-        return email.message().as_bytes().decode("ascii").splitlines()
+        text = email.message().as_bytes().decode("ascii")
+        # A header may continue on the next line, but is never encoded.
+        return re.sub(r"\n[ \t]+", "", text).splitlines()
 
-    def test_links_are_on_one_line_in_ascii(self, lines):
-        (link,) = [line for line in lines if line.startswith("List-Unsubscribe: ")]
-        assert re.fullmatch(r"List-Unsubscribe: <https://\S+/unsubscribe/\S+/>", link)
-        (number,) = [line for line in lines if line.startswith("Message-ID: ")]
-        assert re.fullmatch(r"Message-ID: <\S+@\S+>", number)
+    def test_links_leave_as_they_are(self, lines):
+        (link,) = [line for line in lines if line.startswith("List-Unsubscribe:")]
+        assert re.fullmatch(r"List-Unsubscribe: ?<https://\S+/unsubscribe/\S+/>", link)
+        (number,) = [line for line in lines if line.startswith("Message-ID:")]
+        assert re.fullmatch(r"Message-ID: ?<\S+@\S+>", number)
 
     def test_lines_are_not_too_long(self, lines):
         assert max(len(line) for line in lines) <= 998
