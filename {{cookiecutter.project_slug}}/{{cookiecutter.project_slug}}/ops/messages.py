@@ -65,7 +65,7 @@ def compose(message: Message, recipient: Any, context: dict[str, Any], message_i
     domain = _domain(settings.DEFAULT_FROM_EMAIL)
     headers = {
         "Message-ID": f"<{message_id}@{domain}>",
-        # Nobody's vacation responder answers it (RFC 3834).
+        # Vacation responders do not respond to it (RFC 3834).
         "Auto-Submitted": "auto-generated",
     }
     context = {"site_name": settings.SITE_NAME, "recipient": recipient, **context}
