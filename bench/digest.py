@@ -157,7 +157,7 @@ def send_in_chunks():
     from prayer_room_api.tasks import send_user_digest
 
     queued = []
-    with patch.object(send_digest_chunk, "delay", lambda *args: queued.append(args)):
+    with patch.object(send_digest_chunk, "apply_async", lambda args, **_: queued.append(args)):
         send_user_digest("daily")
     for args in queued:
         send_digest_chunk(*args)
