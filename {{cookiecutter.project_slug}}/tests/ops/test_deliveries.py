@@ -342,6 +342,55 @@ class TestRejections:
             send(run, queue)
         assert statuses() == [("reader0", "sent", "")]
 
+    @pytest.mark.parametrize(
+        "error",
+        [smtplib.SMTPSenderRefused(550, b"no", "x"), smtplib.SMTPAuthenticationError(535, b"no")],
+        ids=lambda error: type(error).__name__,
+    )
+    def test_fault_of_the_server_delays_nobody_for_a_day(self, run, queue, readers, server, error):
+        server.errors = {address(user): error for user in readers}
+        with pytest.raises(type(error)):
+            send(run, queue)
+        server.errors = {}
+        with time_machine.travel(timezone.now() + timedelta(seconds=deliveries.PAUSE_SECONDS + 1)):
+            send(run, queue)
+        assert [status for _, status, _ in statuses()] == ["sent"] * 3
+        assert not Attempt.objects.exists()
+
+    def test_error_in_code_does_not_pause_other_email(self, run, queue, readers, monkeypatch):
+        def fail(*args):
+            raise KeyError("a bug")
+
+        monkeypatch.setattr(SampleDigest, "contents", fail)
+        with pytest.raises(KeyError):
+            send(run, queue)
+        assert not deliveries.is_paused()
+
+    def test_resume_follows_the_ladder(self, run, queue, readers, server):
+        to = address(readers[0])
+        server.errors = {to: smtplib.SMTPDataError(450, b"later")}
+        send(run, queue)
+        queue.clear()
+        tasks.resume_deliveries()
+        assert chunks(queue) == []
+        with time_machine.travel(timezone.now() + timedelta(seconds=61)):
+            tasks.resume_deliveries()
+            send(run, queue)
+        assert server.tried[to] == 2
+
+    def test_a_chunk_without_a_due_recipient_does_not_connect(self, run, queue, readers, server):
+        server.errors = {address(user): smtplib.SMTPDataError(450, b"later") for user in readers}
+        send(run, queue)
+        opened = server.opened
+        send(run, queue)
+        assert server.opened == opened
+
+    def test_old_attempts_are_deleted(self, run):
+        Attempt.objects.create(message_id="x", next_at=NOW - tasks.RESUME_WINDOW * 2)
+        Attempt.objects.create(message_id="y", next_at=NOW)
+        tasks.resume_deliveries()
+        assert [attempt.message_id for attempt in Attempt.objects.all()] == ["y"]
+
 
 class TestChunks:
     def test_recipients_are_divided_by_primary_key(self, run, readers, queue, monkeypatch):
@@ -543,6 +592,15 @@ class TestNotification:
                 deliveries.send_notification(notification, user.pk)
         deliveries.send_notification(notification, user.pk)
         assert (mail.outbox, Attempt.objects.count()) == ([], 0)
+        with time_machine.travel(timezone.now() + timedelta(seconds=deliveries.PAUSE_SECONDS + 1)):
+            deliveries.send_notification(notification, user.pk)
+        assert len(mail.outbox) == 1
+
+    def test_fault_of_the_server_is_tried_again_after_the_pause(self, notification, user, server):
+        server.errors = {address(user): smtplib.SMTPSenderRefused(550, b"no", "x")}
+        with pytest.raises(smtplib.SMTPSenderRefused):
+            deliveries.send_notification(notification, user.pk)
+        server.errors = {}
         with time_machine.travel(timezone.now() + timedelta(seconds=deliveries.PAUSE_SECONDS + 1)):
             deliveries.send_notification(notification, user.pk)
         assert len(mail.outbox) == 1

@@ -29,19 +29,17 @@ TRANSPORT_ALIASES["filesystem"] = f"{__package__}.broker:Transport"
 TRANSPORT_ALIASES["amqp"] = f"{__package__}.rabbitmq:Transport"
 TRANSPORT_ALIASES["amqps"] = f"{__package__}.rabbitmq:SSLTransport"
 
-
 #: How often RabbitMQ delivers a task whose worker is lost before it is given up. Version 4 drops
 #: a message at the next delivery.
 MAX_DELIVERIES = 20
+
+#: How long a worker that has to stop and runs no task may take, in seconds.
+STOP_TIMEOUT = 20
 
 
 def get_failed_queue() -> str:
     """Return the name of the queue of tasks that were given up, which no worker consumes."""
     return f"{settings.CELERY_TASK_DEFAULT_QUEUE}.failed"
-
-
-#: How long a worker that has to stop and runs no task may take, in seconds.
-STOP_TIMEOUT = 20
 
 
 class Task(DjangoTask[Any, Any]):

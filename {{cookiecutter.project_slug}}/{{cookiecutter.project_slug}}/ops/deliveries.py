@@ -14,6 +14,7 @@ from datetime import UTC, timedelta
 from itertools import batched
 from typing import Any
 
+from celery.exceptions import SoftTimeLimitExceeded
 from django.core import mail
 from django.core.cache import caches
 from django.core.mail import EmailMessage
@@ -37,7 +38,6 @@ BATCH = 100
 #: Seconds after which a chunk stops, so that other tasks get their turn.
 CHUNK_SECONDS = 120
 
-
 #: Waits between the attempts of an e-mail that the server refuses for now: nine attempts in
 #: about four hours, then it has failed.
 LADDER = [timedelta(minutes=minutes) for minutes in (1, 2, 4, 8, 16, 32, 64, 120)]
@@ -48,7 +48,6 @@ REPEAT_AFTER = timedelta(days=1)
 
 #: E-mails without a reply, one after the other, after which a chunk stops for later.
 MAX_UNKNOWN = 3
-
 
 #: How long no e-mail is sent after the mail server could not be used, in seconds.
 PAUSE_SECONDS = 60
@@ -88,10 +87,13 @@ def send_chunk(run: DigestRun, chunk: int) -> bool:
         if not acquired:
             raise Busy
         recipients = _recipients(run, chunk)
-        if not recipients:
+        attempts = get_attempts(_message_id(run, recipient) for recipient in recipients)
+        later = {key for key, attempt in attempts.items() if attempt.next_at > timezone.now()}
+        due = [user for user in recipients if _message_id(run, user) not in later]
+        if not due:
             return True
         with relaxed_commits(), connect() as server:
-            return _send(run, recipients, server)
+            return _send(run, due, attempts, server)
 
 
 def _recipients(run: DigestRun, chunk: int) -> list[Any]:
@@ -113,34 +115,39 @@ def _recipients(run: DigestRun, chunk: int) -> list[Any]:
     return [user for user in recipients.order_by("pk") if user.pk not in delivered]
 
 
-def _send(run: DigestRun, recipients: Sequence[Any], server: Any) -> bool:
+def due_chunks(run: DigestRun) -> set[int]:
+    """Return the numbers of the chunks with an e-mail whose next attempt is due."""
+    due = Attempt.objects.filter(message_id__startswith=_prefix(run), next_at__lte=timezone.now())
+    keys = due.values_list("message_id", flat=True)
+    return {int(message_id.rpartition(".")[2]) // CHUNK for message_id in keys}
+
+
+def _send(
+    run: DigestRun, recipients: Sequence[Any], attempts: dict[str, Attempt], server: Any
+) -> bool:
     deadline = time.monotonic() + CHUNK_SECONDS
-    attempts = get_attempts(_message_id(run, recipient) for recipient in recipients)
-    now = timezone.now()
-    due = [
-        recipient
-        for recipient in recipients
-        if (attempt := attempts.get(_message_id(run, recipient))) is None or attempt.next_at <= now
-    ]
     unknown = 0
-    for recipient, email in _composed(run, due):
+    for recipient, email in _composed(run, recipients):
         if time.monotonic() > deadline:
             return False
         message_id = _message_id(run, recipient)
-        attempt = attempts.get(message_id)
+        is_repeat = message_id in attempts
         with deferred_sigterm():
-            if attempt is not None:
+            if is_repeat:
+                # Recorded before it is made: the process may be killed in it.
                 begin_attempt(message_id)
             try:
                 server.send_messages([email])
             except Exception as error:
-                verdict, reason = classify_error(error)
-                if attempt is None:
+                if not is_repeat:
                     begin_attempt(message_id)
+                verdict, reason = classify_error(error)
                 if end_attempt(message_id, verdict, reason):
                     record(run, recipient, DigestDelivery.Status.FAILED, reason)
                 unknown = unknown + 1 if verdict is Verdict.UNKNOWN else 0
-                if unknown == MAX_UNKNOWN:
+                # The time limit of the task may be what ended the attempt.
+                stops = verdict is Verdict.UNUSABLE or isinstance(error, SoftTimeLimitExceeded)
+                if stops or unknown == MAX_UNKNOWN:
                     raise
                 if unknown:
                     server.close()
@@ -148,13 +155,17 @@ def _send(run: DigestRun, recipients: Sequence[Any], server: Any) -> bool:
             else:
                 unknown = 0
                 record(run, recipient, DigestDelivery.Status.SENT)
-                if attempt is not None:
+                if is_repeat:
                     Attempt.objects.filter(message_id=message_id).delete()
     return True
 
 
 def _message_id(run: DigestRun, recipient: Any) -> str:
-    return f"{run.digest}.{run.period_start.astimezone(UTC):%Y%m%dT%H%M}.{recipient.pk}"
+    return f"{_prefix(run)}{recipient.pk}"
+
+
+def _prefix(run: DigestRun) -> str:
+    return f"{run.digest}.{run.period_start.astimezone(UTC):%Y%m%dT%H%M}."
 
 
 def _composed(run: DigestRun, recipients: Sequence[Any]) -> Iterator[tuple[Any, EmailMessage]]:
@@ -228,7 +239,9 @@ def end_attempt(message_id: str, verdict: Verdict, reason: str) -> bool:
     attempt = Attempt.objects.get(message_id=message_id)
     if verdict is not Verdict.UNKNOWN:
         attempt.unknown -= 1
-    if verdict is Verdict.REFUSED and attempt.refusals < len(LADDER):
+    if verdict is Verdict.UNUSABLE:
+        attempt.next_at = timezone.now()
+    elif verdict is Verdict.REFUSED and attempt.refusals < len(LADDER):
         attempt.next_at = timezone.now() + LADDER[attempt.refusals]
         attempt.refusals += 1
     elif verdict is not Verdict.UNKNOWN or attempt.unknown > MAX_REPEATS:
@@ -244,12 +257,12 @@ def connect() -> Iterator[Any]:
     """Yield an open connection to the mail server.
 
     If it cannot be used, e-mail pauses for ``PAUSE_SECONDS`` and the error is raised, so that
-    waiting for it does not hold up the tasks of others.
+    waiting for it does not hold up the tasks of others. An exception in code is no reason.
     """
     try:
         with mail.get_connection() as server:
             yield server
-    except Exception:
+    except OSError:  # Errors of sockets and of smtplib
         caches["limits"].set("mail-paused", True, PAUSE_SECONDS)
         raise
 
@@ -282,12 +295,16 @@ def send_notification(notification: Notification, pk: Any) -> None:
         recipient = notification.recipient(obj)
         email = compose(notification, recipient, notification.context(obj), message_id)
         with connect() as server, deferred_sigterm():
+            # Recorded before it is made: the process may be killed in it.
             begin_attempt(message_id)
             try:
                 server.send_messages([email])
             except Exception as error:
                 verdict, reason = classify_error(error)
-                if not end_attempt(message_id, verdict, reason):
+                final = end_attempt(message_id, verdict, reason)
+                if verdict is Verdict.UNUSABLE:
+                    raise
+                if not final:
                     return
                 logger.warning(
                     "Notification %s: user %s was rejected: %s",

@@ -12,7 +12,6 @@ from enum import Enum
 from functools import cache
 from typing import Any
 
-from celery.exceptions import SoftTimeLimitExceeded
 from django.conf import settings
 from django.core.mail import EmailMultiAlternatives
 from django.template.loader import get_template
@@ -101,15 +100,15 @@ class Verdict(Enum):
     REJECTED = "rejected for good"
     REFUSED = "refused for now"
     UNKNOWN = "no reply: the server may have accepted it"
+    UNUSABLE = "not sent: the server cannot be used"
 
 
 def classify_error(error: Exception) -> tuple[Verdict, str]:
     """Return what an error of a mail backend says about one e-mail, and the reason.
 
     Replies 5xx of an SMTP server are permanent, replies 4xx are temporary (RFC 5321, section
-    4.2.1). An error about no single e-mail, such as a failed login or the time limit of a
-    task, is raised again. Any other is unknown: a connection that is lost, a server that
-    takes too long, or an exception of another backend.
+    4.2.1). A failed login or a refused sender concerns every e-mail. Any other error is
+    unknown: a lost connection, a server that takes too long, an exception of another backend.
     """
     text: str | bytes
     match error:
@@ -119,10 +118,12 @@ def classify_error(error: Exception) -> tuple[Verdict, str]:
             code, text = error.smtp_code, error.smtp_error
         case smtplib.SMTPNotSupportedError() | ValueError():
             return Verdict.REJECTED, str(error)
-        case smtplib.SMTPAuthenticationError() | smtplib.SMTPSenderRefused():
-            raise error
-        case SoftTimeLimitExceeded() | ConnectionRefusedError():
-            raise error
+        case (
+            smtplib.SMTPAuthenticationError()
+            | smtplib.SMTPSenderRefused()
+            | ConnectionRefusedError()
+        ):
+            return Verdict.UNUSABLE, f"{type(error).__name__}: {error}"
         case _:
             return Verdict.UNKNOWN, f"{type(error).__name__}: {error}"
     text = text.decode(errors="replace") if isinstance(text, bytes) else text

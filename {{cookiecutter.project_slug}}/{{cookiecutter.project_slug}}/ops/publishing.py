@@ -37,12 +37,12 @@ request = Request()
 
 
 def start_request(**kwargs: Any) -> None:
-    """Begin to count the time; a receiver of ``request_started``."""
+    """Start counting the time; a receiver of ``request_started``."""
     request.left = REQUEST_TIMEOUT
 
 
 def finish_request(**kwargs: Any) -> None:
-    """Stop to count; a receiver of ``request_finished``."""
+    """Stop counting; a receiver of ``request_finished``."""
     request.left = None
 
 

@@ -20,7 +20,11 @@ logger = logging.getLogger(__name__)
 #: Seconds to wait while another process is sending the same messages.
 BUSY_SECONDS = 10
 
-#: Age of a task at which another one has its work.
+#: Time between two runs of ``resume_deliveries``, after which the next one queues again what
+#: it queued, in seconds.
+RESUME_SECONDS = 60
+
+#: Age of a ``resume_deliveries`` at which a later one does its work.
 RESUME_EXPIRES = timedelta(minutes=5)
 
 #: Age at which an unfinished run is queued again.
@@ -120,6 +124,8 @@ def resume_deliveries(self: Any) -> None:
     resume_schedules(now - RESUME_WINDOW)
     resume_runs(now - RESUME_WINDOW, now - STALE_AFTER)
     resume_notifications(now - RESUME_WINDOW, now - timedelta(minutes=1))
+    # What became due so long ago is not resumed any more.
+    Attempt.objects.filter(next_at__lt=now - RESUME_WINDOW).delete()
 
 
 def resume_schedules(since: datetime) -> None:
@@ -140,15 +146,21 @@ def resume_schedules(since: datetime) -> None:
 
 
 def resume_runs(since: datetime, queued_before: datetime) -> None:
-    """Queue the chunks of unfinished runs again, or finish them."""
+    """Queue the chunks of unfinished runs again, or finish them.
+
+    Chunks with an attempt that is due do not wait until the run was queued before that time.
+    """
     runs = DigestRun.objects.filter(
-        digest__in=get_digests(),
-        finished_at=None,
-        period_end__gte=since,
-        queued_at__lt=queued_before,
+        digest__in=get_digests(), finished_at=None, period_end__gte=since
     )
     for run in runs:
-        queue_chunks(run)
+        if run.queued_at is None:
+            continue  # Its schedule starts it.
+        if run.queued_at < queued_before:
+            queue_chunks(run)
+        else:
+            for chunk in deliveries.due_chunks(run):
+                send_digest_chunk.apply_async((run.pk, chunk), expires=RESUME_SECONDS)
 
 
 def resume_notifications(since: datetime, due_before: datetime) -> None:
@@ -162,5 +174,4 @@ def resume_notifications(since: datetime, due_before: datetime) -> None:
         skipped = set(later.values_list("message_id", flat=True))
         keys = notification.waiting().filter(**due).values_list("pk", flat=True).iterator()
         for pk in islice((pk for pk in keys if f"{name}.{pk}" not in skipped), RESUME_LIMIT):
-            # Another one is queued each minute until the notification is sent.
-            send_notification.apply_async((name, pk), expires=60)
+            send_notification.apply_async((name, pk), expires=RESUME_SECONDS)
