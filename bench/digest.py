@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import uuid
+from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -25,32 +26,15 @@ METHODS = ["chunks", "naive"]
 
 def main(sizes):
     """Measure each method with each number of users, and print a table."""
-    import psycopg
-    from cookiecutter.main import cookiecutter
-
-    name = f"bench_{uuid.uuid4().hex[:12]}"
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        psycopg.connect(f"{SERVER}/postgres", autocommit=True) as server,
-    ):
-        os.environ["COOKIECUTTER_CONFIG"] = f"{folder}/none"
-        (Path(folder) / "none").touch()
-        answers = {"setup": False}
-        project = cookiecutter(str(ROOT), no_input=True, extra_context=answers, output_dir=folder)
-        service = Service(project, f"{SERVER}/{name}")
-        service.run(os.environ.get("UV", "uv"), "sync", "--quiet", "--no-dev", "--compile-bytecode")
-        header = "recipients", "method", "recipients/s", "queries/1000", "peak MiB", "times naive"
-        row = "{:>10}  {:<6}  {:>12}  {:>12}  {:>8}  {:>11}".format
+    header = "recipients", "method", "recipients/s", "queries/1000", "peak MiB", "times naive"
+    row = "{:>10}  {:<6}  {:>12}  {:>12}  {:>8}  {:>11}".format
+    with generate_service() as service:
         print(row(*header), flush=True)
         for size in sizes:
             rates = {}
             for method in reversed(METHODS):
-                server.execute(f"CREATE DATABASE {name}")
-                try:
-                    service.python("manage.py", "migrate", "-v0")
+                with service.database():
                     result = json.loads(service.python(__file__, "measure", method, str(size)))
-                finally:
-                    server.execute(f"DROP DATABASE {name} WITH (FORCE)")
                 rates[method] = result["rate"]
                 ratio = f"{rates[method] / rates['naive']:.1f}" if method == "chunks" else ""
                 print(
@@ -66,20 +50,49 @@ def main(sizes):
                 )
 
 
+@contextmanager
+def generate_service():
+    """Yield the default service, generated and installed in a folder that is deleted after."""
+    from cookiecutter.main import cookiecutter
+
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["COOKIECUTTER_CONFIG"] = f"{folder}/none"
+        (Path(folder) / "none").touch()
+        answers = {"setup": False}
+        project = cookiecutter(str(ROOT), no_input=True, extra_context=answers, output_dir=folder)
+        service = Service(project)
+        service.run(os.environ.get("UV", "uv"), "sync", "--quiet", "--no-dev", "--compile-bytecode")
+        yield service
+
+
 class Service:
     """Runs the commands of a generated service in production mode."""
 
-    def __init__(self, project, database_url):
+    def __init__(self, project):
         self.project = project
+        self.database_name = f"bench_{uuid.uuid4().hex[:12]}"
         self.environment = {name: os.environ[name] for name in os.environ if name != "VIRTUAL_ENV"}
         self.environment |= {
             "DJANGO_MODE": "prod",
             "SECRET_KEY": "a-key-for-this-benchmark-alone-of-more-than-fifty-characters",
-            "DATABASE_URL": database_url,
+            "DATABASE_URL": f"{SERVER}/{self.database_name}",
             "RABBITMQ_URL": "amqp://guest:guest@127.0.0.1:5672//",
             "PYTHONPATH": project,
             "LOG_LEVEL": "WARNING",
         }
+
+    @contextmanager
+    def database(self):
+        """Create and migrate the service's database, and drop it after."""
+        import psycopg
+
+        with psycopg.connect(f"{SERVER}/postgres", autocommit=True) as server:
+            server.execute(f"CREATE DATABASE {self.database_name}")
+            try:
+                self.python("manage.py", "migrate", "-v0")
+                yield
+            finally:
+                server.execute(f"DROP DATABASE {self.database_name} WITH (FORCE)")
 
     def run(self, *command):
         done = subprocess.run(

@@ -14,11 +14,8 @@ import json
 import os
 import re
 import sys
-import tempfile
-import uuid
-from pathlib import Path
 
-from digest import ROOT, SERVER, Service
+from digest import generate_service
 
 ROWS = 1_000_000
 
@@ -31,27 +28,9 @@ LIMIT_ROWS = 150_000
 
 def main(rows):
     """Generate the service, fill its database and print the table of pages."""
-    import psycopg
-    from cookiecutter.main import cookiecutter
-
-    name = f"bench_{uuid.uuid4().hex[:12]}"
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        psycopg.connect(f"{SERVER}/postgres", autocommit=True) as server,
-    ):
-        os.environ["COOKIECUTTER_CONFIG"] = f"{folder}/none"
-        (Path(folder) / "none").touch()
-        answers = {"setup": False}
-        project = cookiecutter(str(ROOT), no_input=True, extra_context=answers, output_dir=folder)
-        service = Service(project, f"{SERVER}/{name}")
-        service.run(os.environ.get("UV", "uv"), "sync", "--quiet", "--no-dev", "--compile-bytecode")
-        server.execute(f"CREATE DATABASE {name}")
-        try:
-            service.python("manage.py", "collectstatic", "--noinput", "-v0")
-            service.python("manage.py", "migrate", "-v0")
-            pages = json.loads(service.python(__file__, "measure", str(rows)))
-        finally:
-            server.execute(f"DROP DATABASE {name} WITH (FORCE)")
+    with generate_service() as service, service.database():
+        service.python("manage.py", "collectstatic", "--noinput", "-v0")
+        pages = json.loads(service.python(__file__, "measure", str(rows)))
     print(f"{'ms':>6}  {'queries':>7}  {'plan rows':>9}  page")
     for page in pages:
         print("{ms:>6.0f}  {queries:>7}  {rows:>9}  {url}".format(**page))

@@ -317,6 +317,12 @@ class Service:
                 self.run(shlex.join(command), UV_PROJECT_ENVIRONMENT=str(environment))
         (self.folder / ".venv").symlink_to(environment)
 
+    def deploy(self):
+        """Install, collect static files and migrate, as a deploy in production mode does."""
+        self.install("--no-dev")
+        self.run("python manage.py collectstatic --noinput")
+        self.run(self.procfile()["release"])
+
     def procfile(self):
         """Return the commands of the generated Procfile by process name."""
         return read_procfile(self.folder / "Procfile")

@@ -63,9 +63,7 @@ def service(bake, make_service, postgres_url, rabbitmq_url):
     service = make_service(
         bake(project_slug="attacked"), **production_variables(postgres_url, rabbitmq_url)
     )
-    service.install("--no-dev")
-    service.run("python manage.py collectstatic --noinput")
-    service.run(service.procfile()["release"])
+    service.deploy()
     return service
 
 

@@ -43,9 +43,7 @@ def test_an_outage_of_the_broker_holds_nothing_up(
         EMAIL_PORT=smtp.port,
         **production_variables(postgres_url, dedicated_rabbitmq.url),
     )
-    service.install("--no-dev")
-    service.run("python manage.py collectstatic --noinput")
-    service.run(service.procfile()["release"])
+    service.deploy()
     service.shell(CREATE_DATA)
     processes = {name: service.start(name) for name in ("web", "worker", "beat")}
     processes["web"].wait_for_text("Listening at")

@@ -40,9 +40,7 @@ def service(request, bake, make_service, postgres_url, rabbitmq_url):
         SECURE_SSL_REDIRECT="off",  # Browsers treat http://localhost as a secure origin.
         **production_variables(postgres_url, rabbitmq_url),
     )
-    service.install("--no-dev")
-    service.run("python manage.py collectstatic --noinput")
-    service.run(service.procfile()["release"])
+    service.deploy()
     service.start("web").wait_for_text("Listening at")
     return service
 

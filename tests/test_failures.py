@@ -120,9 +120,7 @@ def service(bake, make_service, smtp, dedicated_postgres, dedicated_rabbitmq):
         EMAIL_PORT=smtp.port,
         **production_variables(dedicated_postgres.url, dedicated_rabbitmq.url),
     )
-    service.install("--no-dev")
-    service.run("python manage.py collectstatic --noinput")
-    service.run(service.procfile()["release"])
+    service.deploy()
     service.shell(CREATE_DATA)
     return service
 

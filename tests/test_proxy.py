@@ -32,9 +32,7 @@ def service(bake, make_service, postgres_url, rabbitmq_url):
         bake(project_slug="proxied", compose=True),
         **production_variables(postgres_url, rabbitmq_url),
     )
-    service.install("--no-dev")
-    service.run("python manage.py collectstatic --noinput")
-    service.run(service.procfile()["release"])
+    service.deploy()
     web = service.start("web")
     web.wait_for_text("Listening at")
     wait_for(lambda: service.get("/health/ready")[0] == 200, 20, web.text)

@@ -151,9 +151,7 @@ def test_three_deploys_fail_no_request_and_lose_no_task(
         WORKER_CONCURRENCY=8,
         **production_variables(postgres_url, rabbitmq_url),
     )
-    service.install("--no-dev")
-    service.run("python manage.py collectstatic --noinput")
-    service.run(service.procfile()["release"])
+    service.deploy()
     service.shell(RUN_ONE_SCHEDULE_EVERY_TWO_SECONDS)
 
     dokku = Dokku(service)
