@@ -353,7 +353,8 @@ class Service:
         if RABBITMQ_URL in self.environment.values():
             virtual_host = urlsplit(RABBITMQ_URL).path.removeprefix("/")
             with amqp.Connection("127.0.0.1:5672", virtual_host=virtual_host) as connection:
-                connection.channel().queue_delete(self.folder.name)
+                for queue in (self.folder.name, f"{self.folder.name}.mail"):
+                    connection.channel().queue_delete(queue)
 
     def close(self):
         for process in self.processes:

@@ -1,9 +1,9 @@
-"""Beat: every way to start it waits for the same lock and runs the database's schedules."""
+"""Beat: every way to start it waits for the same lease and runs the database's schedules."""
 
 import pytest
 
 from tests.servers import wait_for
-from tests.test_beat import RUN_ONE_SCHEDULE_EVERY_SECOND, count_dispatches
+from tests.test_beat import RUN_ONE_SCHEDULE_EVERY_SECOND, TAKEOVER, count_dispatches
 
 pytestmark = pytest.mark.slow
 
@@ -32,7 +32,7 @@ def test_every_way_to_start_beat_stands_by_and_takes_over(bake, make_service):
     # Each takes over in turn, whichever is first, and dispatches alone.
     while standby:
         check_dispatches_alone(active, standby)
-        active.kill_all()
+        active.stop(seconds=30)
         active = wait_for_successor(standby)
         standby.remove(active)
     assert active.stop() == 0
@@ -49,7 +49,7 @@ def wait_for_successor(standby):
     """Wait until one of the beats dispatches, and return it."""
     return wait_for(
         lambda: next((process for process in standby if count_dispatches(process)), None),
-        15,
+        TAKEOVER,
         lambda: "\n".join(process.text() for process in standby),
     )
 

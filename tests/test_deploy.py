@@ -30,7 +30,7 @@ def test_app_json_starts_every_process_of_the_procfile(default_project):
     app = json.loads((default_project / "app.json").read_text())
     processes = read_procfile(default_project / "Procfile").keys() - {"release"}
     assert app["formation"] == {process: {"quantity": 1} for process in processes}
-    assert app["healthchecks"].keys() == {"web"}
+    assert app["healthchecks"].keys() == {"web", "worker", "beat"}
 
 
 def test_app_json_runs_checks_before_a_deploy(default_project):

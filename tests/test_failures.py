@@ -140,7 +140,7 @@ def test_service_recovers_from_killed_processes_and_server_outages(
         completed = processes["worker"].text().count("succeeded")
         wait_for(
             lambda: processes["worker"].text().count("succeeded") > completed,
-            60,
+            90,  # A new beat waits a minute for one that was killed.
             lambda: processes["beat"].text() + processes["worker"].text(),
         )
 

@@ -43,6 +43,8 @@ from django_celery_beat.models import IntervalSchedule, PeriodicTask
 PeriodicTask.objects.exclude(name="deliveries-resume").update(enabled=False)
 task = PeriodicTask.objects.get(name="deliveries-resume")
 task.interval = IntervalSchedule.objects.create(every=2, period="seconds")
+# One that is queued again although an earlier one waits, and does nothing
+task.task, task.args = "ops.send_notification", '["answer", 0]'
 task.save()
 """
 
@@ -113,7 +115,7 @@ class Dokku:
         for name in self.app["formation"]:
             if name != "web":
                 self.running[name] = self.service.start(name)
-        time.sleep(3)
+                self.wait_for_command_check(name)
         assert all(process.popen.poll() is None for process in self.running.values())
         if self.visitors is None:
             self.visitors = Visitors(self.service.port)
@@ -125,6 +127,17 @@ class Dokku:
             start = time.monotonic()
             status = process.popen.wait(timeout=30)
             self.stops.append((name, status, time.monotonic() - start))
+
+    def wait_for_command_check(self, name):
+        (check,) = self.app["healthchecks"][name]
+        # The first word sets the environment of a container.
+        assert check["command"][0] == "/exec"
+        for _ in range(check["attempts"]):
+            command = self.service.spawn(f"check-{name}", *check["command"][1:])
+            if command.popen.wait(timeout=check["timeout"]) == 0:
+                return
+            time.sleep(check["wait"])
+        pytest.fail(f"{command.text()}\n{self.running[name].text()}")
 
     def wait_for_health_check(self):
         (check,) = self.app["healthchecks"]["web"]
@@ -168,7 +181,7 @@ def test_three_deploys_fail_no_request_and_lose_no_task(
     dokku.visitors.stopped.set()
     dokku.visitors.join()
 
-    beats = [process for process in service.processes if "beat" in process.log.name]
+    beats = [process for process in service.processes if process.log.name.startswith("beat-")]
     times = sorted(time for beat in beats for time in dispatch_times(beat.text()))
     gaps = [later - earlier for earlier, later in itertools.pairwise(times)]
     runs = list(map(int, done.read_text().split()))

@@ -17,7 +17,12 @@ DOMAIN_WORDS = ("submission", "moderator", "author", "answer", "approve", "flagg
 
 #: Imports inside functions, by file, with the reason for each.
 IMPORTS_IN_FUNCTIONS = {
-    ("ops/apps.py", "checks"),  # Registers system checks, which need loaded models.
+    # They need loaded models.
+    ("ops/apps.py", "beat"),
+    ("ops/apps.py", "checks"),
+    ("ops/apps.py", "heartbeats"),
+    ("ops/celery.py", "beat.Beat"),
+    ("ops/celery.py", "runs.start_run"),
     ("ops/locks.py", "fcntl"),  # Available only on Unix.
 }
 

@@ -117,11 +117,12 @@ def test_beat_notices_a_black_hole_and_recovers(bake, make_service, postgres_url
     beat.wait_for_text("Sending due task deliveries-resume")
     wire.cut()
     cut = time.monotonic()
-    beat.wait_for_text("Standing by: the database does not respond", seconds=90)
+    beat.wait_for_text("the database does not respond", seconds=90)
     print(f"beat noticed after {time.monotonic() - cut:.0f} s")
     assert time.monotonic() - cut < 60
     wire.mend()
-    wait_for(lambda: beat.text().count("beat: Starting...") == 2, 60, beat.text)
+    before = beat.text().count("Sending due task")
+    wait_for(lambda: beat.text().count("Sending due task") > before, 60, beat.text)
     print(f"beat dispatched again after {time.monotonic() - cut:.0f} s")
     assert beat.stop() == 0
     wire.close()

@@ -58,6 +58,17 @@ def test_not_ready_names_the_failed_check_and_no_secret(client, caplog, fail, na
     assert "hunter2" not in response.text + caplog.text
 
 
+@pytest.mark.parametrize(("alive", "status"), [(True, 200), (False, 503)])
+def test_deep_check_wants_heartbeats(client, monkeypatch, alive, status):
+    ready = {"database": lambda: None, "broker": lambda: None}
+    monkeypatch.setattr(health, "DEEP_CHECKS", health.DEEP_CHECKS | ready)
+    monkeypatch.setattr(health.heartbeats, "is_alive", lambda process: alive or process == "beat")
+    response = client.get("/health/ready?deep")
+    assert response.status_code == status
+    worker = "ok" if alive else "unavailable"
+    assert response.json()["checks"] == dict.fromkeys(health.DEEP_CHECKS, "ok") | {"worker": worker}
+
+
 def test_a_check_that_hangs_is_unavailable_and_not_started_again(client, monkeypatch):
     started, end = [], Event()
 

@@ -25,7 +25,7 @@ def deliveries(make_user):
     now = timezone.now()
     return [
         DigestDelivery.objects.create(
-            recipient=make_user(f"reader{number}"), digest="news", period_start=now, status="sent"
+            recipient=make_user(f"reader{number}"), digest="news", period_end=now, status="sent"
         )
         for number in range(4)
     ]

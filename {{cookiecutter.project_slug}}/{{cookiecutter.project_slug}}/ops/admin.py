@@ -56,7 +56,7 @@ class TokenAdmin(LargeTableAdmin):
 class DigestDeliveryAdmin(LargeTableAdmin):
     """Lists who received which digest; an administrator can delete rows but not edit them."""
 
-    list_display = ("digest", "recipient", "period_start", "status", "reason", "created_at")
+    list_display = ("digest", "recipient", "period_end", "status", "reason", "created_at")
     list_filter = ("status", DigestFilter)
     list_select_related = ("recipient",)
     ordering = ("-pk",)

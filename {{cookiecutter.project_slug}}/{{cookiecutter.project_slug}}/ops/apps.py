@@ -26,7 +26,8 @@ class OpsConfig(AppConfig):
 
     def ready(self) -> None:
         """Called once by each process after all models are loaded."""
-        from . import checks  # noqa: F401  (registers them; needs loaded apps)
+        # They register checks and receivers of Celery's signals, and need loaded apps.
+        from . import beat, checks, heartbeats  # noqa: F401
 
         autodiscover_modules("digests")
         request_started.connect(publishing.start_request)

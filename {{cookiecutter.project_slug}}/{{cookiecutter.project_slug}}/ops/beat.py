@@ -1,28 +1,33 @@
 """Beat with a standby: one beat dispatches, the others wait until it is gone.
 
-At a deploy the old and the new beat overlap. The beat that holds a lock dispatches; the
-others wait for the lock. Every way to start beat takes it: ``prodserver beat``,
+At a deploy the old and the new beat overlap. The beat that holds a lease dispatches. Another
+takes over as soon as it is released, or was not renewed for ``LEASE_SECONDS``: the holder was
+killed, hangs, or is cut off. Every way to start beat takes the lease: ``prodserver beat``,
 ``celery beat`` with any scheduler, and ``celery worker --beat``.
 """
 
+import atexit
+import contextlib
 import logging
 import os
 import signal
 import sys
 import threading
 import time
-from typing import Any
+from typing import Any, NoReturn
 
 import celery.beat
 from celery import signals
 from celery.apps import beat
-from django.db import DatabaseError, connection
+from django.db import DatabaseError, InterfaceError, close_old_connections, connections
 
-from .locks import Lock, get_lock
+from . import heartbeats
+from .leases import LEASE_SECONDS, LostLease
+from .scheduler import Scheduler, lease
 
 logger = logging.getLogger(__name__)
 
-#: Time between two attempts to take the lock, in seconds.
+#: Time between two attempts to take the lease or to reach the database, in seconds.
 RETRY_INTERVAL = 1
 
 #: How soon beat notices that it has to stop, in seconds.
@@ -31,7 +36,8 @@ STOP_INTERVAL = 0.2
 #: How long beat may take to stop, in seconds; after that it ends at once, with status 1.
 STOP_TIMEOUT = 20
 
-_lock: Lock | None = None
+#: When the last pass ended, on the clock of ``time.monotonic()``.
+_passed_at: float = 0
 
 
 class Service(celery.beat.Service):
@@ -67,7 +73,7 @@ class Service(celery.beat.Service):
 
 
 class Beat(beat.Beat):
-    """Beat that waits for the lock before it reads the schedules."""
+    """Beat that waits for the lease before it starts."""
 
     Service = Service
 
@@ -77,42 +83,30 @@ class Beat(beat.Beat):
             signal.signal(number, service.request_stop)
 
     def start_scheduler(self) -> None:  # type: ignore[override]
-        """Log through Django's handlers, wait for the lock, then start to dispatch."""
+        """Log through Django's handlers, wait for the lease, then start to dispatch."""
         self.setup_logging()
-        become_leader()
+        wait_for_lease()
         super().start_scheduler()
 
 
 @signals.beat_init.connect
-def become_leader_late(sender: Any, **kwargs: Any) -> None:
-    """Wait for the lock where beat was started in another way, such as inside a worker."""
-    if _lock is None:
-        become_leader()
-        # It has read the schedules before the wait.
+def lead(sender: Any, **kwargs: Any) -> None:
+    """Guard each pass of the scheduler, however beat was started."""
+    if not lease.number:
+        wait_for_lease()
+        # It may have read the schedules before the wait.
         del sender.scheduler
+    if not isinstance(sender.scheduler, Scheduler):
+        signals.before_task_publish.connect(hold_back_without_lease)
+    sender.scheduler.tick = guard(sender.scheduler.tick)
+    atexit.register(release)
+    global _passed_at
+    _passed_at = time.monotonic()
+    threading.Thread(target=watch, daemon=True).start()
 
 
-def become_leader() -> None:
-    """Wait for the lock; from then on hold back every dispatch if the lock is lost.
-
-    The lock has a database connection of its own. If that is lost, another beat may have
-    taken over, so this process restarts and waits for the lock again.
-    """
-    global _lock
-    lock = get_lock("beat", connection.copy())
-    wait_for(lock)
-    _lock = lock
-    signals.before_task_publish.connect(hold_back_without_lock)
-
-
-def hold_back_without_lock(**kwargs: Any) -> None:
-    """Restart the process instead of dispatching a task if the lock is lost."""
-    if _lock is not None and not _lock.is_held():
-        restart()
-
-
-def wait_for(lock: Lock) -> None:
-    """Wait until the lock is held; exit with status 0 at SIGTERM or SIGINT."""
+def wait_for_lease() -> None:
+    """Wait until the lease is held; exit with status 0 at SIGTERM or SIGINT."""
     handlers = {}
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -120,12 +114,14 @@ def wait_for(lock: Lock) -> None:
     logged = None
     while True:
         try:
-            if lock.acquire():
+            close_old_connections()
+            heartbeats.record("beat")
+            if lease.acquire():
                 break
             reason = "another beat is running"
-        except DatabaseError as error:
+        except (DatabaseError, InterfaceError) as error:
             reason = f"the database does not respond ({type(error).__name__})"
-            lock.connection.close()
+            connections.close_all()
         if logged != reason:
             logger.warning("beat: Standing by: %s", reason)
             logged = reason
@@ -134,12 +130,62 @@ def wait_for(lock: Lock) -> None:
         signal.signal(number, handler)
 
 
-def restart() -> None:
-    """Replace this process with a new one that has the same process id.
+def guard(tick: Any) -> Any:
+    """Return a pass that holds the lease, and that waits for a database that is away."""
+    logged = None
 
-    A normal exit would first record the schedule that was held back as run.
-    """
-    logger.warning("beat: Lost the connection that holds the lock; restarting")
+    def guarded(*args: Any, **kwargs: Any) -> float:
+        global _passed_at
+        nonlocal logged
+        try:
+            close_old_connections()
+            lease.renew()
+            heartbeats.record("beat")
+            wait: float = tick(*args, **kwargs)
+        except LostLease:
+            restart("another beat has taken over")
+        except (DatabaseError, InterfaceError) as error:
+            connections.close_all()
+            problem = f"the database does not respond ({type(error).__name__})"
+            if logged != problem:
+                logger.warning("beat: Waiting: %s", problem)
+            logged, wait = problem, RETRY_INTERVAL
+        else:
+            logged = None
+        _passed_at = time.monotonic()
+        return wait
+
+    return guarded
+
+
+def hold_back_without_lease(**kwargs: Any) -> None:
+    """Restart the process instead of dispatching a task if another beat has taken over."""
+    try:
+        lease.renew()
+    except LostLease:
+        restart("another beat has taken over")
+    except (DatabaseError, InterfaceError):
+        restart("the database does not respond")
+
+
+def watch() -> None:
+    """Restart the process if a pass hangs: another beat may have taken over."""
+    while True:
+        time.sleep(1)
+        if time.monotonic() - _passed_at > LEASE_SECONDS:
+            restart(f"no pass ended for {LEASE_SECONDS} seconds")
+
+
+def release() -> None:
+    """Let another beat take over at once; a process that ends calls it."""
+    with contextlib.suppress(DatabaseError, InterfaceError):
+        lease.release()
+    heartbeats.forget()
+
+
+def restart(reason: str) -> NoReturn:
+    """Replace this process with a new one that has the same process id, and stands by."""
+    logger.warning("beat: Restarting: %s", reason)
     logging.shutdown()
     sys.stdout.flush()
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])

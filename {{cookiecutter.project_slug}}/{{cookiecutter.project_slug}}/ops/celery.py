@@ -9,6 +9,7 @@ from datetime import datetime
 from functools import partial
 from typing import Any
 
+import django
 from celery import Celery, signals
 from celery.bin.celery import celery
 from celery.contrib.django.task import DjangoTask
@@ -20,7 +21,6 @@ from django.utils import timezone
 from kombu.transport import TRANSPORT_ALIASES
 from kombu.utils.objects import cached_property
 
-from . import beat
 from .publishing import publish, try_to_publish
 
 logger = logging.getLogger(__name__)
@@ -45,12 +45,20 @@ def get_failed_queue() -> str:
 class Task(DjangoTask[Any, Any]):
     """The base class of every task of the service."""
 
-    def before_start(self, task_id: str, args: Any, kwargs: Any) -> None:
-        """Give the task up if it was delivered too often: it may kill each worker that runs it.
+    coalesces = False
 
+    def before_start(self, task_id: str, args: Any, kwargs: Any) -> None:
+        """Ignore a second message of the same run of a schedule, which beat may have sent.
+
+        Give the task up if it was delivered too often: it may kill each worker that runs it.
         RabbitMQ counts the deliveries of a message. The task moves to the queue of failed
         tasks, which ``doctor`` reports.
         """
+        from .runs import start_run
+
+        if not start_run(self.request.headers or {}):
+            logger.info("%s ignored: the same run was started already", self.name)
+            raise Reject("started already", requeue=False)
         if int(self.request.get("x-delivery-count") or 0) < MAX_DELIVERIES:
             return
         logger.error("%s was delivered %d times and is given up", self.name, MAX_DELIVERIES)
@@ -92,16 +100,28 @@ class Task(DjangoTask[Any, Any]):
         return datetime.fromisoformat(timestamp) if timestamp else timezone.now()
 
 
+class CoalescingTask(Task):
+    """A task of which beat queues no run while an earlier one waits in the queue.
+
+    ``@shared_task(base=CoalescingTask)`` is for tasks that do all that is due whenever they
+    run, so that they do not pile up while no worker runs.
+    """
+
+    coalesces = True
+
+
 class CeleryApp(Celery):
     """A Celery app with this service's task class, embedded broker and standby beat."""
 
     task_cls: Any = Task
 
     @cached_property
-    def Beat(self) -> type[beat.Beat]:
+    def Beat(self) -> Any:
         """The class that ``celery beat`` runs."""
-        beat_class: type[beat.Beat] = self.subclass_with_self(beat.Beat)
-        return beat_class
+        django.setup()  # The command does it later.
+        from .beat import Beat
+
+        return self.subclass_with_self(Beat)
 
     def start(self, argv: list[str] | None = None) -> None:  # type: ignore[override]
         """Run a ``celery`` command; exit with its status if it fails.

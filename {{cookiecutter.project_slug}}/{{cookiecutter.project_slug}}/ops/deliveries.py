@@ -1,33 +1,30 @@
 """Send each message to each recipient once, whatever process crashes.
 
 A digest's recipients are divided by primary key, an integer, into chunks, and each chunk is
-a task. A chunk holds a lock, so that two workers never send it at the same time. It sends
-one e-mail and then commits its delivery. If the process is killed in between, the next
-attempt sends that one e-mail again, with the same Message-ID.
+a task. A chunk holds a lock, so that two workers never send it at the same time. A delivery
+is committed before its e-mail is sent, and again after: one query commits that an e-mail was
+sent and that the next one is being sent. If the process is killed in between, that one e-mail
+is sent again, with the same Message-ID.
 """
 
-import logging
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from datetime import UTC, timedelta
+from datetime import UTC, datetime
 from itertools import batched
 from typing import Any
 
-from celery.exceptions import SoftTimeLimitExceeded
-from django.core import mail
-from django.core.cache import caches
 from django.core.mail import EmailMessage
-from django.db import connection
+from django.db import connection, transaction
 from django.db.models import BigIntegerField, Exists, ExpressionWrapper, F, OuterRef, QuerySet
 from django.utils import timezone
 
-from .digests import Notification, get_digest
+from . import attempts
+from .digests import Digest, Notification, get_digest
 from .locks import try_lock
-from .messages import Verdict, classify_error, compose, deferred_sigterm
+from .mailer import Outcome, Paused, Server, ServerFailed, Verdict, connect, is_paused
+from .messages import compose, deferred_sigterm
 from .models import Attempt, DigestDelivery, DigestRun
-
-logger = logging.getLogger(__name__)
 
 #: Primary keys in a chunk, and therefore the maximum number of recipients in memory.
 CHUNK = 500
@@ -36,83 +33,76 @@ CHUNK = 500
 BATCH = 100
 
 #: Seconds after which a chunk stops, so that other tasks get their turn.
-CHUNK_SECONDS = 120
+CHUNK_SECONDS = 20
 
-#: Waits between the attempts of an e-mail that the server refuses for now: nine attempts in
-#: about four hours, then it has failed.
-LADDER = [timedelta(minutes=minutes) for minutes in (1, 2, 4, 8, 16, 32, 64, 120)]
+SENDING, SENT, FAILED = DigestDelivery.Status
 
-#: An e-mail that may have been sent is sent again at most this often, after this time each.
-MAX_REPEATS = 2
-REPEAT_AFTER = timedelta(days=1)
 
-#: E-mails without a reply, one after the other, after which a chunk stops for later.
-MAX_UNKNOWN = 3
-
-#: How long no e-mail is sent after the mail server could not be used, in seconds.
-PAUSE_SECONDS = 60
+#: The reason of an e-mail that is given up because no attempt ended.
+EXHAUSTED = "the process was killed in each attempt"
 
 
 class Busy(Exception):
     """Another process is sending the same messages."""
 
 
-# Digests
+# Runs
+
+
+def start_run(digest: Digest, due: datetime) -> DigestRun | None:
+    """Return the run of a digest that is due at a time; None if a later one exists.
+
+    A new run covers the time since the previous one, up to the digest's ``max_age``. Previous
+    ones that nobody received are folded into it.
+    """
+    start, end = digest.period(due)
+    with transaction.atomic():
+        runs = DigestRun.objects.select_for_update().filter(
+            digest=digest.name, period_end__gte=end - digest.max_age
+        )
+        newest_first = list(runs.order_by("-period_end"))
+        if newest_first and newest_first[0].period_end > end:
+            return None
+        if newest_first and newest_first[0].period_end == end:
+            return newest_first[0]
+        for earlier in newest_first:
+            if earlier.finished_at is not None or _is_begun(earlier):
+                start = min(start, earlier.period_end)
+                break
+            start = min(start, earlier.period_start)
+            _delete_run(earlier)
+        run, _ = DigestRun.objects.get_or_create(
+            digest=digest.name, period_end=end, defaults={"period_start": start}
+        )
+        return run
+
+
+def _is_begun(run: DigestRun) -> bool:
+    """Return whether anybody received the digest of a run, or may have received it."""
+    rows = DigestDelivery.objects.filter(digest=run.digest, period_end=run.period_end)
+    refused = Attempt.objects.filter(message_id__startswith=_prefix(run), unknown=0)
+    refused_keys = [int(row.message_id.rpartition(".")[2]) for row in refused]
+    return rows.exclude(status=SENDING, recipient__in=refused_keys).exists()
+
+
+def _delete_run(run: DigestRun) -> None:
+    DigestDelivery.objects.filter(digest=run.digest, period_end=run.period_end).delete()
+    Attempt.objects.filter(message_id__startswith=_prefix(run)).delete()
+    run.delete()
 
 
 def remaining(run: DigestRun) -> QuerySet[Any]:
-    """Return the recipients of the run who have no delivery yet."""
-    delivered = DigestDelivery.objects.filter(
-        digest=run.digest, period_start=run.period_start, recipient=OuterRef("pk")
+    """Return the recipients of the run who have no finished delivery yet."""
+    finished = DigestDelivery.objects.exclude(status=SENDING).filter(
+        digest=run.digest, period_end=run.period_end, recipient=OuterRef("pk")
     )
-    return get_digest(run.digest).recipients(run).filter(~Exists(delivered))
+    return get_digest(run.digest).recipients(run).filter(~Exists(finished))
 
 
 def remaining_chunks(run: DigestRun) -> Iterable[int]:
     """Return the numbers of the chunks that have remaining recipients."""
     number = ExpressionWrapper(F("pk") / CHUNK, output_field=BigIntegerField())
     return remaining(run).order_by().values_list(number, flat=True).distinct().iterator()
-
-
-def send_chunk(run: DigestRun, chunk: int) -> bool:
-    """Send the digest to the recipients of a chunk who are due; return whether all were tried.
-
-    It stops after ``CHUNK_SECONDS``, and raises Busy if another process is sending the chunk.
-    It raises the error if the server cannot be used, or does not reply to ``MAX_UNKNOWN``
-    e-mails one after the other.
-    """
-    if is_paused():
-        return True
-    with try_lock(f"digest {run.pk} {chunk}") as acquired:
-        if not acquired:
-            raise Busy
-        recipients = _recipients(run, chunk)
-        attempts = get_attempts(_message_id(run, recipient) for recipient in recipients)
-        later = {key for key, attempt in attempts.items() if attempt.next_at > timezone.now()}
-        due = [user for user in recipients if _message_id(run, user) not in later]
-        if not due:
-            return True
-        with relaxed_commits(), connect() as server:
-            return _send(run, due, attempts, server)
-
-
-def _recipients(run: DigestRun, chunk: int) -> list[Any]:
-    first, end = chunk * CHUNK, (chunk + 1) * CHUNK
-    # Two reads by key range are as fast at the end of a large run as at its start.
-    delivered = set(
-        DigestDelivery.objects.filter(
-            digest=run.digest,
-            period_start=run.period_start,
-            recipient_id__gte=first,
-            recipient_id__lt=end,
-        ).values_list("recipient_id", flat=True)
-    )
-    digest = get_digest(run.digest)
-    recipients = digest.recipients(run).filter(pk__gte=first, pk__lt=end)
-    # only() without names would load the primary key alone.
-    if digest.recipient_fields:
-        recipients = recipients.only(*digest.recipient_fields)
-    return [user for user in recipients.order_by("pk") if user.pk not in delivered]
 
 
 def due_chunks(run: DigestRun) -> set[int]:
@@ -122,42 +112,111 @@ def due_chunks(run: DigestRun) -> set[int]:
     return {int(message_id.rpartition(".")[2]) // CHUNK for message_id in keys}
 
 
+# Chunks
+
+
+def send_chunk(run: DigestRun, chunk: int) -> bool:
+    """Send the digest to the recipients of a chunk who are due; return whether all were tried.
+
+    It stops after ``CHUNK_SECONDS``. Raises Busy if another process is sending the chunk,
+    Paused if e-mail pauses, and the error if the mail server cannot be used.
+    """
+    if is_paused():
+        raise Paused
+    with try_lock(f"digest {run.pk} {chunk}") as acquired:
+        if not acquired:
+            raise Busy
+        recipients, killed = _get_recipients(run, chunk)
+        unfinished = attempts.get_attempts(_message_id(run, user) for user in recipients)
+        later = {key for key, each in unfinished.items() if each.next_at > timezone.now()}
+        due = [user for user in recipients if _message_id(run, user) not in later]
+        for user in due:
+            message_id = _message_id(run, user)
+            if message_id in unfinished and attempts.is_exhausted(unfinished[message_id]):
+                record(run, (user, FAILED, EXHAUSTED))
+                attempts.finish(message_id)
+                later.add(message_id)
+        due = [user for user in due if _message_id(run, user) not in later]
+        if not due:
+            return True
+        with relaxed_commits(), connect() as server:
+            return _send(run, due, killed, unfinished, server)
+
+
+def _get_recipients(run: DigestRun, chunk: int) -> tuple[list[Any], set[Any]]:
+    """Return the recipients of a chunk without a finished delivery, and the keys of those
+    whose e-mail was being sent when a process was killed, or was not accepted.
+    """
+    first, end = chunk * CHUNK, (chunk + 1) * CHUNK
+    # Two reads by key range are as fast at the end of a large run as at its start.
+    deliveries = dict(
+        DigestDelivery.objects.filter(
+            digest=run.digest,
+            period_end=run.period_end,
+            recipient_id__gte=first,
+            recipient_id__lt=end,
+        ).values_list("recipient_id", "status")
+    )
+    digest = get_digest(run.digest)
+    recipients = digest.recipients(run).filter(pk__gte=first, pk__lt=end)
+    # only() without names would load the primary key alone.
+    if digest.recipient_fields:
+        recipients = recipients.only(*digest.recipient_fields)
+    begun = {key for key, status in deliveries.items() if status == SENDING}
+    return [
+        user for user in recipients.order_by("pk") if user.pk not in deliveries or user.pk in begun
+    ], begun
+
+
 def _send(
-    run: DigestRun, recipients: Sequence[Any], attempts: dict[str, Attempt], server: Any
+    run: DigestRun,
+    recipients: Sequence[Any],
+    begun: set[Any],
+    unfinished: dict[str, Attempt],
+    server: Server,
 ) -> bool:
     deadline = time.monotonic() + CHUNK_SECONDS
-    unknown = 0
-    for recipient, email in _composed(run, recipients):
-        if time.monotonic() > deadline:
-            return False
+    emails = _composed(run, recipients)
+    current: tuple[Any, EmailMessage] | None = next(emails)
+    with transaction.atomic():
+        # A later run may have taken the place of this one.
+        if not DigestRun.objects.select_for_update().filter(pk=run.pk).exists():
+            return True
+        record(run, (recipients[0], SENDING, ""))
+    while current is not None:
+        recipient, email = current
+        following = next(emails, None)
         message_id = _message_id(run, recipient)
-        is_repeat = message_id in attempts
+        is_repeat = message_id in unfinished or recipient.pk in begun
         with deferred_sigterm():
             if is_repeat:
-                # Recorded before it is made: the process may be killed in it.
-                begin_attempt(message_id)
-            try:
-                server.send_messages([email])
-            except Exception as error:
-                if not is_repeat:
-                    begin_attempt(message_id)
-                verdict, reason = classify_error(error)
-                if end_attempt(message_id, verdict, reason):
-                    record(run, recipient, DigestDelivery.Status.FAILED, reason)
-                unknown = unknown + 1 if verdict is Verdict.UNKNOWN else 0
-                # The time limit of the task may be what ended the attempt.
-                stops = verdict is Verdict.UNUSABLE or isinstance(error, SoftTimeLimitExceeded)
-                if stops or unknown == MAX_UNKNOWN:
-                    raise
-                if unknown:
-                    server.close()
-                    server.open()
+                attempts.begin(message_id, killed=message_id not in unfinished)
+            outcome = server.send(email)
+            is_late = time.monotonic() > deadline
+            rows = []
+            if outcome.verdict is Verdict.SENT:
+                rows.append((recipient, SENT, ""))
             else:
-                unknown = 0
-                record(run, recipient, DigestDelivery.Status.SENT)
-                if is_repeat:
-                    Attempt.objects.filter(message_id=message_id).delete()
+                if not is_repeat:
+                    attempts.begin(message_id)
+                if attempts.end(message_id, outcome):
+                    rows.append((recipient, FAILED, outcome.reason))
+            if following is not None and not is_late and not outcome.stops:
+                rows.append((following[0], SENDING, ""))
+            record(run, *rows)
+            if outcome.verdict is Verdict.SENT and is_repeat:
+                attempts.finish(message_id)
+        raise_if_unusable(outcome)
+        if is_late and following is not None:
+            return False
+        current = following
     return True
+
+
+def raise_if_unusable(outcome: Outcome) -> None:
+    """Raise ServerFailed if the mail server cannot be used."""
+    if outcome.stops:
+        raise ServerFailed(f"the mail server cannot be used: {outcome.reason}")
 
 
 def _message_id(run: DigestRun, recipient: Any) -> str:
@@ -165,7 +224,7 @@ def _message_id(run: DigestRun, recipient: Any) -> str:
 
 
 def _prefix(run: DigestRun) -> str:
-    return f"{run.digest}.{run.period_start.astimezone(UTC):%Y%m%dT%H%M}."
+    return f"{run.digest}.{run.period_end.astimezone(UTC):%Y%m%dT%H%M}."
 
 
 def _composed(run: DigestRun, recipients: Sequence[Any]) -> Iterator[tuple[Any, EmailMessage]]:
@@ -182,17 +241,26 @@ def _composed(run: DigestRun, recipients: Sequence[Any]) -> Iterator[tuple[Any, 
         ]
 
 
-def record(run: DigestRun, recipient: Any, status: str, reason: str = "") -> None:
-    """Commit the delivery of the digest to one recipient."""
-    DigestDelivery.objects.create(
-        digest=run.digest,
-        recipient=recipient,
-        period_start=run.period_start,
-        status=status,
-        reason=reason[:500],
-    )
-    if reason:
-        logger.warning("Digest %s: user %s was rejected: %s", run, recipient.pk, reason)
+#: Django's own upsert is a transaction, of three round trips to the database.
+RECORD = """
+INSERT INTO ops_digestdelivery (digest, period_end, recipient_id, status, reason, created_at)
+VALUES {} ON CONFLICT (recipient_id, digest, period_end) DO UPDATE
+SET status = EXCLUDED.status, reason = EXCLUDED.reason, created_at = EXCLUDED.created_at
+"""
+
+
+def record(run: DigestRun, *rows: tuple[Any, str, str]) -> None:
+    """Commit recipient, status and reason of deliveries of a run."""
+    if not rows:
+        return
+    adapt = connection.ops.adapt_datetimefield_value
+    period_end, now = adapt(run.period_end), adapt(timezone.now())
+    values: list[Any] = []
+    for recipient, status, reason in rows:
+        values += [run.digest, period_end, recipient.pk, status, reason[:500], now]
+    places = ", ".join(["(%s, %s, %s, %s, %s, %s)"] * len(rows))
+    with connection.cursor() as cursor:
+        cursor.execute(RECORD.format(places), values)
 
 
 @contextmanager
@@ -215,102 +283,46 @@ def relaxed_commits() -> Iterator[None]:
                 cursor.execute("RESET synchronous_commit")
 
 
-# Attempts
-
-
-def get_attempts(message_ids: Iterable[str]) -> dict[str, Attempt]:
-    """Return the unfinished e-mails among these by message id."""
-    rows = Attempt.objects.filter(message_id__in=list(message_ids))
-    return {row.message_id: row for row in rows}
-
-
-def begin_attempt(message_id: str) -> None:
-    """Record that an e-mail may be sent from now on, in case nothing more is heard of it."""
-    attempt = Attempt.objects.filter(message_id=message_id).first() or Attempt(
-        message_id=message_id
-    )
-    attempt.unknown += 1
-    attempt.next_at = timezone.now() + REPEAT_AFTER
-    attempt.save()
-
-
-def end_attempt(message_id: str, verdict: Verdict, reason: str) -> bool:
-    """Record how an attempt failed; return whether the e-mail is not tried again."""
-    attempt = Attempt.objects.get(message_id=message_id)
-    if verdict is not Verdict.UNKNOWN:
-        attempt.unknown -= 1
-    if verdict is Verdict.UNUSABLE:
-        attempt.next_at = timezone.now()
-    elif verdict is Verdict.REFUSED and attempt.refusals < len(LADDER):
-        attempt.next_at = timezone.now() + LADDER[attempt.refusals]
-        attempt.refusals += 1
-    elif verdict is not Verdict.UNKNOWN or attempt.unknown > MAX_REPEATS:
-        attempt.delete()
-        return True
-    attempt.reason = reason[:500]
-    attempt.save()
-    return False
-
-
-@contextmanager
-def connect() -> Iterator[Any]:
-    """Yield an open connection to the mail server.
-
-    If it cannot be used, e-mail pauses for ``PAUSE_SECONDS`` and the error is raised, so that
-    waiting for it does not hold up the tasks of others. An exception in code is no reason.
-    """
-    try:
-        with mail.get_connection() as server:
-            yield server
-    except OSError:  # Errors of sockets and of smtplib
-        caches["limits"].set("mail-paused", True, PAUSE_SECONDS)
-        raise
-
-
-def is_paused() -> bool:
-    """Return whether the mail server could not be used a moment ago."""
-    return caches["limits"].get("mail-paused") is not None
-
-
 # Notifications
 
 
-def send_notification(notification: Notification, pk: Any) -> None:
-    """Send the notification about an object, unless it is sent already, not wanted or not due.
+def request_notification(name: str, pk: Any) -> None:
+    """Store that the notification about an object is wanted."""
+    attempts.request(f"{name}.{pk}")
 
-    Raises Busy if another process is sending it.
+
+def send_notification(notification: Notification, pk: Any) -> None:
+    """Send the notification about an object if it is requested, due and still wanted.
+
+    Raises Busy if another process is sending it, Paused if e-mail pauses, and the error if
+    the mail server cannot be used.
     """
     if is_paused():
-        return
+        raise Paused
+    message_id = f"{notification.name}.{pk}"
     with try_lock(f"notification {notification.name} {pk}") as acquired:
         if not acquired:
             raise Busy
+        attempt = attempts.get_attempts([message_id]).get(message_id)
+        if attempt is None or attempt.next_at > timezone.now():
+            return
         obj = notification.waiting().filter(pk=pk).first()
         if obj is None:
+            attempts.finish(message_id)
             return
-        message_id = f"{notification.name}.{obj.pk}"
-        attempt = get_attempts([message_id]).get(message_id)
-        if attempt is not None and attempt.next_at > timezone.now():
+        if attempts.is_exhausted(attempt):
+            notification.mark_sent(obj)
+            attempts.finish(message_id)
             return
         recipient = notification.recipient(obj)
         email = compose(notification, recipient, notification.context(obj), message_id)
         with connect() as server, deferred_sigterm():
             # Recorded before it is made: the process may be killed in it.
-            begin_attempt(message_id)
-            try:
-                server.send_messages([email])
-            except Exception as error:
-                verdict, reason = classify_error(error)
-                final = end_attempt(message_id, verdict, reason)
-                if verdict is Verdict.UNUSABLE:
-                    raise
-                if not final:
-                    return
-                logger.warning(
-                    "Notification %s: user %s was rejected: %s",
-                    notification.name,
-                    recipient.pk,
-                    reason,
-                )
-            notification.mark_sent(obj)
-            Attempt.objects.filter(message_id=message_id).delete()
+            attempts.begin(message_id)
+            outcome = server.send(email)
+            if outcome.verdict is Verdict.SENT:
+                notification.mark_sent(obj)
+                attempts.finish(message_id)
+            elif attempts.end(message_id, outcome):
+                notification.mark_sent(obj)
+            raise_if_unusable(outcome)

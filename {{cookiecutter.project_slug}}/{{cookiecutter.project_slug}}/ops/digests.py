@@ -46,9 +46,13 @@ class Digest(Message):
     recipient_fields
         The fields of a recipient that the templates use. Another field costs a query for
         each recipient. Empty to load all fields.
+    max_age
+        How late a digest may be sent, and how much a digest covers at most if earlier ones
+        were not sent.
     """
 
     recipient_fields: Sequence[str] = ()
+    max_age: timedelta = timedelta(days=3)
 
     def period(self, now: datetime) -> tuple[datetime, datetime]:
         """Return start and end of the last whole period before ``now``, both aware."""
@@ -84,6 +88,8 @@ class DailyDigest(Digest):
 class WeeklyDigest(Digest):
     """A digest of the last whole week, from Monday to Sunday."""
 
+    max_age = timedelta(days=8)
+
     def period(self, now: datetime) -> tuple[datetime, datetime]:
         """Return the two midnights around last week in the service's time zone."""
         today = timezone.localdate(now)
@@ -99,14 +105,12 @@ def _midnight(day: Any) -> datetime:
 class Notification(Message):
     """An e-mail about one object, sent once to one recipient.
 
-    due_field
-        The object's date and time field that says since when the notification is due.
+    ``tasks.notify_on_commit()`` requests it. Rows that are created in another way, such as
+    imported ones, notify nobody.
     """
 
-    due_field: str
-
     def waiting(self) -> QuerySet[Any]:
-        """Return the objects whose notification is due, wanted and not sent yet."""
+        """Return the objects whose notification is still wanted and not sent yet."""
         raise NotImplementedError
 
     def recipient(self, obj: Any) -> Any:

@@ -3,13 +3,12 @@
 A check returns a Result or raises an exception. Checks time out and leak no secrets.
 """
 
-import math
 import shlex
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta
+from datetime import datetime
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -20,17 +19,18 @@ from django.db import connection, connections
 from django.db.migrations.executor import MigrationExecutor
 from django.utils import timezone
 from django_celery_beat.models import PeriodicTask
-from kombu.utils.json import loads
 
-from . import health
+from . import health, heartbeats, mailer, scheduler
 from .celery import MAX_DELIVERIES, get_failed_queue
 from .database import find_pooler
 from .logs import redact
+from .models import Attempt
+from .scheduler import InvalidSchedule
 
 #: Time limit of the checks that run at the same time, in seconds.
 CHECK_TIMEOUT = 6
 
-#: Time limit for the reply of a worker, beat or the SMTP server, in seconds.
+#: Time limit for the reply of the broker or the SMTP server, in seconds.
 REPLY_TIMEOUT = 4
 
 OK, ERROR, SKIPPED = "ok", "error", "skipped"
@@ -44,10 +44,6 @@ class Result:
     status: str = OK
     next: str | None = None
     schedules: list[dict[str, Any]] = field(default_factory=list)
-
-
-class InvalidSchedule(Exception):
-    """Beat cannot run a schedule."""
 
 
 # Checks
@@ -113,27 +109,24 @@ def check_queue() -> Result:
 
 
 def check_worker() -> Result:
-    """Ping the workers."""
-    return ping("worker", "celery@*")
+    """Look for the heartbeat of a worker."""
+    return check_heartbeat("worker")
 
 
 def check_beat() -> Result:
-    """Ping beat."""
-    return ping("beat", "celerybeat@*")
+    """Look for the heartbeat of a beat."""
+    return check_heartbeat("beat")
 
 
-def ping(process: str, pattern: str) -> Result:
-    """Wait for the first reply of a node whose name matches the pattern."""
-    inspect = current_app.control.inspect(
-        pattern=pattern,
-        matcher="glob",  # type: ignore[arg-type]
-        timeout=REPLY_TIMEOUT,
-        limit=1,
-    )
-    replies = inspect.ping()
-    if not replies:
-        return failed(process, "no reply")
-    return Result(f"{next(iter(replies))} replied")
+def check_heartbeat(process: str) -> Result:
+    """Look for processes that recorded a heartbeat lately."""
+    ages = [age.seconds for age in heartbeats.get_ages(process)]
+    alive = [age for age in ages if age < heartbeats.MAX_AGE]
+    if not ages:
+        return failed(process, "no heartbeat")
+    if not alive:
+        return failed(process, f"the last heartbeat was {ages[0]} seconds ago")
+    return Result(f"{len(alive)} running, the last heartbeat was {ages[0]} seconds ago")
 
 
 def check_schedules() -> Result:
@@ -151,12 +144,20 @@ def check_schedules() -> Result:
 
 
 def check_email() -> Result:
-    """Connect and log in to the SMTP server."""
+    """Connect and log in to the mail server."""
     backend = settings.EMAIL_BACKEND.split(".")[-2]
     if backend != "smtp":
         return Result(f"no server; messages go to Django's {backend} backend")
     with mail.get_connection(timeout=REPLY_TIMEOUT):
         return Result(f"SMTP on {settings.EMAIL_HOST}:{settings.EMAIL_PORT}")
+
+
+def check_deliveries() -> Result:
+    """Look for e-mail that the mail server did not accept."""
+    if (failures := mailer.get_failures()) and failures.is_general:
+        return failed("deliveries", f"no e-mail is accepted: {redact_text(failures.reason)}")
+    waiting = Attempt.objects.count()
+    return Result(f"{waiting} e-mails wait for another attempt")
 
 
 CHECKS: dict[str, Callable[[], Result]] = {
@@ -169,6 +170,7 @@ CHECKS: dict[str, Callable[[], Result]] = {
     "beat": check_beat,
     "schedules": check_schedules,
     "e-mail": check_email,
+    "deliveries": check_deliveries,
 }
 
 #: Checks that are skipped if another one fails.
@@ -176,8 +178,9 @@ REQUIREMENTS = {
     "migrations": "database",
     "schedules": "database",
     "queue": "broker",
-    "worker": "broker",
-    "beat": "broker",
+    "worker": "database",
+    "beat": "database",
+    "deliveries": "database",
 }
 
 
@@ -203,15 +206,11 @@ def get_next_run(row: PeriodicTask) -> datetime:
         raise InvalidSchedule(f"its task does not exist: {row.task}")
     if row.scheduler is None:
         raise InvalidSchedule("it has neither a crontab nor an interval")
-    loads(row.args or "[]")
-    loads(row.kwargs or "{}")
+    scheduler.check_arguments(row)
     now = timezone.now()
-    if row.start_time and row.start_time > now:
-        return timezone.localtime(row.start_time)
-    last_run = row.last_run_at or row.date_changed
-    is_due, seconds = row.schedule.is_due(last_run.astimezone(current_app.timezone))
-    # The time since "now" must not turn a full minute into the second before it.
-    next_run = now if is_due else now + timedelta(seconds=math.ceil(seconds))
+    next_run = now if scheduler.get_due(row, now) else scheduler.get_next(row, now)
+    if next_run is None:
+        raise InvalidSchedule("its crontab is never due")
     return timezone.localtime(next_run).replace(microsecond=0)
 
 
@@ -238,7 +237,7 @@ def get_next_command(name: str) -> str | None:
             return f"celery -A {current_app.main} purge -Q {get_failed_queue()}"
         case "worker" | "beat":
             return f"python manage.py prodserver {name}"
-        case "e-mail":
+        case "e-mail" | "deliveries":
             return "python manage.py sendtestemail ADDRESS"
         case _:
             return None
@@ -282,11 +281,16 @@ def redact_text(text: str) -> str:
 
 def run_all() -> dict[str, Result]:
     """Run all checks; return their results by name."""
-    results = run({name: check for name, check in CHECKS.items() if name not in REQUIREMENTS})
-    passed = {name for name, result in results.items() if result.status == OK}
-    results |= run({name: CHECKS[name] for name, other in REQUIREMENTS.items() if other in passed})
-    for name, other in REQUIREMENTS.items():
-        results.setdefault(name, Result(f"skipped because the {other} check failed", SKIPPED))
+    results: dict[str, Result] = {}
+    while len(results) < len(CHECKS):
+        possible = {}
+        for name in CHECKS.keys() - results.keys():
+            other = REQUIREMENTS.get(name)
+            if other is None or (other in results and results[other].status == OK):
+                possible[name] = CHECKS[name]
+            elif other in results:
+                results[name] = Result(f"skipped because the {other} check failed", SKIPPED)
+        results |= run(possible)
     return {name: results[name] for name in CHECKS}
 
 

@@ -2,7 +2,8 @@
 
 ``GET /health/live`` returns 200 while the process responds. ``GET /health/ready`` returns
 200 if the database and the broker are available, otherwise 503; its JSON names what is not.
-It takes about ``READY_TIMEOUT`` at most, also if a server does not respond.
+``GET /health/ready?deep`` also wants a worker and a beat that recorded a heartbeat lately.
+Either takes about ``READY_TIMEOUT`` at most, also if a server does not respond.
 """
 
 import logging
@@ -14,6 +15,8 @@ from threading import Thread
 from celery import current_app
 from django.db import connection, connections
 from django.http import HttpRequest, HttpResponse, JsonResponse
+
+from . import heartbeats
 
 logger = logging.getLogger(__name__)
 
@@ -36,16 +39,38 @@ def check_broker() -> None:
         broker.ensure_connection(max_retries=1, timeout=BROKER_TIMEOUT)
 
 
+def check_worker() -> None:
+    """Raise an exception if no worker is at work."""
+    check_heartbeat("worker")
+
+
+def check_beat() -> None:
+    """Raise an exception if no beat is at work."""
+    check_heartbeat("beat")
+
+
+def check_heartbeat(process: str) -> None:
+    """Raise an exception if no process of that kind recorded a heartbeat lately."""
+    if not heartbeats.is_alive(process):
+        raise NoHeartbeat
+
+
+class NoHeartbeat(Exception):
+    """A process hangs or does not run."""
+
+
 CHECKS: dict[str, Callable[[], None]] = {"database": check_database, "broker": check_broker}
+
+DEEP_CHECKS = CHECKS | {"worker": check_worker, "beat": check_beat}
 
 
 #: The running check of each name: one that hangs is not started again.
 _running: dict[str, Thread] = {}
 
 
-def get_readiness() -> dict[str, str]:
-    """Run all checks at the same time; return ``ok`` or ``unavailable`` by name."""
-    problems = dict.fromkeys(CHECKS, f"no response within {READY_TIMEOUT} seconds")
+def get_readiness(checks: dict[str, Callable[[], None]]) -> dict[str, str]:
+    """Run checks at the same time; return ``ok`` or ``unavailable`` by name."""
+    problems = dict.fromkeys(checks, f"no response within {READY_TIMEOUT} seconds")
 
     def run(name: str, check: Callable[[], None]) -> None:
         try:
@@ -59,7 +84,7 @@ def get_readiness() -> dict[str, str]:
             connections.close_all()
 
     threads = []
-    for name, check in CHECKS.items():
+    for name, check in checks.items():
         if name not in _running or not _running[name].is_alive():
             # A daemon thread does not keep the process alive.
             _running[name] = Thread(target=run, args=(name, check), daemon=True)
@@ -71,7 +96,7 @@ def get_readiness() -> dict[str, str]:
     found = problems.copy()
     for name, problem in found.items():
         logger.warning("%s is unavailable: %s", name, problem)
-    return {name: "unavailable" if name in found else "ok" for name in CHECKS}
+    return {name: "unavailable" if name in found else "ok" for name in checks}
 
 
 class HealthMiddleware:
@@ -85,7 +110,7 @@ class HealthMiddleware:
         if request.path == "/health/live":
             return JsonResponse({"status": "ok"})
         if request.path == "/health/ready":
-            results = get_readiness()
+            results = get_readiness(DEEP_CHECKS if "deep" in request.GET else CHECKS)
             ready = set(results.values()) == {"ok"}
             return JsonResponse(
                 {"status": "ok" if ready else "unavailable", "checks": results},

@@ -1,14 +1,12 @@
-"""Compose e-mail, and classify the errors of the mail server."""
+"""Compose e-mail."""
 
 import signal
-import smtplib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from email.headerregistry import HeaderRegistry, UnstructuredHeader
 from email.message import EmailMessage
 from email.policy import EmailPolicy
 from email.utils import parseaddr
-from enum import Enum
 from functools import cache
 from typing import Any
 
@@ -92,42 +90,6 @@ def _template(name: str) -> Any:
 @cache
 def _domain(address: str) -> str:
     return parseaddr(address)[1].rpartition("@")[2]
-
-
-class Verdict(Enum):
-    """What an error says about one e-mail."""
-
-    REJECTED = "rejected for good"
-    REFUSED = "refused for now"
-    UNKNOWN = "no reply: the server may have accepted it"
-    UNUSABLE = "not sent: the server cannot be used"
-
-
-def classify_error(error: Exception) -> tuple[Verdict, str]:
-    """Return what an error of a mail backend says about one e-mail, and the reason.
-
-    Replies 5xx of an SMTP server are permanent, replies 4xx are temporary (RFC 5321, section
-    4.2.1). A failed login or a refused sender concerns every e-mail. Any other error is
-    unknown: a lost connection, a server that takes too long, an exception of another backend.
-    """
-    text: str | bytes
-    match error:
-        case smtplib.SMTPRecipientsRefused():
-            code, text = next(iter(error.recipients.values()))
-        case smtplib.SMTPDataError():
-            code, text = error.smtp_code, error.smtp_error
-        case smtplib.SMTPNotSupportedError() | ValueError():
-            return Verdict.REJECTED, str(error)
-        case (
-            smtplib.SMTPAuthenticationError()
-            | smtplib.SMTPSenderRefused()
-            | ConnectionRefusedError()
-        ):
-            return Verdict.UNUSABLE, f"{type(error).__name__}: {error}"
-        case _:
-            return Verdict.UNKNOWN, f"{type(error).__name__}: {error}"
-    text = text.decode(errors="replace") if isinstance(text, bytes) else text
-    return Verdict.REJECTED if code >= 500 else Verdict.REFUSED, f"{code} {text}"
 
 
 @contextmanager

@@ -1,8 +1,13 @@
-"""Tokens of the API, and the record of digests: which are due, and who received them."""
+"""What the template's part of the service stores.
+
+Tokens of the API; the record of e-mail; leases, heartbeats and the runs of schedules.
+"""
 
 from django.conf import settings
 from django.db import models
 from django.db.models import Q
+from django.db.models.functions import Now
+from django_celery_beat.models import PeriodicTask
 
 
 class Token(models.Model):
@@ -23,7 +28,10 @@ class Token(models.Model):
 
 
 class DigestRun(models.Model):
-    """A digest that is due for a period; finished once each recipient has a delivery."""
+    """A digest that is due for a period; finished once each recipient has a delivery.
+
+    Digest and end of the period identify it; the start may be earlier than usual.
+    """
 
     digest = models.CharField(max_length=50)
     period_start = models.DateTimeField()
@@ -33,22 +41,26 @@ class DigestRun(models.Model):
 
     class Meta:
         constraints = [
-            models.UniqueConstraint(fields=["digest", "period_start"], name="one_run_per_period"),
+            models.UniqueConstraint(fields=["digest", "period_end"], name="one_run_per_period"),
         ]
 
     def __str__(self) -> str:
-        return f"{self.digest} {self.period_start:%Y-%m-%d %H:%M}"
+        return f"{self.digest} until {self.period_end:%Y-%m-%d %H:%M}"
 
     def previous(self) -> "DigestRun | None":
         """Return the last run of the same digest for an earlier period, or None."""
-        runs = DigestRun.objects.filter(digest=self.digest, period_start__lt=self.period_start)
-        return runs.order_by("period_start").last()
+        runs = DigestRun.objects.filter(digest=self.digest, period_end__lt=self.period_end)
+        return runs.order_by("period_end").last()
 
 
 class DigestDelivery(models.Model):
-    """A recipient received the digest for a period, or the reason why not."""
+    """A recipient received the digest for a period, or the reason why not.
+
+    The row is created before the e-mail is sent.
+    """
 
     class Status(models.TextChoices):
+        SENDING = "sending", "Being sent"
         SENT = "sent", "Sent"
         FAILED = "failed", "Failed"
 
@@ -60,8 +72,8 @@ class DigestDelivery(models.Model):
         related_name="digest_deliveries",
         db_index=False,
     )
-    period_start = models.DateTimeField()
-    status = models.CharField(max_length=6, choices=Status)
+    period_end = models.DateTimeField()
+    status = models.CharField(max_length=7, choices=Status)
     reason = models.CharField(max_length=500, blank=True)
     created_at = models.DateTimeField(auto_now_add=True)
 
@@ -70,7 +82,7 @@ class DigestDelivery(models.Model):
         verbose_name_plural = "digest deliveries"
         constraints = [
             models.UniqueConstraint(
-                fields=["recipient", "digest", "period_start"], name="one_delivery_per_period"
+                fields=["recipient", "digest", "period_end"], name="one_delivery_per_period"
             ),
         ]
         indexes = [
@@ -79,21 +91,84 @@ class DigestDelivery(models.Model):
         ]
 
     def __str__(self) -> str:
-        return f"{self.digest} {self.period_start:%Y-%m-%d %H:%M} to {self.recipient}"
+        return f"{self.digest} until {self.period_end:%Y-%m-%d %H:%M} to {self.recipient}"
 
 
 class Attempt(models.Model):
-    """An e-mail that the mail server refused for now, or may have accepted without a reply.
+    """An e-mail that is wanted, was refused, or may have been accepted; see ``attempts.py``.
 
     ``message_id`` is the local part of its Message-ID. The row is deleted once the e-mail is
-    sent or has failed for good.
+    sent or given up.
     """
 
     message_id = models.CharField(max_length=150, unique=True)
     refusals = models.PositiveSmallIntegerField(default=0)
+    rejected = models.BooleanField(default=False)
     unknown = models.PositiveSmallIntegerField(default=0)
     next_at = models.DateTimeField()
     reason = models.CharField(max_length=500, blank=True)
 
     def __str__(self) -> str:
         return self.message_id
+
+
+class Lease(models.Model):
+    """Who is in charge of something: the process that knows its number; see ``leases.py``."""
+
+    name = models.CharField(max_length=50, unique=True)
+    number = models.BigIntegerField(default=0)
+    renewed_at = models.DateTimeField(null=True)
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.number}"
+
+
+class Heartbeat(models.Model):
+    """When a process was at work last; see ``heartbeats.py``."""
+
+    process = models.CharField(max_length=20)
+    host = models.CharField(max_length=255)
+    pid = models.PositiveIntegerField()
+    seen_at = models.DateTimeField()
+
+    class Meta:
+        constraints = [
+            models.UniqueConstraint(
+                fields=["process", "host", "pid"], name="one_heartbeat_per_process"
+            ),
+        ]
+
+    def __str__(self) -> str:
+        return f"{self.process} {self.pid} on {self.host}"
+
+
+class ScheduleRun(models.Model):
+    """A run of a schedule: when it was due, queued and started; see ``scheduler.py``.
+
+    Each time that it is published counts as an attempt, and ``started_by`` is the number of
+    the attempt whose message a worker runs.
+    """
+
+    schedule = models.ForeignKey(
+        PeriodicTask, on_delete=models.CASCADE, related_name="+", db_index=False
+    )
+    due_at = models.DateTimeField()
+    created_at = models.DateTimeField(db_default=Now())
+    attempts = models.PositiveIntegerField(default=0)
+    published_at = models.DateTimeField(null=True)
+    started_by = models.PositiveIntegerField(null=True)
+    started_at = models.DateTimeField(null=True)
+
+    class Meta:
+        constraints = [
+            models.UniqueConstraint(fields=["schedule", "due_at"], name="one_run_per_due_time"),
+        ]
+        indexes = [
+            models.Index(fields=["due_at"], name="run_due"),
+            models.Index(
+                fields=["schedule"], name="run_unpublished", condition=Q(published_at=None)
+            ),
+        ]
+
+    def __str__(self) -> str:
+        return f"{self.schedule.name} {self.due_at:%Y-%m-%d %H:%M:%S}"

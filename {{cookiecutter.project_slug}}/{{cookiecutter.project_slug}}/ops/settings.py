@@ -11,6 +11,7 @@ from typing import Any
 
 from cbs import BaseSettings
 from dotenv import load_dotenv
+from kombu import Exchange, Queue
 
 from .database import CONNECT_OPTIONS
 from .environment import (
@@ -35,6 +36,9 @@ from .environment import (
 #: The name of the Python package of the service.
 PACKAGE = __package__.partition(".")[0]
 
+#: The queue of tasks that send e-mail.
+MAIL_QUEUE = PACKAGE + ".mail"
+
 BASE_DIR = Path(__file__).resolve().parents[2]
 
 # The embedded database and broker keep their files here; git ignores it.
@@ -49,6 +53,12 @@ def limit_database(database: dict[str, Any]) -> dict[str, Any]:
     if database["ENGINE"] != "django.db.backends.postgresql":
         return database
     return {**database, "OPTIONS": CONNECT_OPTIONS | database.get("OPTIONS", {})}
+
+
+def make_queue(name: str) -> Queue:
+    """Return a quorum queue on the service's topic exchange."""
+    exchange = Exchange(PACKAGE, type="topic")
+    return Queue(name, exchange, routing_key=name, queue_arguments={"x-queue-type": "quorum"})
 
 
 #: Requests that Django rejects, by the name of the exception: anybody can send them.
@@ -191,7 +201,13 @@ class Defaults(BaseSettings):  # type: ignore[misc]
 
     # Queues: quorum queues on RabbitMQ; delayed messages need a topic exchange for them
     # https://docs.celeryq.dev/en/stable/getting-started/backends-and-brokers/rabbitmq.html
+    # E-mail has a queue of its own, so that other tasks do not wait behind it.
     CELERY_TASK_DEFAULT_QUEUE = PACKAGE
+    CELERY_TASK_QUEUES = [make_queue(PACKAGE), make_queue(MAIL_QUEUE)]
+    CELERY_TASK_ROUTES = {
+        "ops.send_digest_chunk": {"queue": MAIL_QUEUE},
+        "ops.send_notification": {"queue": MAIL_QUEUE},
+    }
     CELERY_TASK_DEFAULT_QUEUE_TYPE = "quorum"
     CELERY_TASK_DEFAULT_EXCHANGE_TYPE = "topic"
     CELERY_TASK_CREATE_MISSING_QUEUE_TYPE = "quorum"
@@ -213,18 +229,15 @@ class Defaults(BaseSettings):  # type: ignore[misc]
     CELERY_TASK_IGNORE_RESULT = True
     CELERY_RESULT_EXPIRES = None
 
-    # Beat: schedules from the database, each run saved at once; a run that was missed by
-    # up to an hour is made up for
-    CELERY_BEAT_SCHEDULER = "django_celery_beat.schedulers:DatabaseScheduler"
-    CELERY_BEAT_SYNC_EVERY = 1
+    # Beat: schedules from the database; a run that was missed by up to an hour is made up for
+    CELERY_BEAT_SCHEDULER = f"{PACKAGE}.ops.scheduler:Scheduler"
     CELERY_BEAT_CRON_STARTING_DEADLINE = 3600
 
     def CELERY_TIMEZONE(self) -> str:
         return self.TIME_ZONE
 
-    # Remote control: beat replies to `celery inspect ping` as workers do; the exchange is this
-    # service's own, so that services can share a RabbitMQ virtual host
-    CELERY_BEAT_ENABLE_REMOTE_CONTROL = True
+    # Remote control, such as `celery inspect active`: the exchange is this service's own, so
+    # that services can share a RabbitMQ virtual host
     CELERY_CONTROL_EXCHANGE = PACKAGE
     # An exclusive queue would stop two processes with the same node name from overlapping.
     CELERY_CONTROL_QUEUE_EXCLUSIVE = False

@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Callable
 from datetime import datetime, timedelta
-from itertools import islice
 from typing import Any
 
 from celery import shared_task
@@ -11,9 +10,11 @@ from django.utils import timezone
 from django_celery_beat.models import PeriodicTask
 from kombu.utils.json import loads
 
-from . import deliveries
+from . import deliveries, mailer
+from .celery import CoalescingTask
 from .digests import get_digest, get_digests, get_notification, get_notifications
-from .models import Attempt, DigestRun
+from .models import Attempt, DigestRun, Heartbeat, ScheduleRun
+from .scheduler import get_latest
 
 logger = logging.getLogger(__name__)
 
@@ -24,14 +25,18 @@ BUSY_SECONDS = 10
 #: it queued, in seconds.
 RESUME_SECONDS = 60
 
-#: Age of a ``resume_deliveries`` at which a later one does its work.
-RESUME_EXPIRES = timedelta(minutes=5)
+#: How long the records of runs and heartbeats are kept.
+KEEP_RUNS = timedelta(days=7)
+KEEP_HEARTBEATS = timedelta(days=1)
 
 #: Age at which an unfinished run is queued again.
 STALE_AFTER = timedelta(minutes=10)
 
-#: Age up to which interrupted deliveries are queued again.
-RESUME_WINDOW = timedelta(days=3)
+#: Age at which a notification that was requested is queued again.
+NOTIFICATION_GRACE = timedelta(minutes=1)
+
+#: How long after its time an attempt may still be made.
+ATTEMPT_AGE = timedelta(days=8)
 
 #: Notifications of one kind that are queued again at once.
 RESUME_LIMIT = 500
@@ -44,28 +49,49 @@ def digest_task(function: Callable[..., str]) -> Any:
     """Decorator: turn a function that returns a digest's name into a task that sends it.
 
     A schedule can run the task, whose name is the function's dotted path. The task sends
-    the digest for the last period before it was queued.
+    the digest for the last period before it was due; if it was due more than once since
+    then, only the last.
     """
     name = f"{function.__module__}.{function.__name__}"
 
     def run(self: Any, *args: Any, **kwargs: Any) -> None:
-        start_digest(function(*args, **kwargs), self.queued_at)
+        digest = function(*args, **kwargs)
+        due = get_due_digests(timezone.now()).get(digest, self.queued_at)
+        start_digest(digest, max(due, self.queued_at))
 
     run.__doc__ = function.__doc__
     DIGEST_TASKS[name] = function
     return shared_task(bind=True, name=name)(run)
 
 
-def start_digest(name: str, now: datetime) -> None:
-    """Queue the digest for the last period before ``now``, unless that is done already.
+def get_due_digests(now: datetime) -> dict[str, datetime]:
+    """Return when the schedule of each digest was due last, by the digest's name.
+
+    Leaves out what was due longer ago than the digest's ``max_age``.
+    """
+    due: dict[str, datetime] = {}
+    schedules = PeriodicTask.objects.filter(enabled=True, task__in=DIGEST_TASKS)
+    for schedule in schedules.select_related("crontab", "interval"):
+        try:
+            args, kwargs = loads(schedule.args), loads(schedule.kwargs)
+            name = DIGEST_TASKS[schedule.task](*args, **kwargs)
+            latest = get_latest(schedule, now - get_digest(name).max_age, now)
+        except (TypeError, ValueError) as error:
+            # A mistake in one schedule must not stop the others.
+            logger.error("Schedule %s cannot run: %s", schedule.name, error)
+        else:
+            if latest is not None:
+                due[name] = max(latest, due.get(name, latest))
+    return due
+
+
+def start_digest(name: str, due: datetime) -> None:
+    """Queue the digest for the last period before ``due``, unless that is done already.
 
     Raises ValueError for an unknown name.
     """
-    period_start, period_end = get_digest(name).period(now)
-    run, _ = DigestRun.objects.get_or_create(
-        digest=name, period_start=period_start, defaults={"period_end": period_end}
-    )
-    if run.queued_at is None:
+    run = deliveries.start_run(get_digest(name), due)
+    if run is not None and run.queued_at is None:
         queue_chunks(run)
 
 
@@ -79,11 +105,15 @@ def queue_chunks(run: DigestRun) -> None:
     run.queued_at = timezone.now()
     run.finished_at = None if queued else run.queued_at
     run.save(update_fields=["queued_at", "finished_at"])
-    logger.info("Digest %s: %d chunks queued", run, queued)
+    logger.info("Digest %s: chunks queued: %d", run, queued)
 
 
 def notify_on_commit(name: str, pk: Any) -> None:
-    """Queue the notification of that name about an object once the transaction commits."""
+    """Request the notification of that name about an object.
+
+    The request is stored in the current transaction, and queued once that commits.
+    """
+    deliveries.request_notification(name, pk)
     task: Any = send_notification
     task.delay_on_commit(name, pk)
 
@@ -91,14 +121,21 @@ def notify_on_commit(name: str, pk: Any) -> None:
 @shared_task(name="ops.send_digest_chunk", bind=True)
 def send_digest_chunk(self: Any, run_pk: int, chunk: int) -> None:
     """Send a digest to the recipients of one chunk."""
-    run = DigestRun.objects.get(pk=run_pk)
+    run = DigestRun.objects.filter(pk=run_pk).first()
+    if run is None:
+        return  # It was folded into a later one.
     try:
         complete = deliveries.send_chunk(run, chunk)
     except deliveries.Busy:
-        requeue(self)
-        return
-    if not complete:
-        send_digest_chunk.delay(run_pk, chunk)
+        requeue(self, BUSY_SECONDS)
+    except mailer.Paused:
+        requeue(self, mailer.PAUSE_SECONDS)
+    except (OSError, mailer.ServerFailed):
+        requeue(self, mailer.PAUSE_SECONDS)
+        raise
+    else:
+        if not complete:
+            requeue(self, 0)
 
 
 @shared_task(name="ops.send_notification", bind=True)
@@ -107,71 +144,64 @@ def send_notification(self: Any, name: str, pk: Any) -> None:
     try:
         deliveries.send_notification(get_notification(name), pk)
     except deliveries.Busy:
-        requeue(self)
+        requeue(self, BUSY_SECONDS)
+    except mailer.Paused:
+        pass  # ``resume_deliveries`` queues it again.
 
 
-def requeue(task: Any) -> None:
-    """Queue the running task again for later."""
-    task.apply_async(task.request.args, task.request.kwargs, countdown=BUSY_SECONDS)
+def requeue(task: Any, seconds: float) -> None:
+    """Queue the running task again for later, with the same expiry."""
+    expires = task.request.expires and datetime.fromisoformat(task.request.expires)
+    task.apply_async(task.request.args, task.request.kwargs, countdown=seconds, expires=expires)
 
 
-@shared_task(name="ops.resume_deliveries", bind=True)
-def resume_deliveries(self: Any) -> None:
-    """Queue again what a crash, a mail server or an unavailable broker interrupted."""
+@shared_task(name="ops.delete_records", base=CoalescingTask)
+def delete_records() -> None:
+    """Delete the records of runs and heartbeats that are too old to be of use."""
+    ScheduleRun.objects.filter(due_at__lt=timezone.now() - KEEP_RUNS).delete()
+    Heartbeat.objects.filter(seen_at__lt=timezone.now() - KEEP_HEARTBEATS).delete()
+
+
+@shared_task(name="ops.resume_deliveries", base=CoalescingTask)
+def resume_deliveries() -> None:
+    """Queue what no beat queued in time, and what a crash or a server interrupted."""
     now = timezone.now()
-    if now - self.queued_at > RESUME_EXPIRES:
-        return  # While no worker ran, others were queued.
-    resume_schedules(now - RESUME_WINDOW)
-    resume_runs(now - RESUME_WINDOW, now - STALE_AFTER)
-    resume_notifications(now - RESUME_WINDOW, now - timedelta(minutes=1))
-    # What became due so long ago is not resumed any more.
-    Attempt.objects.filter(next_at__lt=now - RESUME_WINDOW).delete()
+    for name, due in get_due_digests(now).items():
+        start_digest(name, due)
+    if mailer.is_paused():
+        return
+    resume_runs(now)
+    resume_notifications(now)
+    given_up, _ = Attempt.objects.filter(next_at__lt=now - ATTEMPT_AGE).delete()
+    if given_up:
+        logger.error("E-mails given up after %s: %d", ATTEMPT_AGE, given_up)
 
 
-def resume_schedules(since: datetime) -> None:
-    """Start the digests of schedules that were due since then.
-
-    Beat stores when it ran a schedule even if the broker did not accept the task.
-    """
-    schedules = PeriodicTask.objects.filter(
-        enabled=True, task__in=DIGEST_TASKS, last_run_at__gte=since
-    )
-    for schedule in schedules:
-        try:
-            args, kwargs = loads(schedule.args), loads(schedule.kwargs)
-            start_digest(DIGEST_TASKS[schedule.task](*args, **kwargs), schedule.last_run_at)
-        except (TypeError, ValueError) as error:
-            # A mistake in one schedule must not stop the others.
-            logger.error("Schedule %s cannot run: %s", schedule.name, error)
-
-
-def resume_runs(since: datetime, queued_before: datetime) -> None:
+def resume_runs(now: datetime) -> None:
     """Queue the chunks of unfinished runs again, or finish them.
 
-    Chunks with an attempt that is due do not wait until the run was queued before that time.
+    Chunks with an attempt that is due do not wait until the run is stale.
     """
-    runs = DigestRun.objects.filter(
-        digest__in=get_digests(), finished_at=None, period_end__gte=since
-    )
-    for run in runs:
-        if run.queued_at is None:
-            continue  # Its schedule starts it.
-        if run.queued_at < queued_before:
-            queue_chunks(run)
-        else:
+    for name, digest in get_digests().items():
+        runs = DigestRun.objects.filter(
+            digest=name, finished_at=None, period_end__gte=now - digest.max_age
+        )
+        for run in runs:
+            if run.queued_at is None or run.queued_at < now - STALE_AFTER:
+                queue_chunks(run)
+                continue
             for chunk in deliveries.due_chunks(run):
                 send_digest_chunk.apply_async((run.pk, chunk), expires=RESUME_SECONDS)
 
 
-def resume_notifications(since: datetime, due_before: datetime) -> None:
-    """Queue the notifications again that became due between these times."""
-    for name, notification in get_notifications().items():
-        field = notification.due_field
-        due = {f"{field}__gte": since, f"{field}__lt": due_before}
-        later = Attempt.objects.filter(
-            message_id__startswith=f"{name}.", next_at__gt=timezone.now()
+def resume_notifications(now: datetime) -> None:
+    """Queue the notifications again whose next attempt is due."""
+    for name in get_notifications():
+        due = Attempt.objects.filter(
+            message_id__startswith=f"{name}.", next_at__lt=now - NOTIFICATION_GRACE
         )
-        skipped = set(later.values_list("message_id", flat=True))
-        keys = notification.waiting().filter(**due).values_list("pk", flat=True).iterator()
-        for pk in islice((pk for pk in keys if f"{name}.{pk}" not in skipped), RESUME_LIMIT):
+        for message_id in due.order_by("next_at").values_list("message_id", flat=True)[
+            :RESUME_LIMIT
+        ]:
+            pk = message_id.partition(".")[2]
             send_notification.apply_async((name, pk), expires=RESUME_SECONDS)

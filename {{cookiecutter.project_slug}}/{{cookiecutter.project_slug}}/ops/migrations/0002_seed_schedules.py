@@ -1,4 +1,4 @@
-"""The schedule that resumes interrupted deliveries."""
+"""The schedules that resume interrupted deliveries and delete old records."""
 
 from datetime import timedelta
 
@@ -19,4 +19,5 @@ class Migration(migrations.Migration):
             task="ops.resume_deliveries",
             interval=timedelta(minutes=1),
         ),
+        CreateSchedule("records-delete", task="ops.delete_records", interval=timedelta(hours=1)),
     ]

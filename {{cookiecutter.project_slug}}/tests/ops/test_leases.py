@@ -1,0 +1,88 @@
+"""Leases: one holder at a time, by the clock of the database."""
+
+from datetime import timedelta
+
+import pytest
+from django.db.models import F
+from django.utils import timezone
+
+from {{ cookiecutter.project_slug }}.ops import models
+from {{ cookiecutter.project_slug }}.ops.leases import LEASE_SECONDS, Lease, LostLease
+
+pytestmark = pytest.mark.django_db
+
+
+def age(seconds):
+    """Make the lease look as if it was renewed so many seconds earlier."""
+    models.Lease.objects.update(renewed_at=F("renewed_at") - timedelta(seconds=seconds))
+
+
+@pytest.fixture
+def leases():
+    """Two processes that ask for the same lease; the first one holds it."""
+    first, second = Lease("sample"), Lease("sample")
+    assert first.acquire()
+    return first, second
+
+
+def test_second_process_has_to_wait(leases):
+    first, second = leases
+    assert not second.acquire()
+    age(LEASE_SECONDS - 5)
+    assert not second.acquire()
+    assert (first.number, second.number) == (1, 0)
+    with pytest.raises(LostLease):
+        second.renew()
+
+
+def test_second_process_takes_over_a_lease_that_was_not_renewed(leases):
+    first, second = leases
+    age(LEASE_SECONDS + 1)
+    assert second.acquire()
+    assert second.number == 2
+    second.renew()
+    with pytest.raises(LostLease):
+        first.renew()
+    assert not first.acquire()
+
+
+def test_renewed_lease_is_kept(leases):
+    first, second = leases
+    age(LEASE_SECONDS + 1)
+    now = first.renew()
+    assert abs(now - timezone.now()) < timedelta(seconds=10)
+    assert not second.acquire()
+
+
+def test_released_lease_is_free_at_once(leases):
+    first, second = leases
+    first.release()
+    assert first.number == 0
+    assert second.acquire()
+
+
+def test_release_of_a_lost_lease_changes_nothing(leases):
+    first, second = leases
+    age(LEASE_SECONDS + 1)
+    second.acquire()
+    first.release()
+    second.renew()
+    assert not first.acquire()
+
+
+def test_leases_of_other_names_do_not_matter(leases):
+    assert Lease("other").acquire()
+
+
+def test_only_one_of_two_processes_that_ask_at_once_gets_it(monkeypatch):
+    first, second = Lease("sample"), Lease("sample")
+    update = type(models.Lease.objects.all()).update
+
+    def update_after_the_other(queryset, **values):
+        monkeypatch.undo()
+        assert second.acquire()
+        return update(queryset, **values)
+
+    monkeypatch.setattr(type(models.Lease.objects.all()), "update", update_after_the_other)
+    assert not first.acquire()
+    assert (first.number, second.number) == (0, 1)

@@ -1,0 +1,114 @@
+"""When a crontab is due, also on the days when the clock changes.
+
+A crontab whose hour is ``*`` follows real time: it runs in each hour that passes, in a
+repeated one twice. Any other runs once at each of its times: at the first occurrence of a
+time that the clock repeats, and at the moment of the change for a time that it skips.
+
+Celery compares wall clock times instead. When the clock changes, it runs a crontab an hour
+late or leaves a run out (celery #6438, #10107; django-celery-beat #134, #194).
+"""
+
+from bisect import bisect_right
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, date, datetime, time, timedelta
+from functools import lru_cache
+from typing import Any
+from zoneinfo import ZoneInfo
+
+DAY = timedelta(days=1)
+MINUTE = timedelta(minutes=1)
+
+#: How far ``get_next`` looks ahead: 29 February can be eight years away.
+HORIZON = 9 * 366 * DAY
+
+
+@dataclass(frozen=True)
+class Crontab:
+    """The five fields of a crontab as sets, and its time zone; 0 is Sunday.
+
+    A day must match all three of days, months and weekdays.
+    """
+
+    minutes: frozenset[int]
+    hours: frozenset[int]
+    days: frozenset[int]
+    months: frozenset[int]
+    weekdays: frozenset[int]
+    zone: ZoneInfo
+
+    @classmethod
+    def from_schedule(cls, schedule: Any) -> "Crontab":
+        """Return the crontab of a ``TzAwareCrontab`` of django-celery-beat."""
+        return cls(
+            frozenset(schedule.minute),
+            frozenset(schedule.hour),
+            frozenset(schedule.day_of_month),
+            frozenset(schedule.month_of_year),
+            frozenset(schedule.day_of_week),
+            ZoneInfo(str(schedule.tz)),
+        )
+
+    def get_latest(self, since: datetime, now: datetime) -> datetime | None:
+        """Return the last due time after ``since`` and not after ``now``, or None."""
+        day = now.astimezone(self.zone).date() + DAY
+        first = since.astimezone(self.zone).date() - DAY
+        while day >= first:
+            times = get_times(self, day)
+            if position := bisect_right(times, now):
+                return times[position - 1] if times[position - 1] > since else None
+            day -= DAY
+        return None
+
+    def get_next(self, after: datetime, until: datetime | None = None) -> datetime | None:
+        """Return the first due time after a time, or None if there is none until the other."""
+        day = after.astimezone(self.zone).date() - DAY
+        last = (until or after + HORIZON).astimezone(self.zone).date() + DAY
+        while day <= last:
+            times = get_times(self, day)
+            if (position := bisect_right(times, after)) < len(times):
+                return times[position]
+            day += DAY
+        return None
+
+
+@lru_cache(maxsize=2000)
+def get_times(crontab: Crontab, day: date) -> list[datetime]:
+    """Return all due times of a day in the crontab's time zone, in order, in UTC."""
+    if (
+        day.month not in crontab.months
+        or day.day not in crontab.days
+        or day.isoweekday() % 7 not in crontab.weekdays
+    ):
+        return []
+    follows_real_time = len(crontab.hours) == 24
+    times: set[datetime] = set()
+    for hour in crontab.hours:
+        for minute in crontab.minutes:
+            local = datetime.combine(day, time(hour, minute), crontab.zone)
+            times.update(_occurrences(local) if follows_real_time else [_first(local)])
+    return sorted(times)
+
+
+def _occurrences(local: datetime) -> Iterator[datetime]:
+    """Yield when a wall clock shows this time: never, once or twice."""
+    for fold in (0, 1):
+        moment = local.replace(fold=fold).astimezone(UTC)
+        if moment.astimezone(local.tzinfo).replace(tzinfo=None) == local.replace(tzinfo=None):
+            yield moment
+
+
+def _first(local: datetime) -> datetime:
+    """Return when a wall clock shows this time first, or is put forward past it."""
+    if (moment := next(_occurrences(local), None)) is not None:
+        return moment
+    # The change is between these two: the offsets after and before it, applied to a skipped time.
+    before, after = (local.replace(fold=fold).astimezone(UTC) for fold in (1, 0))
+    offset = after.astimezone(local.tzinfo).utcoffset()
+    while after - before > MINUTE:
+        middle = before + (after - before) // 2 // MINUTE * MINUTE
+        if middle.astimezone(local.tzinfo).utcoffset() == offset:
+            after = middle
+        else:
+            before = middle
+    return after

@@ -1,0 +1,105 @@
+"""Heartbeats: worker and beat record in the database that they are at work.
+
+They work with every broker, and tell a process that hangs from one that works: a worker's
+come from the loop that receives tasks, those of beat from each pass over the schedules.
+"""
+
+import contextlib
+import logging
+import os
+import socket
+import threading
+import time
+from datetime import timedelta
+from typing import Any
+
+from celery import signals
+from django.db import DatabaseError, InterfaceError, close_old_connections, connections
+from django.db.models import ExpressionWrapper, F, fields
+from django.db.models.functions import Now
+
+from .models import Heartbeat
+
+logger = logging.getLogger(__name__)
+
+#: Time between two heartbeats of a process, in seconds.
+INTERVAL = 10
+
+#: Age at which a heartbeat means nothing any more, in seconds.
+MAX_AGE = 60
+
+#: How old the last sign of a worker's loop may be, in seconds; it gives one every two.
+LOOP_AGE = 20
+
+_recorded_at: float | None = None
+_loop_at: float = 0
+
+
+def record(process: str) -> None:
+    """Record that this process is at work, every ``INTERVAL`` at most."""
+    global _recorded_at
+    if _recorded_at is not None and time.monotonic() - _recorded_at < INTERVAL:
+        return
+    Heartbeat.objects.update_or_create(
+        process=process, host=socket.gethostname(), pid=os.getpid(), defaults={"seen_at": Now()}
+    )
+    _recorded_at = time.monotonic()
+
+
+def forget() -> None:
+    """Delete the heartbeat of this process, which ends."""
+    with contextlib.suppress(DatabaseError, InterfaceError):
+        Heartbeat.objects.filter(host=socket.gethostname(), pid=os.getpid()).delete()
+
+
+def get_ages(process: str, host: str | None = None) -> list[timedelta]:
+    """Return the ages of the heartbeats of web, worker or beat, on one host or all.
+
+    The first is the newest.
+    """
+    age = ExpressionWrapper(Now() - F("seen_at"), output_field=fields.DurationField())
+    rows = Heartbeat.objects.filter(process=process)
+    if host is not None:
+        rows = rows.filter(host=host)
+    return sorted(rows.annotate(age=age).values_list("age", flat=True))
+
+
+def is_alive(process: str, host: str | None = None) -> bool:
+    """Return whether a process of that kind is at work, on one host or any."""
+    ages = get_ages(process, host)
+    return bool(ages) and ages[0].total_seconds() < MAX_AGE
+
+
+# Workers
+
+
+@signals.heartbeat_sent.connect
+def note_loop(**kwargs: Any) -> None:
+    """Note that the worker's loop runs."""
+    global _loop_at
+    _loop_at = time.monotonic()
+
+
+@signals.worker_ready.connect
+def start_worker_heartbeat(**kwargs: Any) -> None:
+    """Start the thread that records a worker's heartbeats: the database may hold it up."""
+    threading.Thread(target=record_worker, daemon=True).start()
+
+
+def record_worker() -> None:
+    """Record heartbeats while the worker's loop runs."""
+    while True:
+        if time.monotonic() - _loop_at < LOOP_AGE:
+            try:
+                close_old_connections()
+                record("worker")
+            except (DatabaseError, InterfaceError) as error:
+                logger.warning("No heartbeat is recorded: %s", type(error).__name__)
+                connections.close_all()
+        time.sleep(INTERVAL / 2)
+
+
+@signals.worker_shutdown.connect
+def forget_worker(**kwargs: Any) -> None:
+    """Delete the heartbeat of a worker that ends."""
+    forget()
