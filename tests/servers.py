@@ -226,6 +226,13 @@ class Wire:
         """Accept new connections again; those that were cut stay cut."""
         self.listener.setsockopt(socket.SOL_SOCKET, SO_DETACH_FILTER, 0)
 
+    def reset(self):
+        """End all connections; new ones are accepted."""
+        for end in self.sockets:
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+        self.sockets.clear()
+
     def close(self):
         """Close the listening socket."""
         self.listener.close()

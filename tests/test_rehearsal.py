@@ -195,7 +195,8 @@ def test_three_deploys_fail_no_request_and_lose_no_task(
     )
     assert set(responses) == {200}, responses
     assert (lost, repeated) == (0, 0), runs
-    assert min(gaps) > 1.5
+    # A run that is late keeps the next one on time.
+    assert min(gaps) > 0.2
     assert max(gaps) < 10
     assert len(times) > 10
     assert {status for _, status, _ in dokku.stops} == {0}

@@ -15,7 +15,7 @@ FIELDS = ("minute", "hour", "day_of_month", "month_of_year", "day_of_week")
 def make(text, zone="UTC"):
     """Return a crontab from its five fields."""
     row = CrontabSchedule(**dict(zip(FIELDS, text.split(), strict=True)), timezone=ZoneInfo(zone))
-    return Crontab.from_schedule(row.schedule)
+    return Crontab.from_row(row)
 
 
 def get_times(crontab, start, end):

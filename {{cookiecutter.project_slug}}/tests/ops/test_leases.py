@@ -1,11 +1,13 @@
 """Leases: one holder at a time, by the clock of the database."""
 
+import subprocess
 from datetime import timedelta
 
 import pytest
 from django.db.models import F
 from django.utils import timezone
 
+from {{ cookiecutter.project_slug }}.ops import leases as module
 from {{ cookiecutter.project_slug }}.ops import models
 from {{ cookiecutter.project_slug }}.ops.leases import LEASE_SECONDS, Lease, LostLease
 
@@ -18,11 +20,18 @@ def age(seconds):
 
 
 @pytest.fixture
-def leases():
+def processes():
     """Two processes that ask for the same lease; the first one holds it."""
     first, second = Lease("sample"), Lease("sample")
     assert first.acquire()
     return first, second
+
+
+@pytest.fixture
+def leases(processes, monkeypatch):
+    """Two processes on different machines."""
+    monkeypatch.setattr(module, "_is_gone", lambda holder: False)
+    return processes
 
 
 def test_second_process_has_to_wait(leases):
@@ -86,3 +95,20 @@ def test_only_one_of_two_processes_that_ask_at_once_gets_it(monkeypatch):
     monkeypatch.setattr(type(models.Lease.objects.all()), "update", update_after_the_other)
     assert not first.acquire()
     assert (first.number, second.number) == (0, 1)
+
+
+@pytest.mark.parametrize("place", ["", "another-"], ids=["here", "elsewhere"])
+@pytest.mark.parametrize("alive", [True, False], ids=["alive", "killed"])
+def test_process_that_was_killed_is_replaced_at_once_on_its_machine(processes, place, alive):
+    with subprocess.Popen(["sleep", "60"]) as process:
+        if not alive:
+            process.kill()
+            process.wait()
+        here = module._get_holder().rpartition(" ")[0]
+        models.Lease.objects.update(holder=f"{place}{here} {process.pid}")
+        assert processes[1].acquire() is (not alive and not place)
+        process.kill()
+
+
+def test_process_that_replaced_itself_gets_its_lease_again(processes):
+    assert processes[1].acquire()

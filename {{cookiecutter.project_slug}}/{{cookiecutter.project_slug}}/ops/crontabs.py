@@ -16,6 +16,9 @@ from functools import lru_cache
 from typing import Any
 from zoneinfo import ZoneInfo
 
+from celery.schedules import crontab as parse_crontab
+from django_celery_beat.models import CrontabSchedule
+
 DAY = timedelta(days=1)
 MINUTE = timedelta(minutes=1)
 
@@ -38,16 +41,10 @@ class Crontab:
     zone: ZoneInfo
 
     @classmethod
-    def from_schedule(cls, schedule: Any) -> "Crontab":
-        """Return the crontab of a ``TzAwareCrontab`` of django-celery-beat."""
-        return cls(
-            frozenset(schedule.minute),
-            frozenset(schedule.hour),
-            frozenset(schedule.day_of_month),
-            frozenset(schedule.month_of_year),
-            frozenset(schedule.day_of_week),
-            ZoneInfo(str(schedule.tz)),
-        )
+    def from_row(cls, row: CrontabSchedule) -> "Crontab":
+        """Return the crontab of a row of django-celery-beat; ValueError if it is invalid."""
+        fields = row.minute, row.hour, row.day_of_week, row.day_of_month, row.month_of_year
+        return _parse(*fields, str(row.timezone))
 
     def get_latest(self, since: datetime, now: datetime) -> datetime | None:
         """Return the last due time after ``since`` and not after ``now``, or None."""
@@ -70,6 +67,21 @@ class Crontab:
                 return times[position]
             day += DAY
         return None
+
+
+@lru_cache(maxsize=1000)
+def _parse(
+    minute: str, hour: str, day_of_week: str, day_of_month: str, month_of_year: str, zone: str
+) -> Crontab:
+    parsed: Any = parse_crontab(minute, hour, day_of_week, day_of_month, month_of_year)
+    return Crontab(
+        frozenset(parsed.minute),
+        frozenset(parsed.hour),
+        frozenset(parsed.day_of_month),
+        frozenset(parsed.month_of_year),
+        frozenset(parsed.day_of_week),
+        ZoneInfo(zone),
+    )
 
 
 @lru_cache(maxsize=2000)

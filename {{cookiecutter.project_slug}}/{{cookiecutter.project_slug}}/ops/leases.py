@@ -1,11 +1,15 @@
 """Leases: one process at a time is in charge of something, whatever happens to the others.
 
 A lease is a row with a number that grows with each holder, and the time of its renewal. Who
-does not renew it for ``LEASE_SECONDS`` has lost it to the first who asks for it. A holder
+does not renew it for ``LEASE_SECONDS`` has lost it to the first who asks for it; a process
+that was killed, at once to one on the same machine or in the same container. A holder
 that was paused finds its number outdated and must not act any more. The times are those of
 the database, so that no machine's clock matters.
 """
 
+import contextlib
+import os
+import socket
 from datetime import datetime, timedelta
 from typing import cast
 
@@ -23,6 +27,31 @@ class LostLease(Exception):
     """Another process holds the lease now."""
 
 
+def _get_holder() -> str:
+    """Return host, namespace of process ids (that of a container, on Linux) and process id."""
+    namespace = ""
+    with contextlib.suppress(OSError):
+        namespace = os.readlink("/proc/self/ns/pid")
+    return f"{socket.gethostname()} {namespace} {os.getpid()}"
+
+
+def _is_gone(holder: str) -> bool:
+    """Return whether a holder was a process of this machine or container, and has ended."""
+    place, _, pid = holder.rpartition(" ")
+    own_place, _, own_pid = _get_holder().rpartition(" ")
+    if place != own_place:
+        return False
+    if pid == own_pid:
+        return True
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
 class Lease:
     """The lease of a name, which this process may hold."""
 
@@ -36,10 +65,14 @@ class Lease:
         with transaction.atomic():
             models.Lease.objects.get_or_create(name=self.name)
             row = models.Lease.objects.annotate(now=Now()).get(name=self.name)
-            kept = row.renewed_at and row.now - row.renewed_at < timedelta(seconds=LEASE_SECONDS)
+            renewed_lately = row.renewed_at is not None and (
+                row.now - row.renewed_at < timedelta(seconds=LEASE_SECONDS)
+            )
             # Another process may have taken it since the row was read.
             unchanged = models.Lease.objects.filter(name=self.name, number=row.number)
-            if kept or not unchanged.update(number=F("number") + 1, renewed_at=Now()):
+            kept = renewed_lately and not _is_gone(row.holder)
+            values = {"number": F("number") + 1, "holder": _get_holder(), "renewed_at": Now()}
+            if kept or not unchanged.update(**values):
                 return False
             self.number = row.number + 1
             return True

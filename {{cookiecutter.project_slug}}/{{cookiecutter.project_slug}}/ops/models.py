@@ -117,6 +117,7 @@ class Lease(models.Model):
 
     name = models.CharField(max_length=50, unique=True)
     number = models.BigIntegerField(default=0)
+    holder = models.CharField(max_length=500, blank=True)
     renewed_at = models.DateTimeField(null=True)
 
     def __str__(self) -> str:

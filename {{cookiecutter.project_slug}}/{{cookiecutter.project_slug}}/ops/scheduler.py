@@ -56,7 +56,7 @@ def get_due(row: PeriodicTask, now: datetime) -> datetime | None:
         if deadline is not None:
             # Exactly that long ago still counts.
             since = max(since, now - timedelta(seconds=deadline, microseconds=1))
-        return Crontab.from_schedule(row.crontab.schedule).get_latest(since, now)
+        return Crontab.from_row(row.crontab).get_latest(since, now)
     if row.interval is not None:
         period = _get_period(row)
         return since + (now - since) // period * period if now - since >= period else None
@@ -71,7 +71,7 @@ def get_next(row: PeriodicTask, after: datetime, until: datetime | None = None) 
     """Return when a schedule is due after a time, or None if not until the other time."""
     since = max(_get_start(row), after)
     if row.crontab is not None:
-        return Crontab.from_schedule(row.crontab.schedule).get_next(since, until)
+        return Crontab.from_row(row.crontab).get_next(since, until)
     if row.interval is not None:
         start, period = _get_start(row), _get_period(row)
         return start + ((since - start) // period + 1) * period
@@ -85,7 +85,7 @@ def get_latest(row: PeriodicTask, since: datetime, now: datetime) -> datetime | 
     """Return the last time in a span that a schedule was due, whether it has run or not."""
     if row.crontab is not None:
         since = max(since, row.date_changed, row.start_time or row.date_changed)
-        return Crontab.from_schedule(row.crontab.schedule).get_latest(since, now)
+        return Crontab.from_row(row.crontab).get_latest(since, now)
     last_run: datetime | None = row.last_run_at
     return last_run if last_run is not None and last_run >= since else None
 

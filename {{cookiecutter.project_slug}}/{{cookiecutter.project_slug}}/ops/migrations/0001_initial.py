@@ -136,6 +136,7 @@ class Migration(migrations.Migration):
                 ),
                 ("name", models.CharField(max_length=50, unique=True)),
                 ("number", models.BigIntegerField(default=0)),
+                ("holder", models.CharField(blank=True, max_length=500)),
                 ("renewed_at", models.DateTimeField(null=True)),
             ],
         ),
