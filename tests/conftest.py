@@ -52,6 +52,7 @@ SERVICE_VARIABLES = {
     "DEBUG",
     "DJANGO_MODE",
     "DJANGO_SETTINGS_MODULE",
+    "EMAIL_API",
     "LOG_FORMAT",
     "LOG_LEVEL",
     "PORT",

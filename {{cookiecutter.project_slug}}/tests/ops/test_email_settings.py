@@ -5,6 +5,7 @@ from django.conf import settings as current
 from django.core.checks import run_checks
 from django.core.signing import Signer
 
+from {{ cookiecutter.project_slug }}.ops.environment import EnvironmentVariableError
 from {{ cookiecutter.project_slug }}.ops.settings import Defaults
 
 ACCOUNT = {"EMAIL_HOST": "mail.example.com", "EMAIL_HOST_USER": "user"}
@@ -58,3 +59,39 @@ def test_earlier_keys_still_verify(monkeypatch, settings):
     assert Defaults().SECRET_KEY_FALLBACKS[1] == "b1c2d3" * 10
     settings.SECRET_KEY, settings.SECRET_KEY_FALLBACKS = "b1c2d3" * 10, [old]
     assert Signer().unsign(signed) == "value"
+
+
+class TestApi:
+    @pytest.fixture
+    def read(self, monkeypatch):
+        """Return a function that reads EMAIL_API."""
+
+        def read(text):
+            monkeypatch.setenv("EMAIL_API", text)
+            return Defaults()
+
+        return read
+
+    def test_names_provider_and_settings_of_anymail(self, read):
+        settings = read("mailgun?api_key=abc%26d&sender_domain=mg.example.com")
+        assert settings.EMAIL_BACKEND == "anymail.backends.mailgun.EmailBackend"
+        assert settings.ANYMAIL == {
+            "MAILGUN_API_KEY": "abc&d",
+            "MAILGUN_SENDER_DOMAIN": "mg.example.com",
+        }
+        assert read("amazon_ses").ANYMAIL == {}
+        assert read("").EMAIL_BACKEND == "django.core.mail.backends.console.EmailBackend"
+
+    @pytest.mark.parametrize("text", ["https://x", "postmark?hunter2", "Postmark?a=b"])
+    def test_error_shows_no_secret(self, read, text):
+        with pytest.raises(EnvironmentVariableError, match="EMAIL_API") as error:
+            read(text).EMAIL_API  # noqa: B018
+        assert "hunter2" not in str(error.value)
+
+    def test_check_names_the_package_that_is_missing(self, settings):
+        settings.EMAIL_API = ("postmark", {})
+        settings.EMAIL_BACKEND = "anymail.backends.postmark.EmailBackend"
+        errors = [each for each in run_checks(include_deployment_checks=True) if "email" in each.id]
+        (error,) = errors
+        assert error.id == "email.E003"
+        assert error.hint.startswith("Run uv add django-anymail")

@@ -11,7 +11,8 @@ from celery.bin.worker import worker
 from click import ClickException
 from django.apps import AppConfig
 from django.conf import settings
-from django.core import checks
+from django.core import checks, mail
+from django.core.exceptions import ImproperlyConfigured
 from django.db.migrations.exceptions import CircularDependencyError, NodeNotFoundError
 from django.db.migrations.loader import MigrationLoader
 from django.utils.module_loading import import_string
@@ -87,10 +88,20 @@ def check_database(
 def check_email(
     app_configs: Sequence[AppConfig] | None, **kwargs: Any
 ) -> list[checks.CheckMessage]:
-    """Report an SMTP connection that sends its password in clear, or that cannot start."""
+    """Report a mail server that gets its password in clear, and one that cannot be used."""
     if settings.EMAIL_USE_TLS and settings.EMAIL_USE_SSL:
         problem = "EMAIL_USE_TLS and EMAIL_USE_SSL are both on: the server has one of them."
         return [checks.Error(problem, id="email.E002")]
+    if settings.EMAIL_API:
+        try:
+            mail.get_connection()
+        except ImportError as error:
+            hint = "Run uv add django-anymail, and see https://anymail.dev/ for the provider."
+            return [checks.Error(f"EMAIL_API: {error}.", hint=hint, id="email.E003")]
+        except ImproperlyConfigured as error:
+            problem = f"EMAIL_API: {' '.join(str(error).split())}"
+            return [checks.Error(problem, id="email.E003")]
+        return []
     encrypted = settings.EMAIL_USE_TLS or settings.EMAIL_USE_SSL
     if settings.EMAIL_HOST and settings.EMAIL_HOST_USER and not encrypted:
         problem = "The password of the SMTP server is sent in clear."

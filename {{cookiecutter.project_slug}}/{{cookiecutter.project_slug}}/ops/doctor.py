@@ -146,6 +146,9 @@ def check_schedules() -> Result:
 def check_email() -> Result:
     """Connect and log in to the mail server."""
     backend = settings.EMAIL_BACKEND.split(".")[-2]
+    if settings.EMAIL_API:
+        with mail.get_connection():
+            return Result(f"the API of {settings.EMAIL_API[0]}; only its settings are checked")
     if backend != "smtp":
         return Result(f"no server; messages go to Django's {backend} backend")
     with mail.get_connection(timeout=REPLY_TIMEOUT):
@@ -268,6 +271,7 @@ def redact_text(text: str) -> str:
         settings.SECRET_KEY,
         *settings.SECRET_KEY_FALLBACKS,
         settings.EMAIL_HOST_PASSWORD,
+        *settings.ANYMAIL.values(),
         settings.DATABASES["default"].get("PASSWORD"),
         urlsplit(settings.CELERY_BROKER_URL).password,
     )

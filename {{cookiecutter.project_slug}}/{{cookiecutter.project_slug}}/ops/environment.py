@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterator
 from email.utils import parseaddr
 from functools import wraps
 from typing import Any, TypeVar
-from urllib.parse import SplitResult, parse_qs, urlsplit
+from urllib.parse import SplitResult, parse_qs, parse_qsl, urlsplit
 
 import cbs
 from cbs.cast import as_bool, as_list
@@ -227,6 +227,19 @@ def database_url(text: str) -> dict[str, Any]:
         return config
     except (TypeError, ValueError):
         raise RedactedError("a URL with an invalid option after the ?") from None
+
+
+@expects("the name of a provider and its settings, such as postmark?server_token=TOKEN")
+def email_api(text: str) -> tuple[str, dict[str, str]]:
+    """Return the name of a provider of django-anymail, and its settings by name."""
+    provider, _, query = text.partition("?")
+    if not re.fullmatch("[a-z_]+", provider):
+        raise RedactedError("no name of a provider")
+    try:
+        values = dict(parse_qsl(query, strict_parsing=bool(query)))
+    except ValueError:
+        raise RedactedError("settings that are not name=value, joined with &") from None
+    return provider, {f"{provider}_{name}".upper(): value for name, value in values.items()}
 
 
 def broker_url(*schemes: str) -> Cast[str]:

@@ -19,6 +19,7 @@ from .environment import (
     broker_url,
     database_url,
     email_address,
+    email_api,
     env,
     host,
     hosts,
@@ -177,7 +178,16 @@ class Defaults(BaseSettings):  # type: ignore[misc]
     def DEFAULT_FROM_EMAIL(self) -> str:
         return f"noreply@{self.DOMAIN}"
 
+    # Or through the HTTP API of a provider that django-anymail supports
+    # https://anymail.dev/en/stable/esps/
+    EMAIL_API = env("", cast=or_empty(email_api, None))
+
+    def ANYMAIL(self) -> dict[str, str]:
+        return self.EMAIL_API[1] if self.EMAIL_API else {}
+
     def EMAIL_BACKEND(self) -> str:
+        if self.EMAIL_API:
+            return f"anymail.backends.{self.EMAIL_API[0]}.EmailBackend"
         backend = "smtp" if self.EMAIL_HOST else "console"
         return f"django.core.mail.backends.{backend}.EmailBackend"
 
@@ -373,5 +383,7 @@ class StagingDefaults(ProductionDefaults):
     EMAIL_HOST = env("", cast=or_empty(host))
 
     def EMAIL_BACKEND(self) -> str:
+        if self.EMAIL_API:
+            return f"anymail.backends.{self.EMAIL_API[0]}.EmailBackend"
         backend = "smtp" if self.EMAIL_HOST else "dummy"
         return f"django.core.mail.backends.{backend}.EmailBackend"
