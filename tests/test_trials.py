@@ -1,0 +1,38 @@
+"""Short forms of the long trials."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import ROOT, clean_environment, require_server
+
+pytestmark = pytest.mark.slow
+
+
+def run_trial(uv, name, *arguments):
+    """Run a trial; return its output, or fail the test."""
+    done = subprocess.run(
+        [sys.executable, ROOT / "trials" / f"{name}.py", *map(str, arguments)],
+        cwd=ROOT,
+        env=clean_environment(UV=uv),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout
+
+
+def test_three_beats_that_are_disturbed(request, uv):
+    require_server(request, "PostgreSQL", 5432, "docker run -d -p 5432:5432 postgres:16")
+    require_server(request, "RabbitMQ", 5672, "docker run -d -p 5672:5672 rabbitmq:4")
+    if os.environ.get("RABBITMQ_URL"):
+        pytest.skip("the trial uses the RabbitMQ server at 127.0.0.1:5672")
+    run_trial(uv, "beats", 20)
+
+
+def test_ten_years_in_one_time_zone(uv):
+    run_trial(uv, "ten_years", 1)
