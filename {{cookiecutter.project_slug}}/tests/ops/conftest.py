@@ -1,6 +1,8 @@
+import shutil
 from pathlib import Path
 
 import pytest
+from django.conf import settings
 from django.contrib.auth import get_user_model
 from django.core.cache import caches
 from django.db import connection
@@ -13,6 +15,12 @@ from {{ cookiecutter.project_slug }}.ops.celery import Task
 def _empty_cache():
     """Forget the requests of earlier tests, which throttles would count."""
     caches["default"].clear()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _delete_locks():
+    yield
+    shutil.rmtree(settings.LOCK_DIR, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

@@ -267,7 +267,7 @@ class TestRejections:
         now = timezone.now()
         tried = 0
         with time_machine.travel(now, tick=False) as clock:
-            for minute in range(10 * 60):
+            for minute in [*range(20), *range(20, 600, 10)]:
                 clock.move_to(now + timedelta(minutes=minute))
                 before = server.tried[to]
                 send(run, queue)
@@ -447,14 +447,14 @@ class TestServerThatRejectsAll:
             with pytest.raises(mailer.ServerFailed, match="Relay access denied"):
                 deliveries.send_chunk(run, chunk)
             assert sum(server.tried.values()) == 5
-            for minute in range(1, 600):
+            for minute in range(10, 600, 10):
                 clock.move_to(now + timedelta(minutes=minute, seconds=minute))
                 with contextlib.suppress(mailer.ServerFailed, mailer.Paused):
                     deliveries.send_chunk(run, chunk)
-            assert sum(server.tried.values()) <= 605
+            assert sum(server.tried.values()) <= 64
             assert {status for _, status, _ in statuses()} == {"sending"}
             server.errors.clear()
-            for minute in range(600, 900):
+            for minute in range(600, 900, 10):
                 clock.move_to(now + timedelta(minutes=minute, seconds=minute))
                 deliveries.send_chunk(run, chunk)
         assert [status for _, status, _ in statuses()] == ["sent"] * len(users)
@@ -576,14 +576,14 @@ class TestResume:
         queue.clear()
         tasks.resume_deliveries()
         assert chunks(queue) == []
-        with time_machine.travel(NOW + tasks.STALE_AFTER + timedelta(minutes=1)):
+        with time_machine.travel(timezone.now() + tasks.STALE_AFTER):
             tasks.resume_deliveries()
         assert chunks(queue) == [(run.pk, readers[1].pk // deliveries.CHUNK)]
 
     def test_run_without_remaining_recipients_is_finished(self, run, queue, readers):
         send(run, queue)
         queue.clear()
-        with time_machine.travel(NOW + tasks.STALE_AFTER + timedelta(minutes=1)):
+        with time_machine.travel(timezone.now() + tasks.STALE_AFTER):
             tasks.resume_deliveries()
         run.refresh_from_db()
         assert run.finished_at
@@ -598,7 +598,7 @@ class TestResume:
     def test_run_of_a_digest_that_was_removed_is_ignored(self, run, queue, monkeypatch):
         monkeypatch.delitem(registry, NAME)
         queue.clear()
-        with time_machine.travel(NOW + tasks.STALE_AFTER + timedelta(minutes=1)):
+        with time_machine.travel(timezone.now() + tasks.STALE_AFTER):
             tasks.resume_deliveries()
         assert queue == []
 
@@ -855,7 +855,7 @@ class TestNotification:
     ):
         server.errors = {address(user): error}
         with time_machine.travel(NOW + timedelta(minutes=2), tick=False) as clock:
-            for minute in range(0, days * 24 * 60, 5):
+            for minute in range(0, days * 24 * 60, 15):
                 clock.move_to(NOW + timedelta(minutes=2 + minute))
                 tasks.resume_deliveries()
                 for name, args, _ in queue:

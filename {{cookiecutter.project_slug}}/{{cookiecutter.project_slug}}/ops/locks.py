@@ -57,10 +57,10 @@ class AdvisoryLock:
 
 
 class FileLock:
-    """A lock on a file in ``var/``: the operating system releases it with the process."""
+    """A lock on a file in ``LOCK_DIR``: the operating system releases it with the process."""
 
     def __init__(self, name: str, connection: BaseDatabaseWrapper) -> None:
-        self.path = Path(settings.BASE_DIR) / "var" / "locks" / name.replace(" ", "-")
+        self.path = Path(settings.LOCK_DIR) / name.replace(" ", "-")
         self.connection = connection
         self.file: IO[str] | None = None
 

@@ -6,7 +6,9 @@
 https://django-classy-settings.readthedocs.io/
 """
 
+import os
 from pathlib import Path
+from tempfile import gettempdir
 from typing import Any
 
 from cbs import BaseSettings
@@ -149,6 +151,9 @@ class Defaults(BaseSettings):  # type: ignore[misc]
                 "init_command": "PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL;",
             },
         }
+
+    # Where the embedded database's locks between processes are files
+    LOCK_DIR = VAR_DIR / "locks"
 
     # The longest time of a statement in PostgreSQL, in seconds; see database.py
     DATABASE_STATEMENT_TIMEOUT = env(30, cast=integer(1, 3600))
@@ -307,6 +312,8 @@ class TestDefaults(Defaults):
     DEBUG = False
     CELERY_BROKER_URL = env("memory://", cast=broker_url("amqp", "amqps", "memory"))
     WHITENOISE_AUTOREFRESH = True
+    # Two test runs at the same time share no locks.
+    LOCK_DIR = Path(gettempdir()) / f"{PACKAGE}-{os.getpid()}"
     PASSWORD_HASHERS = ["django.contrib.auth.hashers.MD5PasswordHasher"]
 
 

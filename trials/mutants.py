@@ -1,0 +1,91 @@
+"""Change the delicate modules of a service in small ways, and see whether their tests notice.
+
+    uv run trials/mutants.py [MODULE ...]
+
+Generates the default service, and runs mutmut on each module of ``ops`` with the tests that are
+its own. Prints the changes that no test notices, and their number.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+#: The modules, and the files with their tests.
+MODULES = {
+    "attempts": ["test_deliveries"],
+    "beat": ["test_beat"],
+    "crontabs": ["test_crontabs"],
+    "deliveries": ["test_deliveries"],
+    "leases": ["test_leases"],
+    "locks": ["test_locks"],
+    "logins": ["test_logins"],
+    "mailer": ["test_deliveries"],
+    "scheduler": ["test_scheduler"],
+    "schedules": ["test_schedules"],
+}
+
+CONFIGURATION = """
+[tool.mutmut]
+paths_to_mutate = ["prayer_room_api/ops/{module}.py"]
+tests_dir = [{tests}]
+also_copy = ["prayer_room_api", "tests", "manage.py"]
+"""
+
+
+def main(modules):
+    """Run mutmut on each module; return the number of changes that no test noticed."""
+    from cookiecutter.main import cookiecutter
+
+    survivors = 0
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["COOKIECUTTER_CONFIG"] = f"{folder}/none"
+        (Path(folder) / "none").touch()
+        answers = {"setup": False}
+        path = cookiecutter(str(ROOT), no_input=True, extra_context=answers, output_dir=folder)
+        project = Path(path)
+        uv = os.environ.get("UV") or shutil.which("uv")
+        environment = {name: value for name, value in os.environ.items() if name != "VIRTUAL_ENV"}
+
+        def run(*command, check=True):
+            done = subprocess.run(
+                [uv, *command],
+                cwd=project,
+                env=environment,
+                check=check,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            return done.stdout
+
+        run("add", "--quiet", "--dev", "mutmut>=3,<4")
+        pyproject = (project / "pyproject.toml").read_text()
+        for module in modules:
+            tests = ", ".join(f'"tests/ops/{name}.py"' for name in MODULES[module])
+            configuration = CONFIGURATION.format(module=module, tests=tests)
+            (project / "pyproject.toml").write_text(pyproject + configuration)
+            shutil.rmtree(project / "mutants", ignore_errors=True)
+            output = run("run", "--quiet", "mutmut", "run", check=False)
+            found = run("run", "--quiet", "mutmut", "results", "--all", "true").splitlines()
+            if not found:
+                sys.exit(f"{module}: mutmut failed:\n{output[-2000:]}")
+            alive = [line.strip() for line in found if not line.endswith((": killed", ": timeout"))]
+            print(f"{module}: {len(alive)} of {len(found)} changes are not noticed", flush=True)
+            for line in alive:
+                name, _, status = line.partition(": ")
+                print(f"\n{status}\n{run('run', '--quiet', 'mutmut', 'show', name)}", flush=True)
+            survivors += len(alive)
+    return survivors
+
+
+if __name__ == "__main__":
+    unknown = set(sys.argv[1:]) - MODULES.keys()
+    if unknown:
+        sys.exit(f"unknown: {', '.join(unknown)}; the modules are: {', '.join(MODULES)}")
+    sys.exit(1 if main(sys.argv[1:] or list(MODULES)) else 0)
