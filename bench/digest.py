@@ -170,7 +170,9 @@ def send_in_chunks():
     from prayer_room_api.tasks import send_user_digest
 
     queued = []
-    with patch.object(send_digest_chunk, "apply_async", lambda args, **_: queued.append(args)):
+    with patch.object(
+        send_digest_chunk, "apply_async", lambda args, kwargs=None, **_: queued.append(args)
+    ):
         send_user_digest("daily")
     for args in queued:
         send_digest_chunk(*args)
@@ -201,9 +203,7 @@ def send_naively():
         html = render_to_string("email/user_digest.html", context)
         message.attach_alternative(html, "text/html")
         message.send()
-        DigestDelivery.objects.create(
-            digest="daily", recipient=user, period_start=start, status="sent"
-        )
+        DigestDelivery.objects.create(digest="daily", recipient=user, period_end=end, status="sent")
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ FROM (
     SELECT n, now() - ({rows} - n) * interval '1 minute' AS moment
     FROM generate_series(1, {rows}) AS n
 ) AS numbers;
-INSERT INTO {deliveries} (digest, recipient_id, period_start, status, reason, created_at)
+INSERT INTO {deliveries} (digest, recipient_id, period_end, status, reason, created_at)
 SELECT CASE WHEN n %% 5000 = 0 THEN 'moderator' ELSE 'daily' END, 1 + n %% ({rows} / 10),
     now() - (n / ({rows} / 10)) * interval '1 day',
     CASE WHEN n %% 10000 = 0 THEN 'failed' ELSE 'sent' END, '', now()

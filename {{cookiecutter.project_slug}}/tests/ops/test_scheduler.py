@@ -1,11 +1,11 @@
 """The scheduler: what is due is queued once, whatever fails in between."""
 
-from datetime import timedelta
+from datetime import UTC, timedelta
 
 import pytest
 import time_machine
 from celery import current_app, shared_task
-from django.db import OperationalError
+from django.db import InterfaceError, OperationalError
 from django.db.models import F
 from django.utils import timezone
 from django_celery_beat.models import (
@@ -24,7 +24,7 @@ from {{ cookiecutter.project_slug }}.ops.models import Heartbeat, ScheduleRun
 
 pytestmark = pytest.mark.django_db
 
-NOW = timezone.now().replace(hour=12, minute=0, second=0, microsecond=0)
+NOW = timezone.now().astimezone(UTC).replace(minute=0, second=0, microsecond=0)
 MINUTE, HOUR = timedelta(minutes=1), timedelta(hours=1)
 
 
@@ -90,9 +90,9 @@ def make(name="sample", changed=NOW - HOUR, **fields):
     return row
 
 
-def crontab(text="0 12 * * *"):
-    minute, hour, *_ = text.split()
-    return CrontabSchedule.objects.create(minute=minute, hour=hour, timezone="UTC")
+def crontab():
+    """Create the crontab of every day at ``NOW``."""
+    return CrontabSchedule.objects.create(minute="0", hour=str(NOW.hour), timezone="UTC")
 
 
 class TestDue:
@@ -291,6 +291,16 @@ class TestPublishing:
 
     def test_message_of_no_schedule_runs(self):
         assert runs.start_run({})
+
+    @pytest.mark.parametrize("error", [OperationalError, InterfaceError])
+    def test_message_runs_while_the_database_is_away(self, monkeypatch, caplog, error):
+        def fail(*args, **kwargs):
+            raise error("password=hunter2")
+
+        monkeypatch.setattr(ScheduleRun.objects, "filter", fail)
+        assert runs.start_run({"schedule_run": 1, "schedule_attempt": 1})
+        message = f"The start of a run is not recorded: {error.__name__}"
+        assert [record.getMessage() for record in caplog.records] == [message]
 
     def test_worker_ignores_a_second_message(self, caplog):
         row = make()

@@ -126,7 +126,7 @@ def send_chunk(run: DigestRun, chunk: int) -> bool:
     with try_lock(f"digest {run.pk} {chunk}") as acquired:
         if not acquired:
             raise Busy
-        recipients, killed = _get_recipients(run, chunk)
+        recipients, begun = _get_recipients(run, chunk)
         unfinished = attempts.get_attempts(_message_id(run, user) for user in recipients)
         later = {key for key, each in unfinished.items() if each.next_at > timezone.now()}
         due = [user for user in recipients if _message_id(run, user) not in later]
@@ -140,7 +140,7 @@ def send_chunk(run: DigestRun, chunk: int) -> bool:
         if not due:
             return True
         with relaxed_commits(), connect() as server:
-            return _send(run, due, killed, unfinished, server)
+            return _send(run, due, begun, unfinished, server)
 
 
 def _get_recipients(run: DigestRun, chunk: int) -> tuple[list[Any], set[Any]]:
