@@ -100,6 +100,7 @@ def test_commands_of_both_readmes_work(clone, environment, tmp_path):
     assert done.stdout.split() == [
         "deliveries-resume",
         "moderator-digest-hourly",
+        "records-delete",
         "user-digest-daily",
         "user-digest-weekly",
     ]

@@ -73,6 +73,7 @@ def test_setup_installs_migrates_and_commits(generate):
     assert sorted(name for (name,) in rows) == [
         "deliveries-resume",
         "moderator-digest-hourly",
+        "records-delete",
         "user-digest-daily",
         "user-digest-weekly",
     ]

@@ -855,7 +855,7 @@ class TestNotification:
     ):
         server.errors = {address(user): error}
         with time_machine.travel(NOW + timedelta(minutes=2), tick=False) as clock:
-            for minute in range(0, days * 24 * 60, 15):
+            for minute in range(0, days * 24 * 60, 15 * days):
                 clock.move_to(NOW + timedelta(minutes=2 + minute))
                 tasks.resume_deliveries()
                 for name, args, _ in queue:
