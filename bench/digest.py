@@ -13,7 +13,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 import uuid
 from contextlib import contextmanager
 from pathlib import Path
@@ -53,14 +52,11 @@ def main(sizes):
 @contextmanager
 def generate_service():
     """Yield the default service, generated and installed in a folder that is deleted after."""
-    from cookiecutter.main import cookiecutter
+    sys.path.insert(0, str(ROOT))
+    from tests.generate import generated_project
 
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ["COOKIECUTTER_CONFIG"] = f"{folder}/none"
-        (Path(folder) / "none").touch()
-        answers = {"setup": False}
-        project = cookiecutter(str(ROOT), no_input=True, extra_context=answers, output_dir=folder)
-        service = Service(project)
+    with generated_project() as project:
+        service = Service(str(project))
         service.run(os.environ.get("UV", "uv"), "sync", "--quiet", "--no-dev", "--compile-bytecode")
         yield service
 

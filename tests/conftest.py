@@ -332,10 +332,10 @@ class Service:
         """Start a process of the Procfile."""
         return self.spawn(name, *shlex.split(self.procfile()[name]))
 
-    def spawn(self, name, *arguments):
+    def spawn(self, name, *arguments, **variables):
         """Start a command in the background. The name is the prefix of its log file."""
         log = self.folder.parent / f"{name}-{len(self.processes)}.log"
-        process = Process(arguments, self.folder, self.environment, log)
+        process = Process(arguments, self.folder, self.environment | variables, log)
         self.processes.append(process)
         return process
 

@@ -48,11 +48,17 @@ def count_dispatches(*beats):
     return sum(beat.text().count("Sending due task") for beat in beats)
 
 
-def test_standby_takes_over_when_the_active_beat_is_killed_or_stopped(service):
+def start_two(service):
+    """Start a beat that dispatches and one that stands by, and return both."""
     first = service.start("beat")
     wait_for(lambda: count_dispatches(first) > 1, 30, first.text)
     second = service.start("beat")
     second.wait_for_text("Standing by: another beat is running")
+    return first, second
+
+
+def test_standby_takes_over_when_the_active_beat_is_killed_or_stopped(service):
+    first, second = start_two(service)
     before = count_dispatches(first)
     time.sleep(4)
     assert count_dispatches(first) > before + 1
@@ -76,10 +82,7 @@ def test_standby_takes_over_when_the_active_beat_is_killed_or_stopped(service):
 # SQLite has no connection to lose.
 @pytest.mark.parametrize("service", ["production"], indirect=True)
 def test_only_one_beat_dispatches_after_a_lost_connection(service):
-    first = service.start("beat")
-    wait_for(lambda: count_dispatches(first) > 1, 30, first.text)
-    second = service.start("beat")
-    second.wait_for_text("Standing by: another beat is running")
+    first, second = start_two(service)
     url = service.environment["DATABASE_URL"]
     with psycopg.connect(url, autocommit=True) as server:
         server.execute(
@@ -93,10 +96,7 @@ def test_only_one_beat_dispatches_after_a_lost_connection(service):
 
 @pytest.mark.parametrize("service", ["production"], indirect=True)
 def test_beat_that_was_paused_dispatches_nothing_and_stands_by(service):
-    first = service.start("beat")
-    wait_for(lambda: count_dispatches(first) > 1, 30, first.text)
-    second = service.start("beat")
-    second.wait_for_text("Standing by: another beat is running")
+    first, second = start_two(service)
     first.popen.send_signal(signal.SIGSTOP)
     paused = time.monotonic()
     before = count_dispatches(first)

@@ -4,7 +4,7 @@
 
 Generates a service and runs a worker and three beats on PostgreSQL (127.0.0.1:5432, user
 postgres, trust) and RabbitMQ (127.0.0.1:5672, guest). In each round one beat is paused, killed,
-cut off from a server, faced with silence, or its clock jumps. Then it compares the runs that
+disconnected from a server, cut off from it without notice, or its clock jumps. Then it compares the runs that
 the worker recorded with the schedules: none twice, none early, none of the crontab missing,
 and no gap of ``TAKEOVER`` seconds in the interval. Exits with status 1 if anything is wrong.
 """
@@ -15,11 +15,9 @@ import functools
 import itertools
 import os
 import random
-import shutil
+import shlex
 import signal
-import subprocess
 import sys
-import tempfile
 import time
 import uuid
 from datetime import UTC, datetime, timedelta
@@ -29,9 +27,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import psycopg
 
+from tests.conftest import RABBITMQ_URL, Service, production_variables
+from tests.generate import generated_project
 from tests.servers import Wire
 
-ROOT = Path(__file__).resolve().parent.parent
 SERVER = "postgres://postgres@127.0.0.1:5432"
 ROUNDS, SEED, BEATS = 1000, 20261125, 3
 
@@ -93,24 +92,22 @@ class Beat:
 
     def __init__(self, number, service):
         self.service = service
-        self.log = service.folder / f"beat-{number}.log"
         self.clock = service.folder / f"clock-{number}"
         self.clock.write_text("0")
         self.wires = [Wire(5432), Wire(5672)]
         self.process = None
-        self.paused = False
 
     def start(self):
         database, broker = self.wires
-        environment = self.service.environment | {
-            "DATABASE_URL": f"{SERVER.replace('5432', str(database.port))}/{self.service.database}",
-            "RABBITMQ_URL": f"amqp://guest:guest@127.0.0.1:{broker.port}//",
-        }
-        environment |= {
-            "TRIAL_CLOCK": str(self.clock),
-            "PYTHONPATH": str(self.service.folder / "clock"),
-        }
-        self.process = self.service.spawn("beat", self.log, environment)
+        url = self.service.environment["DATABASE_URL"]
+        self.process = self.service.spawn(
+            "beat",
+            *shlex.split(self.service.procfile()["beat"]),
+            DATABASE_URL=url.replace(":5432", f":{database.port}"),
+            RABBITMQ_URL=RABBITMQ_URL.replace(":5672", f":{broker.port}"),
+            TRIAL_CLOCK=str(self.clock),
+            PYTHONPATH=str(self.service.folder / "clock"),
+        ).popen
 
     def check_runs(self):
         """Start the beat again if it ended, as the platform does."""
@@ -156,50 +153,15 @@ DISTURBANCES = {"kill": 3, "pause": 4, "cut": 3, "jump": 3, "pause_long": 1, "si
 LONG = {"pause_long": 80, "silence": 95}
 
 
-class Service:
-    """A generated service in production mode."""
+class TrialService(Service):
+    """A generated service, and what happens to it later."""
 
-    def __init__(self, folder):
-        self.folder = folder
-        self.database = f"trial_{uuid.uuid4().hex[:12]}"
-        self.processes = []
+    def __init__(self, folder, uv, environments, **variables):
+        super().__init__(folder, uv, environments, **variables)
         self.timers = []
-        self.environment = {
-            name: value for name, value in os.environ.items() if name != "VIRTUAL_ENV"
-        } | {
-            "DJANGO_MODE": "prod",
-            "SECRET_KEY": "a-key-for-this-trial-alone-of-more-than-fifty-characters-",
-            "DATABASE_URL": f"{SERVER}/{self.database}",
-            "RABBITMQ_URL": "amqp://guest:guest@127.0.0.1:5672//",
-            "PATH": f"{folder / '.venv' / 'bin'}{os.pathsep}{os.environ['PATH']}",
-        }
-
-    def run(self, *command):
-        subprocess.run(
-            command,
-            cwd=self.folder,
-            env=self.environment,
-            check=True,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-        )
-
-    def spawn(self, name, log, environment):
-        with log.open("ab") as file:
-            process = subprocess.Popen(
-                ["python", "manage.py", "prodserver", name],
-                cwd=self.folder,
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-        self.processes.append(process)
-        return process
 
     def later(self, seconds, function):
-        """Call a function after some seconds, at the start of a round."""
+        """Call a function after some seconds, at the end of a round."""
         self.timers.append((time.monotonic() + seconds, function))
 
     def run_timers(self, *, all_of_them=False):
@@ -215,37 +177,36 @@ class Service:
         lines = path.read_text().splitlines() if path.exists() else []
         return [(name, float(due), float(at)) for name, due, at in map(str.split, lines)]
 
-    def close(self):
-        for process in self.processes:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
 
-
-def generate(folder):
-    """Generate and install the service, and return it."""
-    from cookiecutter.main import cookiecutter
-
-    os.environ["COOKIECUTTER_CONFIG"] = f"{folder}/none"
-    (Path(folder) / "none").touch()
-    answers = {"setup": False, "project_slug": "trial"}
-    path = cookiecutter(str(ROOT), no_input=True, extra_context=answers, output_dir=folder)
-    with (Path(path) / "trial" / "tasks.py").open("a") as tasks:
-        tasks.write(TASK)
-    service = Service(Path(path))
-    uv = os.environ.get("UV") or shutil.which("uv")
-    # With the development dependencies, for time-machine
-    service.run(uv, "sync", "--quiet", "--compile-bytecode")
-    (service.folder / "clock").mkdir()
-    (service.folder / "clock" / "sitecustomize.py").write_text(CLOCK)
-    with psycopg.connect(f"{SERVER}/postgres", autocommit=True) as connection:
-        connection.execute(f"CREATE DATABASE {service.database}")
-    service.run("python", "manage.py", "migrate", "-v0")
-    return service
+@contextlib.contextmanager
+def make_service():
+    """Yield the service, generated, installed and migrated."""
+    database = f"trial_{uuid.uuid4().hex[:12]}"
+    with generated_project(project_slug="trial") as folder:
+        with (folder / "trial" / "tasks.py").open("a") as tasks:
+            tasks.write(TASK)
+        (folder / "clock").mkdir()
+        (folder / "clock" / "sitecustomize.py").write_text(CLOCK)
+        environments = folder.parent / "environments"
+        environments.mkdir()
+        variables = production_variables(f"{SERVER}/{database}", RABBITMQ_URL)
+        service = TrialService(folder, os.environ.get("UV", "uv"), environments, **variables)
+        with psycopg.connect(f"{SERVER}/postgres", autocommit=True) as connection:
+            connection.execute(f"CREATE DATABASE {database}")
+            try:
+                # With the development dependencies, for time-machine
+                service.install()
+                service.run(service.procfile()["release"])
+                service.shell(SCHEDULES)
+                yield service
+            finally:
+                service.close()
+                connection.execute(f"DROP DATABASE {database} WITH (FORCE)")
 
 
 def play(service, rounds, rng):
     """Play the rounds. Return the number of each disturbance, and start and end."""
-    worker = service.spawn("worker", service.folder / "worker.log", service.environment)
+    worker = service.start("worker")
     beats = [Beat(number, service) for number in range(BEATS)]
     for beat in beats:
         beat.start()
@@ -274,7 +235,7 @@ def play(service, rounds, rng):
     for beat in beats:
         beat.clock.write_text("0")
     time.sleep(TAKEOVER)
-    assert worker.poll() is None
+    assert worker.popen.poll() is None
     return played, start, time.time()
 
 
@@ -304,17 +265,9 @@ def compare(notes, start, end):
 
 def main(rounds=ROUNDS, seed=SEED):
     """Play, print what was found, and return whether all is well."""
-    rng = random.Random(seed)
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        service = generate(folder)
-        try:
-            service.run("python", "manage.py", "shell", "-v0", "-c", SCHEDULES)
-            played, start, end = play(service, rounds, rng)
-            result = compare(service.get_notes(), start, end)
-        finally:
-            service.close()
-            with psycopg.connect(f"{SERVER}/postgres", autocommit=True) as connection:
-                connection.execute(f"DROP DATABASE {service.database} WITH (FORCE)")
+    with make_service() as service:
+        played, start, end = play(service, rounds, random.Random(seed))
+        result = compare(service.get_notes(), start, end)
     print(f"{sum(played.values())} rounds: {dict(played)}")
     print(result)
     wrong = result["twice"] or result["early"] or result["missing"]

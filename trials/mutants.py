@@ -10,10 +10,12 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from tests.conftest import clean_environment
+from tests.generate import generated_project
 
 #: The modules, and the files with their tests.
 MODULES = {
@@ -39,23 +41,14 @@ also_copy = ["prayer_room_api", "tests", "manage.py"]
 
 def main(modules):
     """Run mutmut on each module; return the number of changes that no test noticed."""
-    from cookiecutter.main import cookiecutter
-
     survivors = 0
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ["COOKIECUTTER_CONFIG"] = f"{folder}/none"
-        (Path(folder) / "none").touch()
-        answers = {"setup": False}
-        path = cookiecutter(str(ROOT), no_input=True, extra_context=answers, output_dir=folder)
-        project = Path(path)
-        uv = os.environ.get("UV") or shutil.which("uv")
-        environment = {name: value for name, value in os.environ.items() if name != "VIRTUAL_ENV"}
+    with generated_project() as project:
 
         def run(*command, check=True):
             done = subprocess.run(
-                [uv, *command],
+                [os.environ.get("UV", "uv"), *command],
                 cwd=project,
-                env=environment,
+                env=clean_environment(),
                 check=check,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,

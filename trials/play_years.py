@@ -11,6 +11,7 @@ from datetime import UTC, datetime, timedelta
 
 from celery import current_app
 from croniter import croniter
+from django.db import connection
 from django.test import override_settings
 from django_celery_beat.models import CrontabSchedule, PeriodicTask
 from django_celery_beat.tzcrontab import TzAwareCrontab
@@ -234,9 +235,7 @@ class Play:
     # The database
 
     def play_database(self, zone):
-        """Play with rows in a database, a year with the real queries."""
-        from django.db import connection
-
+        """Play a year with rows in a database and the real queries."""
         connection.creation.create_test_db(verbosity=0)
         PeriodicTask.objects.all().delete()
         rows = []
@@ -251,6 +250,7 @@ class Play:
         driven = scheduler.Scheduler(app=current_app, max_interval=30 * 24 * 3600)
         driven.publish_runs = lambda now: True
         driven.is_waiting = lambda row: False
+        # A run that is not published would be replaced by the next.
         ScheduleRun._meta.get_field("published_at").default = START
         self.lease.now, end = START, START + 365 * DAY
         while self.lease.now <= end:

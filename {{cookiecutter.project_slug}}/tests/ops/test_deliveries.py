@@ -620,6 +620,16 @@ class TestResume:
         assert DigestRun.objects.count() == count
         assert len(chunks(queue)) == count
 
+    def test_invalid_crontab_does_not_stop_others(self, queue, readers, caplog):
+        invalid = CrontabSchedule.objects.create(minute="61", hour="8", timezone="UTC")
+        PeriodicTask.objects.create(
+            name="ops-test-invalid", task=send_sample.name, args=f'["{NAME}"]', crontab=invalid
+        )
+        self.make_schedule("ops-test-valid", args=f'["{NAME}"]')
+        tasks.resume_deliveries()
+        assert [run.digest for run in DigestRun.objects.all()] == [NAME]
+        assert "Schedule ops-test-invalid cannot run" in caplog.text
+
     @pytest.mark.parametrize("args", ['["no-such-digest"]', "[]", "[1, 2]", '[["daily"]]'])
     def test_invalid_schedule_is_logged_and_others_are_started(self, queue, readers, caplog, args):
         self.make_schedule("ops-test-invalid", args=args)

@@ -246,6 +246,8 @@ class TestProcesses:
             Heartbeat.objects.create(process=process, host="a", pid=pid, seen_at=seen_at)
         assert check().message.startswith("the last heartbeat was 7")
         assert check().next == start
+        Heartbeat.objects.update(seen_at=now - timedelta(days=2, seconds=5))
+        assert check().message.startswith("the last heartbeat was 17280")
         Heartbeat.objects.update(seen_at=now)
         assert check().status == OK
         assert check().message.startswith("2 running, the last heartbeat was ")

@@ -117,7 +117,7 @@ class TestCommand:
         call_command("heartbeat", "worker")
         assert capsys.readouterr().out == f"worker on {HOST}: heartbeat 0 seconds ago\n"
 
-    @pytest.mark.parametrize("seconds", [None, 100])
+    @pytest.mark.parametrize("seconds", [None, 100, 86_405])
     def test_fails_without_a_heartbeat_of_this_host(self, seconds, capsys):
         now = timezone.now()
         Heartbeat.objects.create(process="worker", host="another-host", pid=1, seen_at=now)
@@ -127,5 +127,5 @@ class TestCommand:
         with pytest.raises(SystemExit) as error:
             call_command("heartbeat", "worker")
         assert error.value.code == 1
-        expected = "heartbeat 100 seconds ago" if seconds else "no heartbeat"
+        expected = f"heartbeat {seconds} seconds ago" if seconds else "no heartbeat"
         assert capsys.readouterr().out == f"worker on {HOST}: {expected}\n"

@@ -131,7 +131,7 @@ class TestDue:
         row = make(crontab=crontab(), changed=NOW - 5 * HOUR, last_run_at=NOW)
         assert module.get_due(row, NOW + MINUTE) is None
         assert module.get_next(row, NOW + MINUTE) == NOW + 24 * HOUR
-        assert module.get_next(row, NOW + MINUTE, NOW + HOUR) in (None, NOW + 24 * HOUR)
+        assert module.get_next(row, NOW + MINUTE, NOW + HOUR) is None
 
     def test_crontab_starts_at_its_start_time(self):
         row = make(crontab=crontab(), start_time=NOW)
@@ -255,6 +255,22 @@ class TestPublishing:
         published.error = None
         scheduler.tick()
         assert len(published) == 2
+
+    def test_error_of_one_run_does_not_stop_others(self, scheduler, published, monkeypatch):
+        for name in ("a", "b"):
+            make(name=name, last_run_at=NOW - 10 * MINUTE)
+        accept = Task.apply_async
+
+        def reject_one(task, args=None, kwargs=None, headers=None, **options):
+            if headers["periodic_task_name"] == "a":
+                raise ValueError("this message cannot be published")
+            accept(task, args, kwargs, headers, **options)
+
+        monkeypatch.setattr(Task, "apply_async", reject_one)
+        scheduler.tick()
+        ((_, headers),) = published
+        assert headers["periodic_task_name"] == "b"
+        assert ScheduleRun.objects.get(published_at=None).schedule.name == "a"
 
     def test_only_the_last_run_is_published(self, scheduler, published, lease):
         make(last_run_at=NOW - 10 * MINUTE)

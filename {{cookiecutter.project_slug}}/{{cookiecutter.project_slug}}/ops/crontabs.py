@@ -16,6 +16,7 @@ from functools import lru_cache
 from typing import Any
 from zoneinfo import ZoneInfo
 
+from celery.schedules import ParseException
 from celery.schedules import crontab as parse_crontab
 from django_celery_beat.models import CrontabSchedule
 
@@ -42,9 +43,12 @@ class Crontab:
 
     @classmethod
     def from_row(cls, row: CrontabSchedule) -> "Crontab":
-        """Return the crontab of a row of django-celery-beat; ValueError if it is invalid."""
+        """Return the crontab of a row of django-celery-beat; raise ValueError for an invalid one."""
         fields = row.minute, row.hour, row.day_of_week, row.day_of_month, row.month_of_year
-        return _parse(*fields, str(row.timezone))
+        try:
+            return _parse(*fields, str(row.timezone))
+        except ParseException as error:
+            raise ValueError(str(error)) from error
 
     def get_latest(self, since: datetime, now: datetime) -> datetime | None:
         """Return the last due time after ``since`` and not after ``now``, or None."""
@@ -58,13 +62,14 @@ class Crontab:
         return None
 
     def get_next(self, after: datetime, until: datetime | None = None) -> datetime | None:
-        """Return the first due time after a time, or None if there is none until the other."""
+        """Return the first due time after one time and not after the other, or None."""
+        until = until or after + HORIZON
         day = after.astimezone(self.zone).date() - DAY
-        last = (until or after + HORIZON).astimezone(self.zone).date() + DAY
+        last = until.astimezone(self.zone).date() + DAY
         while day <= last:
             times = get_times(self, day)
             if (position := bisect_right(times, after)) < len(times):
-                return times[position]
+                return times[position] if times[position] <= until else None
             day += DAY
         return None
 

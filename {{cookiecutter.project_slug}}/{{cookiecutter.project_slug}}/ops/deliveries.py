@@ -144,8 +144,10 @@ def send_chunk(run: DigestRun, chunk: int) -> bool:
 
 
 def _get_recipients(run: DigestRun, chunk: int) -> tuple[list[Any], set[Any]]:
-    """Return the recipients of a chunk without a finished delivery, and the keys of those
-    whose e-mail was being sent when a process was killed, or was not accepted.
+    """Return the recipients of a chunk without a finished delivery, and the keys of some.
+
+    These are the recipients whose e-mail was begun: its process was killed, or it was not
+    accepted.
     """
     first, end = chunk * CHUNK, (chunk + 1) * CHUNK
     # Two reads by key range are as fast at the end of a large run as at its start.

@@ -120,7 +120,8 @@ def check_beat() -> Result:
 
 def check_heartbeat(process: str) -> Result:
     """Look for processes that recorded a heartbeat lately."""
-    ages = [age.seconds for age in heartbeats.get_ages(process)]
+    # Not .seconds, which is the rest of a day.
+    ages = [int(age.total_seconds()) for age in heartbeats.get_ages(process)]
     alive = [age for age in ages if age < heartbeats.MAX_AGE]
     if not ages:
         return failed(process, "no heartbeat")
@@ -159,8 +160,7 @@ def check_deliveries() -> Result:
     """Look for e-mail that the mail server did not accept."""
     if (failures := mailer.get_failures()) and failures.is_general:
         return failed("deliveries", f"no e-mail is accepted: {redact_text(failures.reason)}")
-    waiting = Attempt.objects.count()
-    return Result(f"{waiting} e-mails wait for another attempt")
+    return Result(f"e-mails that wait for another attempt: {Attempt.objects.count()}")
 
 
 CHECKS: dict[str, Callable[[], Result]] = {
@@ -285,16 +285,11 @@ def redact_text(text: str) -> str:
 
 def run_all() -> dict[str, Result]:
     """Run all checks; return their results by name."""
-    results: dict[str, Result] = {}
-    while len(results) < len(CHECKS):
-        possible = {}
-        for name in CHECKS.keys() - results.keys():
-            other = REQUIREMENTS.get(name)
-            if other is None or (other in results and results[other].status == OK):
-                possible[name] = CHECKS[name]
-            elif other in results:
-                results[name] = Result(f"skipped because the {other} check failed", SKIPPED)
-        results |= run(possible)
+    results = run({name: check for name, check in CHECKS.items() if name not in REQUIREMENTS})
+    passed = {name for name, result in results.items() if result.status == OK}
+    results |= run({name: CHECKS[name] for name, other in REQUIREMENTS.items() if other in passed})
+    for name, other in REQUIREMENTS.items():
+        results.setdefault(name, Result(f"skipped because the {other} check failed", SKIPPED))
     return {name: results[name] for name in CHECKS}
 
 

@@ -53,10 +53,7 @@ def forget() -> None:
 
 
 def get_ages(process: str, host: str | None = None) -> list[timedelta]:
-    """Return the ages of the heartbeats of web, worker or beat, on one host or all.
-
-    The first is the newest.
-    """
+    """Return the ages of the heartbeats of worker or beat, on one host or all, newest first."""
     age = ExpressionWrapper(Now() - F("seen_at"), output_field=fields.DurationField())
     rows = Heartbeat.objects.filter(process=process)
     if host is not None:

@@ -16,8 +16,8 @@ def start_run(headers: dict[str, Any]) -> bool:
     """Record that a worker runs a message; return whether it may.
 
     It may not if another message of the same run was started. The same message may start
-    again, when the first worker was lost. While the database is away, any may: better twice
-    than never.
+    again, when the first worker was lost. While the database is unavailable each may, because
+    a second run does less harm than none.
     """
     pk, attempt = headers.get("schedule_run"), headers.get("schedule_attempt")
     if pk is None:

@@ -12,11 +12,13 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from celery import current_app
+from celery.beat import SchedulingError
 from django.db import DatabaseError, InterfaceError, transaction
 from django.db.models import F, QuerySet
 from django.db.models.functions import Now
 from django_celery_beat.models import PeriodicTask
 from django_celery_beat.schedulers import DatabaseScheduler, ModelEntry
+from kombu.exceptions import OperationalError
 from kombu.utils.json import loads
 
 from . import heartbeats
@@ -26,7 +28,7 @@ from .models import ScheduleRun
 
 logger = logging.getLogger(__name__)
 
-#: How long beat tries to publish a run, in seconds.
+#: How long beat tries to publish a run.
 MAX_DELAY = timedelta(hours=1)
 
 #: How long a run of a task that coalesces may wait before another one is queued.
@@ -68,7 +70,10 @@ def get_due(row: PeriodicTask, now: datetime) -> datetime | None:
 
 
 def get_next(row: PeriodicTask, after: datetime, until: datetime | None = None) -> datetime | None:
-    """Return when a schedule is due after a time, or None if not until the other time."""
+    """Return when a schedule is due next after a time.
+
+    For a crontab, return None if that is later than ``until``, or never.
+    """
     since = max(_get_start(row), after)
     if row.crontab is not None:
         return Crontab.from_row(row.crontab).get_next(since, until)
@@ -194,7 +199,7 @@ class Scheduler(DatabaseScheduler):  # type: ignore[misc]
         return lately.exists() or (waiting.exists() and not heartbeats.is_alive("worker"))
 
     def publish_runs(self, now: datetime) -> bool:
-        """Publish what is not published yet; return whether the broker accepted all."""
+        """Publish what is not published yet; return whether the broker is available."""
         runs = ScheduleRun.objects.filter(published_at=None).order_by("due_at")
         for run in runs.select_related(
             "schedule__crontab", "schedule__interval", "schedule__solar", "schedule__clocked"
@@ -202,12 +207,12 @@ class Scheduler(DatabaseScheduler):  # type: ignore[misc]
             if now - run.created_at > MAX_DELAY:
                 logger.error("The run %s was not queued within %s", run, MAX_DELAY)
                 run.delete()
-            elif not self.publish_run(run):
+            elif isinstance(self.publish_run(run), OperationalError):
                 return False
         return True
 
-    def publish_run(self, run: ScheduleRun) -> bool:
-        """Publish a run; return whether the broker accepted it."""
+    def publish_run(self, run: ScheduleRun) -> BaseException | None:
+        """Publish a run; return the error if that failed."""
         run.attempts += 1
         run.save(update_fields=["attempts"])
         entry = ModelEntry(run.schedule, app=self.app)
@@ -216,18 +221,20 @@ class Scheduler(DatabaseScheduler):  # type: ignore[misc]
             "schedule_attempt": run.attempts,
             "queued_at": run.due_at.isoformat(),
         }
-        # Its argument and its log line are those that Celery and Sentry expect.
-        self.accepted = False
+        # Sentry replaces this method, which logs errors instead of raising them.
+        self.error: BaseException | None = None
         self.apply_entry(entry, producer=self.producer)
-        if self.accepted:
+        if self.error is None:
             ScheduleRun.objects.filter(pk=run.pk).update(published_at=Now())
-        return self.accepted
+        return self.error
 
     def apply_async(self, *args: Any, **kwargs: Any) -> Any:
-        """Publish a message; note that it was accepted."""
-        result = super().apply_async(*args, **kwargs)
-        self.accepted = True
-        return result
+        """Publish a message; keep the error if that fails."""
+        try:
+            return super().apply_async(*args, **kwargs)
+        except SchedulingError as error:
+            self.error = error.__context__
+            raise
 
     def log_once(self, row: PeriodicTask, error: Exception) -> None:
         """Log why a schedule cannot run, once."""

@@ -39,9 +39,6 @@ from .environment import (
 #: The name of the Python package of the service.
 PACKAGE = __package__.partition(".")[0]
 
-#: The queue of tasks that send e-mail.
-MAIL_QUEUE = PACKAGE + ".mail"
-
 BASE_DIR = Path(__file__).resolve().parents[2]
 
 # The embedded database and broker keep their files here; git ignores it.
@@ -56,6 +53,10 @@ def limit_database(database: dict[str, Any]) -> dict[str, Any]:
     if database["ENGINE"] != "django.db.backends.postgresql":
         return database
     return {**database, "OPTIONS": CONNECT_OPTIONS | database.get("OPTIONS", {})}
+
+
+#: The queue of tasks that send e-mail.
+MAIL_QUEUE = PACKAGE + ".mail"
 
 
 def make_queue(name: str) -> Queue:
@@ -183,6 +184,9 @@ class Defaults(BaseSettings):  # type: ignore[misc]
     def DEFAULT_FROM_EMAIL(self) -> str:
         return f"noreply@{self.DOMAIN}"
 
+    # The backend of Django that is used without a server
+    EMAIL_WITHOUT_SERVER = "console"
+
     # Or through the HTTP API of a provider that django-anymail supports
     # https://anymail.dev/en/stable/esps/
     EMAIL_API = env("", cast=or_empty(email_api, None))
@@ -193,7 +197,7 @@ class Defaults(BaseSettings):  # type: ignore[misc]
     def EMAIL_BACKEND(self) -> str:
         if self.EMAIL_API:
             return f"anymail.backends.{self.EMAIL_API[0]}.EmailBackend"
-        backend = "smtp" if self.EMAIL_HOST else "console"
+        backend = "smtp" if self.EMAIL_HOST else self.EMAIL_WITHOUT_SERVER
         return f"django.core.mail.backends.{backend}.EmailBackend"
 
     def SERVER_EMAIL(self) -> str:
@@ -216,7 +220,7 @@ class Defaults(BaseSettings):  # type: ignore[misc]
 
     # Queues: quorum queues on RabbitMQ; delayed messages need a topic exchange for them
     # https://docs.celeryq.dev/en/stable/getting-started/backends-and-brokers/rabbitmq.html
-    # E-mail has a queue of its own, so that other tasks do not wait behind it.
+    # E-mail has a queue of its own, so that other tasks do not wait behind it
     CELERY_TASK_DEFAULT_QUEUE = PACKAGE
     CELERY_TASK_QUEUES = [make_queue(PACKAGE), make_queue(MAIL_QUEUE)]
     CELERY_TASK_ROUTES = {
@@ -312,7 +316,7 @@ class TestDefaults(Defaults):
     DEBUG = False
     CELERY_BROKER_URL = env("memory://", cast=broker_url("amqp", "amqps", "memory"))
     WHITENOISE_AUTOREFRESH = True
-    # Two test runs at the same time share no locks.
+    # Two test runs at the same time share no locks
     LOCK_DIR = Path(gettempdir()) / f"{PACKAGE}-{os.getpid()}"
     PASSWORD_HASHERS = ["django.contrib.auth.hashers.MD5PasswordHasher"]
 
@@ -388,9 +392,4 @@ class StagingDefaults(ProductionDefaults):
 
     # E-mail: discarded unless EMAIL_HOST is set, because logs must not contain it
     EMAIL_HOST = env("", cast=or_empty(host))
-
-    def EMAIL_BACKEND(self) -> str:
-        if self.EMAIL_API:
-            return f"anymail.backends.{self.EMAIL_API[0]}.EmailBackend"
-        backend = "smtp" if self.EMAIL_HOST else "dummy"
-        return f"django.core.mail.backends.{backend}.EmailBackend"
+    EMAIL_WITHOUT_SERVER = "dummy"

@@ -30,6 +30,7 @@ class Command(BaseCommand):
         if not ages:
             self.stdout.write(f"{process} on {host}: no heartbeat")
             sys.exit(1)
-        self.stdout.write(f"{process} on {host}: heartbeat {ages[0].seconds} seconds ago")
-        if not heartbeats.is_alive(process, host):
+        age = int(ages[0].total_seconds())
+        self.stdout.write(f"{process} on {host}: heartbeat {age} seconds ago")
+        if age >= heartbeats.MAX_AGE:
             sys.exit(1)
