@@ -47,7 +47,7 @@ def note(queued):
     import time
     from pathlib import Path
 
-    Path("waits").open("a").write(f"{time.time() - queued}\n")
+    Path("waits").open("a").write(f"{time.time() - queued}\\n")
 """
 
 
