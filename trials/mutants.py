@@ -7,6 +7,7 @@ its own. Prints the changes that no test notices, and their number.
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -65,10 +66,12 @@ def main(modules):
             (project / "pyproject.toml").write_text(pyproject + configuration)
             shutil.rmtree(project / "mutants", ignore_errors=True)
             output = run("run", "--quiet", "mutmut", "run", check=False)
-            found = run("run", "--quiet", "mutmut", "results", "--all", "true").splitlines()
+            results = run("run", "--quiet", "mutmut", "results", "--all", "true")
+            # Warnings are printed between the results.
+            found = re.findall(r"^ *([\w.\u01c1]+__mutmut_\d+: .*)$", results, re.M)
             if not found:
                 sys.exit(f"{module}: mutmut failed:\n{output[-2000:]}")
-            alive = [line.strip() for line in found if not line.endswith((": killed", ": timeout"))]
+            alive = [line for line in found if not line.endswith((": killed", ": timeout"))]
             print(f"{module}: {len(alive)} of {len(found)} changes are not noticed", flush=True)
             for line in alive:
                 name, _, status = line.partition(": ")

@@ -2,6 +2,7 @@
 
 import re
 from datetime import UTC, datetime, timedelta
+from itertools import pairwise
 from zoneinfo import ZoneInfo
 
 import pytest
@@ -75,6 +76,14 @@ class TestPeriod:
         starts = [HOURLY.period(now)[0] for now in night]
         first = datetime(2026, 10, 24, 23, tzinfo=UTC)
         assert starts == [first + timedelta(hours=number) for number in range(4)]
+
+    @pytest.mark.parametrize("change", ["2026-04-04", "2026-10-03"])
+    def test_hours_around_a_change_of_half_an_hour_follow_each_other(self, settings, change):
+        settings.TIME_ZONE = "Australia/Lord_Howe"
+        noon = datetime.fromisoformat(f"{change}T12:00+00:00")
+        periods = {HOURLY.period(noon + timedelta(minutes=10 * n)) for n in range(36)}
+        for (_, end), (start, _) in pairwise(sorted(periods)):
+            assert end == start
 
     @pytest.mark.django_db
     def test_is_the_last_one_before_the_task_was_queued(self, registry, queue, make_user):

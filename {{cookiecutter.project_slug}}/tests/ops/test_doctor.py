@@ -241,12 +241,12 @@ class TestProcesses:
         start = f"python manage.py prodserver {process}"
         assert check() == Result("no heartbeat", ERROR, start)
         now = timezone.now()
-        for pid, age in ((1, 80), (2, 70)):
+        for pid, age in ((1, 80), (2, 70.5)):
             seen_at = now - timedelta(seconds=age)
             Heartbeat.objects.create(process=process, host="a", pid=pid, seen_at=seen_at)
         assert check().message.startswith("the last heartbeat was 7")
         assert check().next == start
-        Heartbeat.objects.update(seen_at=now - timedelta(days=2, seconds=5))
+        Heartbeat.objects.update(seen_at=now - timedelta(days=2, seconds=5.5))
         assert check().message.startswith("the last heartbeat was 17280")
         Heartbeat.objects.update(seen_at=now)
         assert check().status == OK

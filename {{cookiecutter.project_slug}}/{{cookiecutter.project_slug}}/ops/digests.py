@@ -71,9 +71,12 @@ class HourlyDigest(Digest):
     """A digest of the last whole hour."""
 
     def period(self, now: datetime) -> tuple[datetime, datetime]:
-        """Return start and end of the last whole hour in the service's time zone."""
-        end = timezone.localtime(now).replace(minute=0, second=0, microsecond=0).astimezone(UTC)
-        return end - timedelta(hours=1), end
+        """Return start and end of the last whole hour in the service's time zone.
+
+        It has 30 or 90 minutes where the clock changes by half an hour.
+        """
+        end = _whole_hour(now)
+        return _whole_hour(end - timedelta(microseconds=1)), end
 
 
 class DailyDigest(Digest):
@@ -95,6 +98,11 @@ class WeeklyDigest(Digest):
         today = timezone.localdate(now)
         monday = today - timedelta(days=today.weekday())
         return _midnight(monday - timedelta(days=7)), _midnight(monday)
+
+
+def _whole_hour(moment: datetime) -> datetime:
+    hour = timezone.localtime(moment).replace(minute=0, second=0, microsecond=0)
+    return hour.astimezone(UTC)
 
 
 def _midnight(day: Any) -> datetime:
