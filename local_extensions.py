@@ -1,21 +1,40 @@
 """The template's Jinja filters, which validate answers and escape free text.
 
 ``cookiecutter.json`` applies the ``check`` filter in a private variable after each
-field, so an invalid answer stops the run before cookiecutter writes any file. The
-filter renders an empty string or raises ``FailedHookException`` with a one-line
-message, which cookiecutter prints before it exits with status 1.
+field. At a prompt an invalid answer is asked again; otherwise the filter raises
+``FailedHookException`` with a one-line message, which cookiecutter prints before it
+exits with status 1, and no file is written.
+
+Cookiecutter tells an extension neither whether it prompts, replays or renders for a
+comparison of cruft. The extension reads that from the functions that call it;
+docs/decisions.md has the reasons.
 """
 
+import contextlib
 import json
 import keyword
 import re
 import shlex
+import subprocess
 import sys
+import tempfile
 import zoneinfo
+from pathlib import Path
 
+with contextlib.suppress(ImportError):
+    import readline  # noqa: F401 makes the arrow keys edit an answer
+
+from cookiecutter import prompt
 from cookiecutter.exceptions import FailedHookException
+from cookiecutter.generate import generate_context
+from jinja2 import pass_context
 from jinja2.ext import Extension
 from slugify import slugify
+
+ROOT = Path(__file__).resolve().parent
+
+#: The files that may contain the questions.
+QUESTIONS = "questions.json", "cookiecutter.json"
 
 #: Maximum length of a package name, which is part of table, host and queue names.
 SLUG_LENGTH = 30
@@ -153,15 +172,125 @@ CHECKS = {
 }
 
 
-def check(answer, field):
-    """Reject an invalid answer to the field. Render an empty string for a valid one."""
-    CHECKS[field](field, answer)
-    return ""
+@pass_context
+def check(context, answer, field):
+    """Ask again while the answer at a prompt is invalid; reject any other invalid answer.
+
+    Renders an empty string.
+    """
+    answers = context["cookiecutter"]
+    caller = find_caller("cookiecutter.prompt", "prompt_for_config")
+    while True:
+        try:
+            CHECKS[field](field, answers[field])
+        except FailedHookException as error:
+            if caller is None or caller["no_input"]:
+                raise
+            print(f"  {error}")
+            default = prompt.render_variable(
+                caller["env"], caller["context"]["cookiecutter"][field], answers
+            )
+            answers[field] = prompt.read_user_variable(field, default, caller["prompts"], "  ")
+        else:
+            return ""
 
 
-def check_all(answers):
-    """Reject the first invalid answer. Render an empty string if all answers are valid."""
-    return "".join(check(answers[field], field) for field in CHECKS)
+def find_caller(module, function=None):
+    """Return the local variables of the nearest calling function of a module, or None."""
+    frame = sys._getframe(1)
+    while frame:
+        if frame.f_globals.get("__name__") == module and (
+            function is None or frame.f_code.co_name == function
+        ):
+            return frame.f_locals
+        frame = frame.f_back
+    return None
+
+
+def renew_replay():
+    """Give a replay the tables of this template and defaults for its new questions.
+
+    Cookiecutter takes all variables from the replay file, also private ones. The answers
+    are checked again. Raises FailedHookException for an invalid one.
+    """
+    main = find_caller("cookiecutter.main", "cookiecutter")
+    is_rendering = find_caller("cookiecutter.prompt", "prompt_for_config") is None
+    if main and main["replay"] and is_rendering:
+        replayed = main["context"]["cookiecutter"]
+        replayed.update(render_answers(replayed))
+
+
+def render_answers(answers):
+    """Return all variables of ``cookiecutter.json`` for answers; others get their defaults."""
+    given = {name: value for name, value in answers.items() if not name.startswith("_")}
+    # hooks/pre_prompt.py moves the questions, so that a replay asks none.
+    files = [path for name in QUESTIONS if (path := ROOT / name).exists()]
+    try:
+        questions = generate_context(str(files[0]), extra_context=given)
+    except ValueError as error:
+        raise FailedHookException(str(error)) from None
+    return prompt.prompt_for_config({"cookiecutter": questions[files[0].stem]}, no_input=True)
+
+
+def is_comparison():
+    """Return whether the project is rendered for a comparison, not for a user.
+
+    That is so in ``cruft update``, ``diff`` and ``check``, and in a replay whose output
+    folder is in the system's temporary folder.
+    """
+    if find_caller("cruft._commands.utils.generate"):
+        return True
+    main = find_caller("cookiecutter.main", "cookiecutter")
+    if not (main and main["replay"]):
+        return False
+    folder = Path(main["output_dir"])
+    temporary = Path(tempfile.gettempdir()).resolve()
+    return folder.is_absolute() and folder.resolve().is_relative_to(temporary)
+
+
+@pass_context
+def cruft_state(context):
+    """Return the content of ``.cruft.json``, exactly as ``cruft create`` writes it.
+
+    It is the record of template, version and answers, and part of the first commit; cruft
+    writes it again after that, and then requires a clean working tree.
+    """
+    created = find_caller("cruft._commands.create", "create") or {}
+    answers = {
+        name: value
+        for name, value in context["cookiecutter"].items()
+        if name not in {"_output_dir", "_repo_dir", "_checkout"}
+    }
+    main = find_caller("cookiecutter.main", "cookiecutter")
+    if main:
+        answers["_template"] = get_template_url(answers["_template"])
+        answers["_commit"] = git("rev-parse", "HEAD") or None
+    state = {
+        "template": answers["_template"],
+        "commit": answers["_commit"],
+        "checkout": created.get("checkout"),
+        "context": {"cookiecutter": answers},
+        "directory": created.get("directory"),
+    }
+    if created.get("skip"):
+        state["skip"] = created["skip"]
+    return json.dumps(state, ensure_ascii=False, indent=2, separators=(",", ": "))
+
+
+def get_template_url(template):
+    """Return where git finds a template that cookiecutter found."""
+    if Path(template).exists():
+        return str(Path(template).absolute())
+    return git("remote", "get-url", "origin") or template
+
+
+def git(*arguments):
+    """Return the output of a git command in the template's folder; empty if it fails."""
+    try:
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+    except OSError:
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
 
 
 def quoted(text):
@@ -208,18 +337,11 @@ class Filters(Extension):
 
     def __init__(self, environment):
         super().__init__(environment)
-        environment.filters.update(
-            {
-                function.__name__: function
-                for function in (
-                    package_name,
-                    check,
-                    check_all,
-                    quoted,
-                    python_string,
-                    one_line,
-                    markdown,
-                    shell_word,
-                )
-            }
-        )
+        filters = package_name, check, quoted, python_string, one_line, markdown, shell_word
+        environment.filters.update({function.__name__: function for function in filters})
+        environment.globals.update(cruft_state=cruft_state, is_comparison=is_comparison)
+        renew_replay()
+        # cruft renders two versions of the template in one process: each needs its own filters.
+        sys.modules.pop(__name__, None)
+        with contextlib.suppress(OSError, TypeError):
+            Path(__cached__).unlink()

@@ -7,7 +7,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-SETUP = {{cookiecutter.setup}}
+SETUP = {{ cookiecutter.setup and not is_comparison() }}
 
 # uvx sets UV to its own path, which may not be on the PATH.
 UV = "uv" if shutil.which("uv") else os.environ.get("UV") or None

@@ -273,7 +273,7 @@ class Play:
                     [(change - MARGIN, change + MARGIN) for change in zone.changes],
                 ),
             ):
-                step = HOUR if isinstance(digest, digests.HourlyDigest) else 6 * HOUR
+                step = 30 * MINUTE if isinstance(digest, digests.HourlyDigest) else 6 * HOUR
                 for start, end in spans:
                     moments = itertools.takewhile(
                         lambda moment, end=end: moment < end,

@@ -77,12 +77,23 @@ class TestPeriod:
         first = datetime(2026, 10, 24, 23, tzinfo=UTC)
         assert starts == [first + timedelta(hours=number) for number in range(4)]
 
-    @pytest.mark.parametrize("change", ["2026-04-04", "2026-10-03"])
-    def test_hours_around_a_change_of_half_an_hour_follow_each_other(self, settings, change):
-        settings.TIME_ZONE = "Australia/Lord_Howe"
-        noon = datetime.fromisoformat(f"{change}T12:00+00:00")
-        periods = {HOURLY.period(noon + timedelta(minutes=10 * n)) for n in range(36)}
-        for (_, end), (start, _) in pairwise(sorted(periods)):
+    @pytest.mark.parametrize(
+        ("zone", "change"),
+        [
+            ("Australia/Lord_Howe", "2026-04-04"),
+            ("Australia/Lord_Howe", "2026-10-03"),
+            ("Pacific/Chatham", "2026-04-04"),
+            ("Pacific/Chatham", "2026-09-26"),
+        ],
+    )
+    def test_hours_around_a_change_off_the_hour_follow_each_other(self, settings, zone, change):
+        settings.TIME_ZONE = zone
+        noon = datetime.fromisoformat(f"{change}T10:00+00:00")
+        moments = [noon + timedelta(minutes=10 * number) for number in range(48)]
+        periods = [HOURLY.period(moment) for moment in moments]
+        assert all(end <= moment for (_, end), moment in zip(periods, moments, strict=True))
+        assert periods == sorted(periods)
+        for (_, end), (start, _) in pairwise(sorted(set(periods))):
             assert end == start
 
     @pytest.mark.django_db

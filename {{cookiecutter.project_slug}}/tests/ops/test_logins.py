@@ -5,6 +5,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 import time_machine
+from django.contrib.auth import authenticate
 from django.core.cache import caches
 from django.core.cache.backends.db import DatabaseCache
 from django.core.management import call_command
@@ -179,3 +180,60 @@ def test_neither_count_nor_log_contains_who_failed(log_in, user, caplog):
     assert "Too many failed logins of one address" in caplog.text
     assert user.get_username() not in stored + caplog.text
     assert "203.0.113" not in stored + caplog.text
+
+
+def test_a_login_in_code_is_not_throttled(user, log_in):
+    fail(log_in, 3)
+    name = user.get_username()
+    assert authenticate(None, username=name, password="secret") == user
+    assert authenticate(None, **{user.USERNAME_FIELD: name, "password": "secret"}) == user
+    assert authenticate(None, username=name, password="wrong") is None
+
+
+def test_the_name_may_be_given_by_its_field(user):
+    request = APIRequestFactory().post("/", REMOTE_ADDR="203.0.113.1")
+    name = {user.USERNAME_FIELD: user.get_username()}
+    assert authenticate(request, **name, password="secret") == user
+    for _ in range(3):
+        assert authenticate(request, **name, password="wrong") is None
+    assert authenticate(request, **name, password="secret") is None
+
+
+def test_the_longest_password_works_and_a_longer_one_fails(user, log_in):
+    for length, works in ((logins.MAX_LENGTH, True), (logins.MAX_LENGTH + 1, False)):
+        user.set_password("x" * length)
+        user.save()
+        assert (log_in("x" * length) is None) == works
+
+
+def test_a_limit_is_logged_once_when_it_is_reached(log_in, caplog):
+    fail(log_in, 2)
+    assert caplog.messages.count("Too many failed logins of one address") == 0
+    fail(log_in, 5)
+    assert caplog.messages.count("Too many failed logins of one address") == 1
+
+
+def test_an_address_is_forgotten_after_a_time(log_in):
+    now = datetime.now(UTC)
+    with time_machine.travel(now, tick=False) as clock:
+        assert log_in("secret") is None
+        clock.move_to(now + timedelta(days=91))
+        for number in range(5):
+            fail(log_in, 1, address=f"198.51.100.{number}")
+        fail(log_in, 1)
+        assert "Too many" in log_in("secret")
+
+
+def test_an_address_is_known_for_itself_alone(log_in, request):
+    assert log_in("secret", address="203.0.113.1") is None
+    request.getfixturevalue("attack")
+    fail(log_in, 1, address="203.0.113.2")
+    assert log_in("secret", address="203.0.113.2")
+
+
+def test_unlock_returns_the_number_of_failures(log_in, user):
+    fail(log_in, 2)
+    fail(log_in, 1, address="203.0.113.2")
+    assert logins.unlock(user.get_username()) == 3
+    assert logins.unlock("203.0.113.1") == 2
+    assert logins.unlock("203.0.113.1") == 0

@@ -73,7 +73,7 @@ class HourlyDigest(Digest):
     def period(self, now: datetime) -> tuple[datetime, datetime]:
         """Return start and end of the last whole hour in the service's time zone.
 
-        It has 30 or 90 minutes where the clock changes by half an hour.
+        It has 30 or 90 minutes where the clock changed by half an hour.
         """
         end = _whole_hour(now)
         return _whole_hour(end - timedelta(microseconds=1)), end
@@ -101,8 +101,11 @@ class WeeklyDigest(Digest):
 
 
 def _whole_hour(moment: datetime) -> datetime:
-    hour = timezone.localtime(moment).replace(minute=0, second=0, microsecond=0)
-    return hour.astimezone(UTC)
+    hour = moment.astimezone(UTC).replace(second=0, microsecond=0)
+    # A second step is needed where the clock changed by a part of an hour.
+    while minutes := timezone.localtime(hour).minute:
+        hour -= timedelta(minutes=minutes)
+    return hour
 
 
 def _midnight(day: Any) -> datetime:

@@ -74,7 +74,7 @@ class LoginForm(AdminAuthenticationForm):
         """Return the error to show after a failed login."""
         if self.request is not None and is_locked(self.request, self.cleaned_data["username"]):
             return ValidationError(
-                f"Too many failed logins. Try again in {LOCKOUT_MINUTES} minutes.", code="locked"
+                f"Too many failed logins. Try again in {LOCKOUT_MINUTES} minutes."
             )
         return super().get_invalid_login_error()
 

@@ -1,2 +1,0 @@
-"""Validate every answer again, because a replay file may have been edited by hand."""
-# {{ cookiecutter | check_all }}

@@ -1,0 +1,67 @@
+"""Refuse answers on the command line that cookiecutter would refuse with a traceback.
+
+Cookiecutter runs this in a copy of the template. A replay asks no new questions: they are
+moved to another file, and local_extensions.py gives them their defaults.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import cookiecutter
+
+OLDEST = (2, 7)
+
+BOOLEANS = "1 true t yes y on 0 false f no n off".split()
+
+
+def get_command():
+    """Return the arguments of cookiecutter's command, an empty list if they are unknown."""
+    pid = os.getppid()
+    try:
+        arguments = Path(f"/proc/{pid}/cmdline").read_text(errors="replace").split("\0")
+    except OSError:
+        command = ["ps", "-o", "args=", "-p", str(pid)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        arguments = done.stdout.split()
+    is_command = any("cookiecutter" in Path(name).name for name in arguments[:2])
+    return arguments if is_command else []
+
+
+def find_error(questions, arguments):
+    """Return what is wrong with the answers among the arguments, or None."""
+    version = re.findall(r"\d+", cookiecutter.__version__)
+    if tuple(map(int, version[:2])) < OLDEST:
+        return (
+            f"This template needs cookiecutter {'.'.join(map(str, OLDEST))} or later,"
+            f" and this is {cookiecutter.__version__}: python3 -m pip install -U cookiecutter"
+        )
+    for argument in arguments:
+        name, _, value = argument.partition("=")
+        if not re.fullmatch(r"\w+=.*", argument, re.S):
+            continue
+        if name not in questions:
+            return f"{name}: unknown question; the questions are {', '.join(questions)}"
+        allowed = questions[name]
+        if isinstance(allowed, bool):
+            allowed = ["yes", "no"]
+            value = "yes" if value.strip().lower() in BOOLEANS else value
+        if isinstance(allowed, list) and value not in allowed:
+            shown = json.dumps(value, ensure_ascii=False)
+            return f"{name}: {shown} must be one of: {', '.join(allowed)}"
+    return None
+
+
+if __name__ == "__main__":
+    variables = json.loads(Path("cookiecutter.json").read_text(encoding="utf-8"))
+    questions = {name: value for name, value in variables.items() if not name.startswith("_")}
+    command = get_command()
+    if error := find_error(questions, command):
+        print(error)
+        sys.exit(1)
+    if any(argument.startswith("--replay") for argument in command):
+        Path("cookiecutter.json").rename("questions.json")
+        Path("cookiecutter.json").write_text("{}", encoding="utf-8")
