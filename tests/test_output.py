@@ -66,6 +66,7 @@ SLUG/ops/management/commands/__init__.py
 SLUG/ops/management/commands/doctor.py
 SLUG/ops/management/commands/heartbeat.py
 SLUG/ops/management/commands/prodserver.py
+SLUG/ops/management/commands/smoke.py
 SLUG/ops/management/commands/unlock.py
 SLUG/ops/messages.py
 SLUG/ops/migrations/0001_initial.py
@@ -74,6 +75,7 @@ SLUG/ops/migrations/0003_admin_history.py
 SLUG/ops/migrations/__init__.py
 SLUG/ops/models.py
 SLUG/ops/parsers.py
+SLUG/ops/processes.py
 SLUG/ops/publishing.py
 SLUG/ops/rabbitmq.py
 SLUG/ops/runs.py

@@ -22,6 +22,9 @@ IMPORTS_IN_FUNCTIONS = {
     ("ops/apps.py", "checks"),
     ("ops/apps.py", "heartbeats"),
     ("ops/celery.py", "beat.Beat"),
+    ("ops/celery.py", "celery.bin.celery.celery"),  # It takes half of the start of web.
+    ("ops/checks.py", "processes"),  # So do the command lines that it parses.
+    ("ops/apps.py", "sentry"),  # It is not needed without SENTRY_DSN.
     ("ops/celery.py", "runs.start_run"),
     ("ops/locks.py", "fcntl"),  # Available only on Unix.
 }

@@ -52,7 +52,7 @@ ACCEPTED = {
     r"^\+.*\.upper\(\)$": "one form of a name is as good as the other",
     r"^\+.*zip\(CRONTAB_FIELDS": "the number of fields is checked before",
     r"^\+.*self\.interval / unit": "the column stores an integer",
-    r"^\+.*(digest_size|signed)=|^\+.*blake2b\(name\.encode\(\), \)": (
+    r"^\+.*(digest_size|signed)=|^\+.*(blake2b\(name\.encode\(\)|from_bytes\(digest), \)": (
         "another number is as good as a lock's key"
     ),
     r"^\+.*\"(select|SELECT) (pg_|PG_)": "SQL is the same in small and capital letters",

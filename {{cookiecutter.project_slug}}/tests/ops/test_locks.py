@@ -35,6 +35,24 @@ def test_released_lock_can_be_acquired_again(other):
         assert acquired
 
 
+def test_lock_in_a_file_has_one_holder_at_a_time(settings, tmp_path):
+    settings.LOCK_DIR = tmp_path / "not" / "there"
+    first, second = (locks.FileLock("a lock", connection) for _ in range(2))
+    assert first.connection is connection
+    assert not first.is_held()
+    assert first.acquire()
+    assert first.is_held()
+    assert not second.acquire()
+    assert not second.is_held()
+    assert locks.FileLock("another", connection).acquire()
+    assert sorted(path.name for path in settings.LOCK_DIR.iterdir()) == ["a-lock", "another"]
+    first.release()
+    assert not first.is_held()
+    assert second.acquire()
+    second.release()
+    second.release()
+
+
 def test_lock_ends_with_its_connection(other):
     if connection.vendor != "postgresql":
         pytest.skip("only a PostgreSQL lock depends on a connection; set DATABASE_URL")

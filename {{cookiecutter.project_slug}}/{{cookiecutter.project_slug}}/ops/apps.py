@@ -13,7 +13,7 @@ from django.db.backends.signals import connection_created
 from django.db.models.signals import post_migrate, pre_migrate
 from django.utils.module_loading import autodiscover_modules
 
-from . import database, publishing, sentry
+from . import database, publishing
 
 
 class OpsConfig(AppConfig):
@@ -38,6 +38,8 @@ class OpsConfig(AppConfig):
         post_migrate.connect(create_cache_tables, sender=self)
         create_database_folder()
         if settings.SENTRY_DSN:
+            from . import sentry
+
             sentry.configure()
 
 

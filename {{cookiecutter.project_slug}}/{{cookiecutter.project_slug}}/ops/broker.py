@@ -57,6 +57,9 @@ class Channel(filesystem.Channel):
 class Transport(filesystem.Transport):
     """The transport of ``filesystem://`` URLs."""
 
+    #: How often an idle worker looks for messages, in seconds.
+    polling_interval = 0.2
+
     Channel = Channel
 
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import django
 from celery import Celery, signals
-from celery.bin.celery import celery
 from celery.contrib.django.task import DjangoTask
 from celery.exceptions import Reject
 from celery.worker import state
@@ -128,6 +127,8 @@ class CeleryApp(Celery):
 
         Celery's own method ignores the status of a worker that ends with an error.
         """
+        from celery.bin.celery import celery
+
         celery.params[0].default = self
         status = celery.main(args=argv, standalone_mode=False)
         if status:

@@ -1,0 +1,90 @@
+"""Whether the processes of ``PRODUCTION_PROCESSES`` can start: their backends and arguments."""
+
+import copy
+from typing import Any, NoReturn
+
+from celery import Celery
+from celery.bin.base import CLIContext
+from celery.bin.beat import beat
+from celery.bin.worker import worker
+from click import ClickException
+from django.utils.module_loading import import_string
+from django_prodserver.backends.base import BaseProcessBackend
+from django_prodserver.backends.servers.gunicorn import GunicornServer
+from django_prodserver.backends.workers.celery import CeleryBeat, CeleryWorker
+from gunicorn.config import Config
+from gunicorn.util import load_class
+
+
+def check_backend(process: dict[str, Any]) -> None:
+    """Raise an exception if BACKEND is not a backend of django-prodserver."""
+    if "BACKEND" not in process:
+        raise ValueError("BACKEND is missing.")
+    try:
+        backend = import_string(process["BACKEND"])
+    except Exception as error:
+        raise ValueError(f"BACKEND cannot be imported: {error}") from error
+    if not (isinstance(backend, type) and issubclass(backend, BaseProcessBackend)):
+        raise TypeError(f"BACKEND {process['BACKEND']!r} is not a process backend.")
+
+
+def check_app(process: dict[str, Any]) -> None:
+    """Raise an exception if a Celery process has an APP that is not a Celery app."""
+    if not issubclass(import_string(process["BACKEND"]), CeleryWorker):
+        return
+    if "APP" not in process:
+        raise ValueError("APP is missing.")
+    try:
+        app = import_string(process["APP"])
+    except Exception as error:
+        raise ValueError(f"APP cannot be imported: {error}") from error
+    if not isinstance(app, Celery):
+        raise TypeError(f"APP {process['APP']!r} is not a Celery app.")
+
+
+def check_arguments(process: dict[str, Any]) -> None:
+    """Raise an exception if gunicorn or Celery would reject the ARGS."""
+    backend_class = import_string(process["BACKEND"])
+    if not issubclass(backend_class, GunicornServer | CeleryWorker):
+        return
+    backend = backend_class(**process)
+    arguments = list(backend.prep_server_args())
+    try:
+        if isinstance(backend, GunicornServer):
+            parse_gunicorn_arguments(arguments)
+        else:
+            parse_celery_arguments(backend, arguments)
+    except Exception as error:
+        raise ValueError(f"ARGS: {error}") from error
+
+
+def parse_celery_arguments(backend: CeleryWorker, arguments: list[str]) -> None:
+    """Parse the arguments of a worker or beat; raise ValueError for invalid ones."""
+    command = copy.copy(beat if isinstance(backend, CeleryBeat) else worker)
+    options = backend.app.user_options
+    command.params = [*command.params, *options[command.name], *options["preload"]]
+    context = CLIContext(app=backend.app, no_color=True, workdir=None)
+    try:
+        command.make_context(command.name, arguments, obj=context)
+    except ClickException as error:
+        raise ValueError(error.format_message()) from error
+
+
+def parse_gunicorn_arguments(arguments: list[str]) -> Config:
+    """Return gunicorn's configuration; raise ValueError or RuntimeError for invalid arguments."""
+    config = Config()
+    parser = config.parser()
+    parser.error = _raise_error
+    for name, value in vars(parser.parse_args(arguments)).items():
+        if name != "args" and value is not None:
+            try:
+                config.set(name, value)
+            except Exception as error:
+                raise ValueError(f"--{name.replace('_', '-')}: {error}") from error
+    load_class(config.worker_class_str)
+    load_class(config.settings["logger_class"].get())
+    return config
+
+
+def _raise_error(message: str) -> NoReturn:
+    raise ValueError(message)
