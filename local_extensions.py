@@ -172,6 +172,21 @@ CHECKS = {
 }
 
 
+def check_folder(slug):
+    """Reject the name of an existing folder: the service may be there already."""
+    main = find_caller("cookiecutter.main", "cookiecutter")
+    if not main or main["overwrite_if_exists"] or main["skip_if_file_exists"]:
+        return
+    folder = Path(main["output_dir"]) / slug
+    if folder.exists():
+        reject(
+            "project_slug",
+            slug,
+            f"exists already: start it with cd {shlex.quote(str(folder))} &&"
+            " uv run honcho start -f Procfile.dev -p 8000, or choose another name",
+        )
+
+
 @pass_context
 def check(context, answer, field):
     """Ask again while the answer at a prompt is invalid; reject any other invalid answer.
@@ -183,6 +198,8 @@ def check(context, answer, field):
     while True:
         try:
             CHECKS[field](field, answers[field])
+            if field == "project_slug":
+                check_folder(answers[field])
         except FailedHookException as error:
             if caller is None or caller["no_input"]:
                 raise

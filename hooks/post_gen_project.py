@@ -1,16 +1,27 @@
-"""Set up the new service (environment, database, first commit) and print the next steps."""
+"""Set up the new service, prove that it works, make a first commit, and print the next steps."""
 
 import os
 import shlex
 import shutil
 import subprocess
+import sys
 import tempfile
+import time
 from pathlib import Path
 
-SETUP = {{ cookiecutter.setup and not is_comparison() }}
+#: Nothing but rendering happens for a comparison of two versions.
+COMPARISON = {{is_comparison()}}
+
+SETUP = {{cookiecutter.setup}} and not COMPARISON
 
 # uvx sets UV to its own path, which may not be on the PATH.
 UV = "uv" if shutil.which("uv") else os.environ.get("UV") or None
+
+#: The oldest Python that the service runs on.
+OLDEST_PYTHON = "3.12"
+
+#: How many lines of a failed command are shown.
+SHOWN_LINES = 30
 
 # Variables that would make setup act on something other than the new project.
 IGNORED_VARIABLES = {
@@ -28,81 +39,125 @@ IGNORED_VARIABLES = {
 
 
 def run(command):
-    """Run a command, printing a dot each second. Return "" on success, or the error."""
+    """Run a command, printing a dot each second. Return its status and the lines it printed."""
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as output:
         try:
             process = subprocess.Popen(
-                shlex.split(command),
+                command,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env={k: v for k, v in os.environ.items() if k not in IGNORED_VARIABLES},
             )
         except OSError as error:
-            return str(error)
+            return 127, [str(error)]
         while True:
             try:
-                if process.wait(timeout=1) == 0:
-                    return ""
+                status = process.wait(timeout=1)
                 break
             except subprocess.TimeoutExpired:
                 print(".", end="", flush=True)
             except KeyboardInterrupt:
                 process.wait()
-                return "interrupted"
+                return 130, ["interrupted"]
         output.seek(0)
-        lines = [line.strip() for line in output if line.strip()] or ["no output"]
-        errors = [line for line in lines if line.startswith(("error:", "fatal:", "cause:"))]
-        return "; ".join(dict.fromkeys([errors[0], errors[-1]])) if errors else lines[-1]
+        return status, [line.rstrip() for line in output if line.strip()] or ["no output"]
 
 
-def run_step(title, commands, manual):
-    """Run the commands of a step. On failure, print the error and the manual command."""
-    print(f"{title}:", end="", flush=True)
-    for command in commands:
-        if error := run(command):
-            print(f" failed: {error}. Run: {manual}", flush=True)
-            return
-    print(" done", flush=True)
+def get_summary(lines):
+    """Return the lines of uv or git that say what went wrong, as one line."""
+    lines = [line.strip() for line in lines]
+    errors = [line for line in lines if line.startswith(("error:", "fatal:", "cause:"))]
+    return "; ".join(dict.fromkeys([errors[0], errors[-1]])) if errors else lines[-1]
 
 
-def install_and_migrate():
-    title = "Install and migrate"
-    if UV is None:
-        print(
-            f"{title}: skipped: uv not found. "
-            "Run: python3 -m pip install uv && uv sync && uv run manage.py migrate"
-        )
+def choose_python():
+    """Let the service use an older Python if that is all this machine has."""
+    version = Path(".python-version")
+    find = [UV, "python", "find", "--quiet", "--no-python-downloads"]
+    if run([*find, version.read_text().strip()])[0] == 0:
         return
-    uv = shlex.quote(UV)
-    run_step(
-        title,
-        [f"{uv} sync --compile-bytecode", f"{uv} run manage.py migrate"],
-        f"{uv} sync && {uv} run manage.py migrate",
-    )
+    newest = version.read_text()
+    version.write_text(f"{OLDEST_PYTHON}\n")
+    if run([*find, OLDEST_PYTHON])[0] == 0:
+        print(f"Python: {newest.strip()} not found, .python-version now says {OLDEST_PYTHON}")
+    else:
+        version.write_text(newest)
+
+
+def install():
+    """Install the dependencies. Return whether that worked; without network it does not."""
+    if UV is None:
+        print("Install: skipped: uv not found. Run: python3 -m pip install uv")
+        return False
+    choose_python()
+    print("Install:", end="", flush=True)
+    status, lines = run([UV, "sync", "--compile-bytecode"])
+    print(f" failed: {get_summary(lines)}" if status else " done", flush=True)
+    return status == 0
+
+
+def prove(title, *arguments):
+    """Run a management command, which prints what it proved; exit if it fails."""
+    print(f"{title}:", end="", flush=True)
+    start = time.monotonic()
+    status, lines = run([UV, "run", "--quiet", "manage.py", *arguments])
+    if status == 130:
+        sys.exit("\ninterrupted")
+    if status:
+        print(" failed", flush=True)
+        print("\n".join(f"  {line}" for line in lines[-SHOWN_LINES:]))
+        print(f"{title} failed: add --keep-project-on-failure to look at the service.", flush=True)
+        sys.exit(1)
+    shown = lines[-1] if arguments[0] == "smoke" else f"{time.monotonic() - start:.1f} s"
+    print(f" {shown}", flush=True)
 
 
 def create_first_commit():
+    """Commit all files to a new repository, unless this folder is in one already."""
     title = "First commit"
-    commit = "git commit -m 'Start from cookiecutter-prodserver'"
-    manual = f"git init -b main && git add . && {commit}"
+    message = "Start from cookiecutter-prodserver"
+    manual = f"git init -b main && git add . && git commit -m {shlex.quote(message)}"
     if Path(".git").exists():
         return
     if shutil.which("git") is None:
         print(f"{title}: skipped: git not found. Install git, then run: {manual}")
         return
-    run_step(
-        title,
-        ["git init --quiet --initial-branch=main", "git add .", f"{commit} --quiet"],
-        f"git config user.name YOU && git config user.email YOU@EXAMPLE.COM && {manual}",
-    )
+    status, lines = run(["git", "rev-parse", "--show-toplevel"])
+    if status == 0:
+        print(f"{title}: skipped: this folder is in the repository {lines[-1]}. Commit it there.")
+        return
+    for command in (
+        ["git", "init", "--quiet", "--initial-branch=main"],
+        ["git", "add", "."],
+        ["git", "commit", "--quiet", "-m", message],
+    ):
+        status, lines = run(command)
+        if status:
+            identity = "git config user.name YOU && git config user.email YOU@EXAMPLE.COM"
+            print(f"{title}: failed: {get_summary(lines)}. Run: {identity} && {manual}")
+            return
+    print(f"{title}: done")
 
 
-if SETUP:
-    install_and_migrate()
-    create_first_commit()
-uv = shlex.quote(UV or "uv")
-print()
-print(f"  cd {shlex.quote(os.path.relpath(Path.cwd(), os.environ.get('PWD', Path.cwd().parent)))}")
-print(f"  {uv} run manage.py {'createsuperuser' if SETUP else 'migrate'}")
-print(f"  {uv} run honcho start -f Procfile.dev -p 8000")
+def main():
+    """Set up the service if that was wanted."""
+    installed = SETUP and install()
+    if installed:
+        prove("Migrate", "migrate", "--verbosity=0")
+        prove("Start and stop", "smoke")
+    if SETUP:
+        create_first_commit()
+    if COMPARISON:
+        return
+    uv = shlex.quote(UV or "uv")
+    folder = os.path.relpath(Path.cwd(), os.environ.get("PWD", Path.cwd().parent))
+    print(f"\n  cd {shlex.quote(folder)}")
+    if not installed:
+        print(f"  {uv} sync")
+        print(f"  {uv} run manage.py migrate")
+    print(f"  {uv} run manage.py createsuperuser")
+    print(f"  {uv} run honcho start -f Procfile.dev -p 8000")
+
+
+main()

@@ -27,7 +27,7 @@ def get_command():
         command = ["ps", "-o", "args=", "-p", str(pid)]
         done = subprocess.run(command, capture_output=True, text=True)
         arguments = done.stdout.split()
-    is_command = any("cookiecutter" in Path(name).name for name in arguments[:2])
+    is_command = any("cookiecutter" in Path(name).name for name in arguments[:3])
     return arguments if is_command else []
 
 

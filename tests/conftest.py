@@ -25,6 +25,7 @@ import pytest
 from aiosmtpd.controller import Controller
 from aiosmtpd.handlers import Message
 
+from tests.generate import copy_template, get_template
 from tests.servers import PostgreSQL, RabbitMQ, free_port, reachable, wait_for
 
 ROOT = Path(__file__).parent.parent
@@ -106,7 +107,7 @@ def read_procfile(path):
 
 def generate_project(cookies, **answers):
     """Generate a service without setup. Return its folder, or raise cookiecutter's error."""
-    result = cookies.bake(extra_context={"setup": False} | answers, template=str(ROOT))
+    result = cookies.bake(extra_context={"setup": False} | answers, template=str(get_template()))
     if result.exception:
         raise result.exception
     return result.project_path
@@ -123,6 +124,14 @@ def uv_cache(uv):
     """The package cache of uv, for commands that run with another home directory."""
     done = subprocess.run([uv, "cache", "dir"], capture_output=True, text=True, check=True)
     return done.stdout.strip()
+
+
+@pytest.fixture
+def template_copy(tmp_path):
+    """The folder of a copy of the template that the test may change."""
+    folder = tmp_path / "template"
+    copy_template(folder)
+    return folder
 
 
 @pytest.fixture
@@ -395,12 +404,14 @@ def run_cookiecutter(tmp_path_factory):
     """A function that runs cookiecutter in an empty folder and returns folder and process."""
 
     def run(*arguments, stdin=None, environment=None):
+        environment = dict(environment or {})
+        template = environment.pop("TEMPLATE", str(get_template()))
         folder = tmp_path_factory.mktemp("cli")
         home = tmp_path_factory.mktemp("home")
         done = subprocess.run(
-            [sys.executable, "-m", "cookiecutter", str(ROOT), *arguments],
+            [sys.executable, "-m", "cookiecutter", template, *arguments],
             cwd=folder,
-            env=clean_environment(HOME=home, PWD=folder, COLUMNS=200) | (environment or {}),
+            env=clean_environment(HOME=home, PWD=folder, COLUMNS=200) | environment,
             input=stdin,
             stdin=None if stdin else subprocess.DEVNULL,
             stdout=subprocess.PIPE,

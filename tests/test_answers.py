@@ -1,6 +1,7 @@
 """Answers: invalid ones stop the run with one line, and valid ones are kept as typed."""
 
 import json
+import runpy
 import subprocess
 import sys
 import tomllib
@@ -10,6 +11,7 @@ from markdown_it import MarkdownIt
 
 from local_extensions import RESERVED_NAMES, SLUG_LENGTH, package_name, python_string
 from tests.conftest import ROOT
+from tests.generate import get_template
 
 INVALID_ANSWERS = [
     ("project_name", "", "must not be blank"),
@@ -55,7 +57,9 @@ INVALID_ANSWERS = [
 
 @pytest.mark.parametrize(("field", "value", "reason"), INVALID_ANSWERS)
 def test_invalid_answer_error_names_field_value_and_reason(cookies, field, value, reason):
-    result = cookies.bake(extra_context={field: value, "setup": False}, template=str(ROOT))
+    result = cookies.bake(
+        extra_context={field: value, "setup": False}, template=str(get_template())
+    )
     message = str(result.exception)
     assert result.exit_code != 0
     assert message.startswith(f"{field}: ")
@@ -74,26 +78,115 @@ def test_invalid_answer_prints_one_line_and_creates_no_files(run_cookiecutter, h
     assert list(folder.iterdir()) == []
 
 
-def test_invalid_answer_at_a_prompt_stops_immediately(run_cookiecutter):
-    folder, done = run_cookiecutter(stdin="My service\nclass\n")
+def test_invalid_answer_at_a_prompt_is_asked_again(run_cookiecutter):
+    rest = "\n" * 10
+    answers = f"My service\nclass\nsite\nmy_service\nWhat it does\n{rest}no\n"
+    folder, done = run_cookiecutter(stdin=answers)
+    assert done.returncode == 0, done.stdout
+    assert 'project_slug: "class" is a Python keyword; choose another name' in done.stdout
+    assert 'project_slug: "site" is a module of Python' in done.stdout
+    project = tomllib.loads((folder / "my_service" / "pyproject.toml").read_text())["project"]
+    assert project["description"] == "What it does"
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        ("django_version=4.2", 'django_version: "4.2" must be one of: 6.0, 5.2'),
+        ("deploy=heroku", 'deploy: "heroku" must be one of: buildpack, dockerfile'),
+        ("compose=maybe", 'compose: "maybe" must be one of: yes, no'),
+        ("projekt=x", "projekt: unknown question; the questions are project_name, project_slug,"),
+    ],
+)
+def test_answer_that_is_none_of_the_choices_prints_one_line(run_cookiecutter, answer, message):
+    folder, done = run_cookiecutter("--no-input", answer)
     assert done.returncode == 1
-    assert done.stdout.splitlines()[-1].endswith(
-        'project_slug: "class" is a Python keyword; choose another name'
+    first, *others = done.stdout.splitlines()
+    assert first.startswith(message)
+    assert others == ["Pre-Prompt Hook script failed"]
+    assert list(folder.iterdir()) == []
+
+
+def test_name_of_an_existing_folder_says_how_to_start_what_is_there(run_cookiecutter):
+    folder, _ = run_cookiecutter("--no-input", "setup=no")
+    before = sorted(folder.rglob("*"))
+    _, done = run_cookiecutter("--no-input", "setup=no", "--output-dir", str(folder))
+    assert done.returncode == 1
+    assert done.stdout == (
+        f'project_slug: "prayer_room_api" exists already: start it with cd {folder}/prayer_room_api'
+        " && uv run honcho start -f Procfile.dev -p 8000, or choose another name\n"
     )
-    assert list(folder.iterdir()) == []
+    assert sorted(folder.rglob("*")) == before
 
 
-def test_invalid_answer_in_a_replay_file_creates_no_files(run_cookiecutter, tmp_path):
-    folder, done = run_cookiecutter("--no-input", "setup=no", environment={"HOME": str(tmp_path)})
-    assert done.returncode == 0
-    (replay,) = tmp_path.glob(".cookiecutter_replay/*.json")
-    answers = json.loads(replay.read_text())
-    answers["cookiecutter"]["timezone"] = "Europe/Atlantis"
-    (tmp_path / "replay.json").write_text(json.dumps(answers))
-    folder, done = run_cookiecutter("--replay-file", str(tmp_path / "replay.json"))
+def test_old_cookiecutter_is_refused(tmp_path, monkeypatch):
+    hook = runpy.run_path(str(ROOT / "hooks" / "pre_prompt.py"))
+    find_error = hook["find_error"]
+    assert find_error({}, []) is None
+    monkeypatch.setattr("cookiecutter.__version__", "2.6.0")
+    assert find_error({}, []) == (
+        "This template needs cookiecutter 2.7 or later, and this is 2.6.0:"
+        " python3 -m pip install -U cookiecutter"
+    )
+
+
+@pytest.fixture
+def replay(run_cookiecutter, tmp_path):
+    """A function that changes recorded answers and replays them."""
+
+    def replay(template=None, **changes):
+        environment = {"HOME": str(tmp_path)}
+        _, done = run_cookiecutter("--no-input", "setup=no", environment=environment)
+        assert done.returncode == 0
+        (path,) = tmp_path.glob(".cookiecutter_replay/*.json")
+        recorded = json.loads(path.read_text())
+        answers = recorded["cookiecutter"] | changes
+        recorded["cookiecutter"] = {k: v for k, v in answers.items() if v is not None}
+        file = tmp_path / "replay.json"
+        file.write_text(json.dumps(recorded))
+        environment = {"TEMPLATE": str(template)} if template else {}
+        return run_cookiecutter("--replay-file", str(file), environment=environment)
+
+    return replay
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        ({"timezone": "Europe/Atlantis"}, 'timezone: "Europe/Atlantis" is not an IANA time zone'),
+        ({"example": "gone"}, "gone provided for choice variable example, but the choices are"),
+    ],
+    ids=str,
+)
+def test_invalid_answer_in_a_replay_file_prints_one_line(replay, answer, message):
+    folder, done = replay(**answer)
     assert done.returncode == 1
-    assert 'timezone: "Europe/Atlantis" is not an IANA time zone' in done.stdout.splitlines()[-1]
+    (line,) = done.stdout.splitlines()
+    assert line.startswith(message)
     assert list(folder.iterdir()) == []
+
+
+def test_replay_takes_tables_of_this_template_and_defaults_for_new_questions(replay, template_copy):
+    file = template_copy / "cookiecutter.json"
+    questions = json.loads(file.read_text())
+    django = questions["_django_versions"]["6.0"]
+    django["requirements"] = ["django>=6.0.99,<6.1"]
+    django["csp_middleware"] = "SLUG.new.Middleware"
+    questions = {"city": "Berlin", "__check_city": "{{ cookiecutter.city | upper }}"} | questions
+    file.write_text(json.dumps(questions))
+    readme = template_copy / "{{cookiecutter.project_slug}}" / "README.md"
+    readme.write_text("{{ cookiecutter.city }} {{ cookiecutter.__check_city }}")
+    # The recorded answers are older than the question about the license, too.
+    folder, done = replay(template_copy, license=None, timezone="Europe/Berlin")
+    assert done.returncode == 0, done.stdout
+    project = folder / "prayer_room_api"
+    assert (project / "README.md").read_text() == "Berlin BERLIN"
+    pyproject = tomllib.loads((project / "pyproject.toml").read_text())["project"]
+    assert "django>=6.0.99,<6.1" in pyproject["dependencies"]
+    assert pyproject["license"] == "LicenseRef-Proprietary"
+    settings = (project / "prayer_room_api" / "settings.py").read_text()
+    assert "prayer_room_api.new.Middleware" in settings
+    assert 'TIME_ZONE = "Europe/Berlin"' in settings
 
 
 @pytest.mark.parametrize(

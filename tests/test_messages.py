@@ -98,7 +98,11 @@ def check_message(content):
     assert values["Date"].strip()
 
     message = email.message_from_bytes(content, policy=email.policy.default)
-    assert message["Subject"].strip().startswith("Fürbitten und Gebete der Gemeinden am schönen großen See")
+    assert (
+        message["Subject"]
+        .strip()
+        .startswith("Fürbitten und Gebete der Gemeinden am schönen großen See")
+    )
     assert "noreply@" in message["From"]
     assert re.fullmatch(r"(author|moderator)@example\.com", message["To"])
     text, html = message.iter_parts()

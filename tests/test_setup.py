@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import shutil
 import sqlite3
 import subprocess
@@ -12,6 +13,8 @@ from tests.conftest import GIT_IDENTITY, clean_environment
 
 pytestmark = pytest.mark.slow
 
+PACKAGE = "{{cookiecutter.project_slug}}"
+
 COMMIT = "git add . && git commit -m 'Start from cookiecutter-prodserver'"
 
 
@@ -19,11 +22,11 @@ COMMIT = "git add . && git commit -m 'Start from cookiecutter-prodserver'"
 def generate(run_cookiecutter, uv, uv_cache):
     """Generate the default service with setup; return its folder and the printed lines."""
 
-    def generate(**environment):
+    def generate(*arguments, status=0, **environment):
         defaults = {"UV": uv, "UV_CACHE_DIR": uv_cache, "GIT_CONFIG_GLOBAL": os.devnull}
         environment = GIT_IDENTITY | defaults | environment
-        folder, done = run_cookiecutter("--no-input", environment=environment)
-        assert done.returncode == 0, done.stdout
+        folder, done = run_cookiecutter("--no-input", *arguments, environment=environment)
+        assert done.returncode == status, done.stdout
         return folder / "prayer_room_api", done.stdout.splitlines()
 
     return generate
@@ -55,17 +58,25 @@ def git(project, *arguments):
     return done.stdout
 
 
-def test_setup_installs_migrates_and_commits(generate):
+def get_titles(lines):
+    """Return the results of the steps, without dots, seconds and figures."""
+    return [re.sub(r"[\d.]+( s(econds)?\b)?", "", line).strip() for line in lines]
+
+
+def test_setup_installs_migrates_proves_and_commits(generate):
     project, lines = generate()
-    assert [line.replace(".", "") for line in lines[:3]] == [
-        "Install and migrate: done",
+    assert get_titles(lines[:5]) == [
+        "Install: done",
+        "Migrate:",
+        "Start and stop: web, worker, beat: ready, and a schedule was run, after ; "
+        "stopped after  more",
         "First commit: done",
         "",
     ]
-    assert lines[3] == "  cd prayer_room_api"
-    assert lines[4].endswith("uv run manage.py createsuperuser")
-    assert lines[5].endswith("uv run honcho start -f Procfile.dev -p 8000")
-    assert len(lines) == 6
+    assert lines[5] == "  cd prayer_room_api"
+    assert lines[6].endswith("uv run manage.py createsuperuser")
+    assert lines[7].endswith("uv run honcho start -f Procfile.dev -p 8000")
+    assert len(lines) == 8
 
     assert (project / ".venv" / "bin" / "honcho").exists()
     with contextlib.closing(sqlite3.connect(project / "var" / "db.sqlite3")) as database:
@@ -88,63 +99,109 @@ def test_setup_installs_migrates_and_commits(generate):
 
 
 def test_setup_ignores_the_database_of_the_environment(generate):
-    project, lines = generate(
-        DATABASE_URL="postgres://nobody@127.0.0.1:1/nothing", DJANGO_MODE="prod"
-    )
-    assert lines[0].endswith("done")
+    project, _ = generate(DATABASE_URL="postgres://nobody@127.0.0.1:1/nothing", DJANGO_MODE="prod")
     assert (project / "var" / "db.sqlite3").exists()
+
+
+NEXT_STEPS = ["uv sync", "uv run manage.py migrate", "uv run manage.py createsuperuser"]
 
 
 def test_missing_uv_skips_the_installation_with_instructions(generate, path_without):
     _, lines = generate(UV="", PATH=path_without("uv"))
-    assert lines[0] == (
-        "Install and migrate: skipped: uv not found. "
-        "Run: python3 -m pip install uv && uv sync && uv run manage.py migrate"
-    )
+    assert lines[0] == "Install: skipped: uv not found. Run: python3 -m pip install uv"
     assert lines[1].endswith("done")
+    assert [line.strip() for line in lines[4:7]] == NEXT_STEPS
 
 
 def test_missing_network_fails_the_installation_with_instructions(generate, tmp_path):
     _, lines = generate(UV_OFFLINE="1", UV_CACHE_DIR=tmp_path / "empty")
-    assert " failed: " in lines[0]
-    assert lines[0].endswith("uv run manage.py migrate")
+    assert lines[0].startswith("Install: failed: ")
     assert lines[1].endswith("done")
-    assert len(lines) == 6
+    assert [line.strip().partition("uv ")[2] for line in lines[4:7]] == [
+        step.partition("uv ")[2] for step in NEXT_STEPS
+    ]
 
 
-def test_uv_that_does_not_start_fails_the_installation_with_instructions(generate, path_without):
+def test_uv_that_does_not_start_fails_the_installation(generate, path_without):
     _, lines = generate(UV="no/such/uv", PATH=path_without("uv"))
-    assert lines[0] == (
-        "Install and migrate: failed: [Errno 2] No such file or directory: 'no/such/uv'. "
-        "Run: no/such/uv sync && no/such/uv run manage.py migrate"
-    )
+    assert lines[0] == "Install: failed: [Errno 2] No such file or directory: 'no/such/uv'"
 
 
 def test_missing_git_skips_the_commit_with_instructions(generate, path_without):
     _, lines = generate(PATH=path_without("git"))
-    assert lines[-5] == (
+    assert (
         f"First commit: skipped: git not found. Install git, then run: git init -b main && {COMMIT}"
-    )
+    ) in lines
 
 
 def test_missing_git_identity_fails_the_commit_with_instructions(generate):
     project, lines = generate(
         GIT_AUTHOR_EMAIL="", GIT_AUTHOR_NAME="", GIT_COMMITTER_EMAIL="", GIT_COMMITTER_NAME=""
     )
-    assert lines[1].startswith("First commit: failed: fatal: ")
-    assert lines[1].endswith(
+    assert lines[3].startswith("First commit: failed: fatal: ")
+    assert lines[3].endswith(
         "Run: git config user.name YOU && git config user.email YOU@EXAMPLE.COM && "
         f"git init -b main && {COMMIT}"
     )
     assert git(project, "status", "--porcelain").startswith("A ")
 
 
+def test_no_repository_is_made_in_another_one(generate):
+    folder, _ = generate("setup=no")
+    git(folder.parent, "init", "--quiet")
+    _, lines = generate("project_slug=second", "--output-dir", str(folder.parent))
+    assert lines[3] == (
+        f"First commit: skipped: this folder is in the repository {folder.parent}. Commit it there."
+    )
+    assert not (folder.parent / "second" / ".git").exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "step", "shown"),
+    [
+        (
+            "settings.py",
+            "    # Language,",
+            "    X = UNKNOWN\n    # Language,",
+            "Migrate",
+            "NameError",
+        ),
+        (
+            "migrations/{% if cookiecutter.__submissions %}0002_seed_schedules.py{% endif %}",
+            'crontab="0 8 * * *"',
+            'crontab="0 25 * * *"',
+            "Migrate",
+            "crontab",
+        ),
+        (
+            "settings.py",
+            '"ARGS": {"loglevel": self.LOG_LEVEL},',
+            '"ARGS": {"loglevel": self.LOG_LEVEL, "pidfile": "/no/such/folder/beat.pid"},',
+            "Start and stop",
+            "beat: ended with status",
+        ),
+    ],
+    ids=["NameError", "crontab", "beat ends"],
+)
+def test_service_that_fails_ends_with_status_1_and_the_reason(
+    generate, template_copy, file, old, new, step, shown
+):
+    path = template_copy / PACKAGE / PACKAGE / file
+    text = path.read_text()
+    assert text.count(old) >= 1
+    path.write_text(text.replace(old, new))
+    project, lines = generate(status=1, TEMPLATE=str(template_copy))
+    assert any(line.startswith(f"{step}:") and line.endswith(" failed") for line in lines)
+    assert shown in "\n".join(lines)
+    assert not project.exists()
+
+
 def test_disabled_setup_does_nothing_and_prints_the_next_steps(run_cookiecutter):
     folder, done = run_cookiecutter("--no-input", "setup=no")
     project = folder / "prayer_room_api"
     assert done.returncode == 0
-    blank, change, migrate, start = done.stdout.splitlines()
+    blank, change, *steps = done.stdout.splitlines()
     assert (blank, change) == ("", "  cd prayer_room_api")
-    assert migrate.endswith("uv run manage.py migrate")
-    assert start.endswith("uv run honcho start -f Procfile.dev -p 8000")
+    commands = [*NEXT_STEPS, "uv run honcho start -f Procfile.dev -p 8000"]
+    assert all(step.endswith(command) for step, command in zip(steps, commands, strict=True))
     assert not any((project / name).exists() for name in (".git", ".venv", "uv.lock", "var"))

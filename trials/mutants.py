@@ -55,6 +55,12 @@ ACCEPTED = {
     r"^\+.*(digest_size|signed)=|^\+.*(blake2b\(name\.encode\(\)|from_bytes\(digest), \)": (
         "another number is as good as a lock's key"
     ),
+    r"^\+.*(signal\.|execv|sleep\(|os\._exit|sys\.exit|heartbeats\.record|monotonic|_passed_at)": (
+        "tests/test_beat.py notices it, with real processes"
+    ),
+    r"^\+.*logger\.|^\+ *logged = ": "the text of a message",
+    r"^\+.*(super\(\)\.get_scheduler|tick)\((\*\*kwargs|\*args, )\)": "Celery passes none",
+    r"^\+.*suppress\(": "the statement in the block ends the process anyway",
     r"^\+.*\"(select|SELECT) (pg_|PG_)": "SQL is the same in small and capital letters",
 }
 

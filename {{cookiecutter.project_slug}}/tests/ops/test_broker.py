@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 from celery import current_app
 from celery.app.task import Context
+from celery.bin.celery import celery as command_line
 from celery.contrib.testing.worker import start_worker
 from celery.exceptions import Reject
 from django.utils import timezone
@@ -125,7 +126,7 @@ class TestPoison:
 
 @pytest.mark.parametrize("status", [0, 1])
 def test_a_worker_that_fails_exits_with_its_status(monkeypatch, status):
-    monkeypatch.setattr(celery.celery, "main", lambda **kwargs: status)
+    monkeypatch.setattr(command_line, "main", lambda **kwargs: status)
     if status:
         with pytest.raises(SystemExit, match="1"):
             current_app.start(["worker"])

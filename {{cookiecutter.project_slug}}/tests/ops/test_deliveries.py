@@ -177,6 +177,17 @@ class TestDeliverOnce:
         assert recipients() == [address(user) for user in readers]
         assert DigestRun.objects.count() == 1
 
+    def test_chunk_sends_to_its_own_recipients_alone(self, run, readers, monkeypatch):
+        monkeypatch.setattr(deliveries, "CHUNK", 2)
+        for number in {user.pk // 2 for user in readers}:
+            mail.outbox.clear()
+            assert deliveries.send_chunk(run, number) is True
+            own = [user for user in readers if user.pk // 2 == number]
+            assert recipients() == sorted(address(user) for user in own)
+            for user, message in zip(own, mail.outbox, strict=True):
+                expected = f"<{NAME}.{run.period_end.astimezone(UTC):%Y%m%dT%H%M}.{user.pk}@"
+                assert message.extra_headers["Message-ID"].startswith(expected)
+
     def test_second_start_for_a_period_queues_nothing(self, run, queue):
         before = len(queue)
         tasks.start_digest(NAME, NOW)
@@ -786,6 +797,16 @@ class TestNotification:
         assert f"for {user.pk}" in message.body
         assert "List-Unsubscribe" in message.extra_headers
         assert message.extra_headers["Message-ID"].startswith(f"<{notification.name}.{user.pk}@")
+
+    def test_is_sent_once_it_is_due_and_nothing_is_left(self, notification, user, requested):
+        at = timezone.now() + timedelta(minutes=5)
+        Attempt.objects.update(next_at=at)
+        for moment, count in ((at - timedelta(seconds=1), 0), (at, 1)):
+            with time_machine.travel(moment, tick=False):
+                tasks.send_notification.apply([notification.name, user.pk])
+            assert len(mail.outbox) == count
+        assert notification.keys == set()
+        assert not Attempt.objects.exists()
 
     def test_is_not_sent_if_it_is_not_wanted(self, notification, user, queue):
         notification.keys.clear()

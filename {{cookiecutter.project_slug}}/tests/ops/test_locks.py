@@ -44,7 +44,9 @@ def test_lock_in_a_file_has_one_holder_at_a_time(settings, tmp_path):
     assert first.is_held()
     assert not second.acquire()
     assert not second.is_held()
-    assert locks.FileLock("another", connection).acquire()
+    another = locks.FileLock("another", connection)
+    assert another.acquire()
+    another.release()
     assert sorted(path.name for path in settings.LOCK_DIR.iterdir()) == ["a-lock", "another"]
     first.release()
     assert not first.is_held()

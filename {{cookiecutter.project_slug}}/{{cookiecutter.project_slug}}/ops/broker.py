@@ -60,6 +60,12 @@ class Transport(filesystem.Transport):
     #: How often an idle worker looks for messages, in seconds.
     polling_interval = 0.2
 
+    def drain_events(  # type: ignore[override]
+        self, connection: Any, timeout: float | None = None
+    ) -> None:
+        """Handle a message; raise TimeoutError soon if there is none, so that a worker can stop."""
+        super().drain_events(connection, self.polling_interval if timeout else None)
+
     Channel = Channel
 
 
