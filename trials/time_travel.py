@@ -1,0 +1,438 @@
+"""Update services of every release to a later version of the template, as teams do.
+
+    uv run trials/time_travel.py [--short]
+
+A service is generated from each release in the history, from the template as it is now, and from
+a later version that this program makes from it. A team's edits age it: a field, an edited and a
+deleted schedule, changed settings, README and Procfile, or another domain in the example's place.
+Its PostgreSQL database has rows. Then ``cruft update`` brings it to the newest version, in one
+step or version by version, and it must migrate, start, run a schedule and pass its tests, without
+a lost row or edit. A service that nobody edited must equal a new one.
+
+The later versions add a question with a check, change a table, two filters, settings and a line
+of the Procfile, add a migration to ``ops``, and rename a module. Needs PostgreSQL. Prints a
+table, and exits with status 1 if anything is wrong.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psycopg
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from tests.conftest import GIT_IDENTITY, clean_environment
+from tests.generate import ROOT, copy_template
+from tests.test_replace_domain import NEW_FILES, files_to_delete
+
+PACKAGE = "{{cookiecutter.project_slug}}"
+SERVER = "postgres://postgres@127.0.0.1:5432"
+
+#: Answers, and whether another domain replaces the example.
+CASES = {
+    "default": ({}, False),
+    "another domain": ({"project_slug": "helpdesk"}, True),
+    "other choices": (
+        {"example": "none", "django_version": "5.2", "deploy": "dockerfile", "compose": "yes"},
+        False,
+    ),
+}
+
+#: Prints all rows, without what processes write while they run.
+SNAPSHOT = """
+import json
+from django.apps import apps
+rows = {}
+ignored = {"contenttypes.ContentType", "auth.Permission", "ops.Lease", "ops.Heartbeat",
+    "ops.ScheduleRun", "django_celery_beat.PeriodicTasks"}
+for model in apps.get_models():
+    if model._meta.label not in ignored:
+        rows[model._meta.label] = list(model._default_manager.order_by("pk").values())
+print("SNAPSHOT" + json.dumps(rows, default=str))
+"""
+
+#: Rows that a service has after some time.
+ROWS = """
+import datetime
+from django.apps import apps
+from django.contrib.auth import get_user_model
+from django_celery_beat.models import IntervalSchedule, PeriodicTask
+user = get_user_model().objects.create_superuser("anna", "anna@example.com", "secret")
+task = PeriodicTask.objects.get(name="deliveries-resume")
+task.interval = IntervalSchedule.objects.get_or_create(every=7, period="minutes")[0]
+task.save()
+PeriodicTask.objects.get(name="records-delete").delete()
+for model in apps.get_models():
+    if model.__name__ == "Submission":
+        model.objects.create(author=user, body="A post")
+    if model.__name__ == "Ticket":
+        model.objects.create(owner=user, title="A ticket")
+from {slug}.ops.models import DigestDelivery, DigestRun
+end = datetime.datetime(2026, 11, 1, tzinfo=datetime.UTC)
+start = end - datetime.timedelta(days=1)
+DigestRun.objects.create(digest="sample", period_start=start, period_end=end)
+DigestDelivery.objects.create(digest="sample", period_end=end, recipient=user, status="sent")
+"""
+
+
+def run(command, folder, **variables):
+    """Run a command; return its output, or raise Failed with its last lines."""
+    done = subprocess.run(
+        command,
+        cwd=folder,
+        env=clean_environment(**GIT_IDENTITY, **variables),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    if done.returncode:
+        last = "\n".join(done.stdout.splitlines()[-30:])
+        raise Failed(f"{' '.join(command)}: status {done.returncode}\n{last}")
+    return done.stdout
+
+
+class Failed(Exception):
+    """Something did not work."""
+
+
+def replace(path, old, new):
+    """Replace a text that a file has."""
+    text = path.read_text()
+    if old not in text:
+        raise Failed(f"{path.name} has no {old!r}")
+    path.write_text(text.replace(old, new))
+
+
+# The template and its versions
+
+
+class Template:
+    """A repository with the releases so far, the template as it is now, and later versions."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        run(["git", "clone", "--quiet", str(ROOT), str(folder)], ROOT)
+        self.versions = get_releases()
+        for name in run(["git", "ls-files", "-z"], folder).split("\0"):
+            if name:
+                (folder / name).unlink()
+        copy_template(folder)
+        self.commit("now")
+        self.add_first_version()
+        self.commit("now + 1")
+        self.add_second_version()
+        self.commit("newest")
+
+    def commit(self, name):
+        """Commit the files as a version."""
+        run(["git", "add", "--all"], self.folder)
+        run(["git", "commit", "--quiet", "--allow-empty", "-m", name], self.folder)
+        self.versions[name] = run(["git", "rev-parse", "HEAD"], self.folder).strip()
+
+    def check_out(self, name):
+        """Let the default branch end at a version."""
+        run(["git", "reset", "--quiet", "--hard", self.versions[name]], self.folder)
+
+    def add_first_version(self):
+        """Add a question with a check and a migration; change tables, a filter and settings."""
+        folder, package = self.folder, self.folder / PACKAGE / PACKAGE
+        questions = folder / "cookiecutter.json"
+        check = "\"{{ cookiecutter.city | check('city') }}\""
+        replace(
+            questions,
+            '  "license": [',
+            f'  "city": "Berlin",\n  "__check_city": {check},\n  "license": [',
+        )
+        replace(questions, "django>=6.0.10,<6.1", "django>=6.0.10,<6.1,!=6.0.99")
+        replace(questions, "django>=5.2.19,<5.3", "django>=5.2.19,<5.3,!=5.2.99")
+        extension = folder / "local_extensions.py"
+        replace(extension, "CHECKS = {\n", 'CHECKS = {\n    "city": text_check(20),\n')
+        replace(extension, 'return " ".join(text.split())', 'return " ".join([*text.split(), "1"])')
+        settings = package / "settings.py"
+        replace(
+            settings,
+            "    USE_TZ = True\n",
+            '    USE_TZ = True\n    CITY = "{{ cookiecutter.city }}"\n',
+        )
+        replace(
+            package / "ops" / "models.py",
+            "    seen_at = models.DateTimeField(",
+            "    note = models.TextField(null=True)\n    seen_at = models.DateTimeField(",
+        )
+        latest = sorted((package / "ops" / "migrations").glob("0*.py"))[-1].stem
+        (package / "ops" / "migrations" / f"{int(latest[:4]) + 1:04}_note.py").write_text(
+            "from django.db import migrations, models\n\n\n"
+            "class Migration(migrations.Migration):\n"
+            f'    dependencies = [("ops", "{latest}")]\n\n'
+            "    operations = [\n"
+            '        migrations.AddField("heartbeat", "note", models.TextField(null=True)),\n'
+            "    ]\n"
+        )
+
+    def add_second_version(self):
+        """Rename a module; change a filter and a line of the Procfile."""
+        service = self.folder / PACKAGE
+        ops = service / PACKAGE / "ops"
+        (ops / "uploads.py").rename(ops / "request_size.py")
+        for path in service.rglob("*.py"):
+            path.write_text(re.sub(r"\bops\.uploads\b", "ops.request_size", path.read_text()))
+        replace(service / "Procfile", "release: ./manage.py", "release: python manage.py")
+        replace(self.folder / "local_extensions.py", '[*text.split(), "1"]', '[*text.split(), "2"]')
+
+
+def get_releases():
+    """Return the commits of the releases, by version, from the history alone."""
+    log = run(["git", "log", "--reverse", "--format=%H %s"], ROOT)
+    return {
+        match[2]: match[1] for match in re.finditer(r"^(\w+) Release (\d+\.\d+\.\d+)$", log, re.M)
+    }
+
+
+# A service and its team
+
+
+@dataclass
+class Result:
+    """What came of an update."""
+
+    start: str
+    case: str
+    path: str
+    conflicts: list[str] = field(default_factory=list)
+    seconds: float = 0
+    problem: str = ""
+
+
+class Service:
+    """A generated service with its environment and a database."""
+
+    def __init__(self, folder, template, answers, database):
+        self.template = template
+        options = [f"--extra-context={json.dumps({'setup': False} | answers)}", "-y"]
+        home = {"HOME": str(folder)}
+        run(["cruft", "create", str(template.folder), *options], folder, **home)
+        (self.folder,) = (path.parent for path in folder.glob("*/manage.py"))
+        self.slug = self.folder.name
+        run(["git", "init", "--quiet", "--initial-branch=main"], self.folder)
+        self.commit("Generated")
+        self.variables = {"DATABASE_URL": database, "HOME": str(folder)}
+
+    def run(self, *command):
+        """Run a command in the service's environment."""
+        return run(
+            [os.environ.get("UV", "uv"), "run", "--quiet", *command], self.folder, **self.variables
+        )
+
+    def manage(self, *arguments):
+        """Run a management command."""
+        return self.run("python", "manage.py", *arguments)
+
+    def commit(self, message):
+        """Commit all files."""
+        run(["git", "add", "--all"], self.folder)
+        run(["git", "commit", "--quiet", "-m", message], self.folder)
+
+    def age(self, replaces_domain):
+        """Do what a team does in the first months."""
+        package = self.folder / self.slug
+        if replaces_domain:
+            for path in files_to_delete(self.folder)[0]:
+                path.unlink()
+            for name, text in NEW_FILES.items():
+                (self.folder / name).write_text(text)
+        else:
+            models = package / "models.py"
+            models.write_text(
+                "from django.db import models\n" * ("import models" not in models.read_text())
+                + models.read_text().rstrip()
+                + '\n\n\nclass Room(models.Model):\n    """A place to meet."""\n\n'
+                "    name = models.CharField(max_length=50)\n"
+            )
+        self.manage("makemigrations", self.slug)
+        replace(package / "settings.py", '"anon": "60/min"', '"anon": "7/min"')
+        with (self.folder / "README.md").open("a") as readme:
+            readme.write("\n## Our rooms\n\nThey are in the attic.\n")
+        procfile = self.folder / "Procfile"
+        replace(procfile, "migrate --noinput", "migrate --noinput --traceback")
+        procfile.write_text(procfile.read_text() + "reports: python manage.py prodserver worker\n")
+        self.commit("Our own")
+        self.manage("migrate", "--verbosity=0")
+        self.manage("shell", "-v0", "-c", ROWS.replace("{slug}", self.slug))
+
+    def snapshot(self):
+        """Return all rows by model."""
+        output = self.manage("shell", "-v0", "-c", SNAPSHOT)
+        return json.loads(output.partition("SNAPSHOT")[2])
+
+    def update(self):
+        """Update to the template's version; return the files with conflicts, now resolved."""
+        home = {"HOME": self.variables["HOME"]}
+        output = run(["cruft", "update", "-y"], self.folder, **home)
+        if "Good work" not in output:
+            raise Failed(output)
+        if rejected := [str(path) for path in self.folder.rglob("*.rej")]:
+            raise Failed(f"rejected: {rejected}\n{output}")
+        conflicts = []
+        for name in run(["git", "ls-files", "-z", "--unmerged"], self.folder).split("\0"):
+            name = name.partition("\t")[2]
+            if name and name not in conflicts:
+                conflicts.append(name)
+                path = self.folder / name
+                ours = re.sub(
+                    r"^<<<<<<<.*?\n(.*?)^=======\n.*?^>>>>>>>.*?\n",
+                    r"\1",
+                    path.read_text(),
+                    flags=re.M | re.S,
+                )
+                path.write_text(ours)
+        self.commit("Update")
+        return conflicts
+
+    def check(self, before, *, with_tests):
+        """Raise Failed unless the service works and has what it had before."""
+        self.manage("migrate", "--verbosity=0")
+        after = self.snapshot()
+        for label, rows in before.items():
+            for row in rows:
+                if not any(row.items() <= other.items() for other in after[label]):
+                    raise Failed(f"lost: {label} {row}")
+        names = {row["name"] for row in after["django_celery_beat.PeriodicTask"]}
+        if "records-delete" in names:
+            raise Failed("a deleted schedule is back")
+        self.manage("makemigrations", "--check", "--dry-run")
+        self.manage("smoke")
+        settings = (self.folder / self.slug / "settings.py").read_text()
+        for text in ('CITY = "Berlin"', '"anon": "7/min"', '2"\n    DOMAIN'):
+            if text not in settings:
+                raise Failed(f"settings.py has no {text!r}")
+        if with_tests:
+            self.run("pytest", "-q", "-x")
+
+
+@contextmanager
+def database():
+    """Yield the URL of a new database."""
+    name = f"travel_{uuid.uuid4().hex[:12]}"
+    with psycopg.connect(f"{SERVER}/postgres", autocommit=True) as connection:
+        connection.execute(f"CREATE DATABASE {name}")
+        try:
+            yield f"{SERVER}/{name}"
+        finally:
+            connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
+
+
+def travel(template, start, case, path, *, with_tests):
+    """Update a service from a version along a path of versions; return the result."""
+    result = Result(start, case, " → ".join(path))
+    answers, replaces_domain = CASES[case]
+    begin = time.monotonic()
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, database() as url:
+        try:
+            template.check_out(start)
+            service = Service(Path(folder), template, answers, url)
+            service.age(replaces_domain)
+            before = service.snapshot()
+            for version in path:
+                template.check_out(version)
+                result.conflicts += service.update()
+            unexpected = set(result.conflicts) - {"Procfile"}
+            if unexpected:
+                raise Failed(f"conflicts in {unexpected}")
+            service.check(before, with_tests=with_tests)
+        except Failed as error:
+            result.problem = str(error)
+    result.seconds = time.monotonic() - begin
+    return result
+
+
+def compare_unedited(template, start, case):
+    """Update a service that nobody edited; it must equal a new one."""
+    result = Result(start, case, "newest, unedited")
+    begin = time.monotonic()
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        try:
+            template.check_out(start)
+            service = Service(Path(folder), template, CASES[case][0], "")
+            template.check_out("newest")
+            result.conflicts = service.update()
+            home = {"HOME": folder}
+            for command in (["cruft", "diff"], ["cruft", "check"]):
+                output = run(command, service.folder, **home)
+                if command[1] == "diff" and output.strip():
+                    raise Failed(output)
+            other = Path(folder, "new")
+            other.mkdir()
+            fresh = Service(other, template, CASES[case][0], "")
+            run(
+                [
+                    "diff",
+                    "-r",
+                    "-x",
+                    ".git",
+                    "-x",
+                    ".cruft.json",
+                    str(service.folder),
+                    str(fresh.folder),
+                ],
+                folder,
+            )
+        except Failed as error:
+            result.problem = str(error)
+    result.seconds = time.monotonic() - begin
+    return result
+
+
+def main(*, short=False):
+    """Play all updates, or one of each kind; return whether all went well."""
+    results = []
+
+    def show(result):
+        results.append(result)
+        end = "FAILED" if result.problem else "ok"
+        conflicts = ", ".join(result.conflicts) or "none"
+        print(
+            f"| {result.start} | {result.case} | {result.path} | {conflicts} |"
+            f" {end} | {result.seconds:.0f} s |",
+            flush=True,
+        )
+
+    with tempfile.TemporaryDirectory() as folder:
+        template = Template(Path(folder, "template"))
+        *starts, _ = template.versions
+        print("| from | case | path | conflicts | result | time |")
+        print("|---|---|---|---|---|---|")
+        if short:
+            show(travel(template, starts[0], "default", ["newest"], with_tests=False))
+            show(compare_unedited(template, starts[0], "other choices"))
+        else:
+            for start in starts:
+                for case in CASES:
+                    show(travel(template, start, case, ["newest"], with_tests=True))
+                    show(compare_unedited(template, start, case))
+                show(
+                    travel(
+                        template,
+                        start,
+                        "default",
+                        [*starts[starts.index(start) + 1 :], "newest"],
+                        with_tests=False,
+                    )
+                )
+    for result in results:
+        if result.problem:
+            print(f"\n{result.start}, {result.case}, {result.path}:\n{result.problem}")
+    return not any(result.problem for result in results)
+
+
+if __name__ == "__main__":
+    sys.exit(0 if main(short="--short" in sys.argv) else 1)
