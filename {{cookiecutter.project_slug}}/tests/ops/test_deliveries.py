@@ -41,9 +41,11 @@ class SampleDigest(DailyDigest):
         self.keys = set()
 
     def recipients(self, run):
+        assert run.digest == self.name
         return get_user_model()._default_manager.filter(pk__in=self.keys)
 
     def contents(self, recipients, run):
+        assert run.digest == self.name
         return {user.pk: {"content": f"for {user.pk}"} for user in recipients}
 
 
@@ -761,6 +763,31 @@ class TestDueDigests:
                 send_sample.apply([NAME], headers={"queued_at": due.isoformat()})
         assert DigestRun.objects.get().period_end == digest.period(EIGHT)[1]
         assert len(chunks(queue)) == 1
+
+
+class TestFolding:
+    @pytest.mark.parametrize("other_digest", [True, False])
+    def test_other_digests_and_other_periods_count_for_themselves(
+        self, digest, readers, other_digest
+    ):
+        first = deliveries.start_run(digest, EIGHT)
+        fields = {
+            "digest": "another" if other_digest else NAME,
+            "period_end": first.period_end - timedelta(days=0 if other_digest else 1),
+        }
+        DigestDelivery.objects.create(**fields, recipient=readers[0], status="sent")
+        DigestRun.objects.get_or_create(**fields, period_start=first.period_start)
+        second = deliveries.start_run(digest, EIGHT + timedelta(days=1))
+        assert second.period_start == first.period_start
+        assert not DigestRun.objects.filter(pk=first.pk).exists()
+        assert DigestRun.objects.filter(**fields).exists()
+        assert DigestDelivery.objects.filter(**fields).count() == 1
+
+    def test_run_that_a_server_may_have_accepted_is_kept(self, digest, readers):
+        first = deliveries.start_run(digest, EIGHT)
+        deliveries.record(first, (readers[0], "sending", ""))
+        second = deliveries.start_run(digest, EIGHT + timedelta(days=1))
+        assert (second.period_start, DigestRun.objects.count()) == (first.period_end, 2)
 
 
 class TestNotification:
