@@ -51,6 +51,7 @@ SLUG/ops/deliveries.py
 SLUG/ops/digests.py
 SLUG/ops/doctor.py
 SLUG/ops/environment.py
+SLUG/ops/failed_tasks.py
 SLUG/ops/gunicorn_log.py
 SLUG/ops/gunicorn_worker.py
 SLUG/ops/health.py
@@ -67,6 +68,7 @@ SLUG/ops/management/commands/__init__.py
 SLUG/ops/management/commands/doctor.py
 SLUG/ops/management/commands/heartbeat.py
 SLUG/ops/management/commands/prodserver.py
+SLUG/ops/management/commands/requeue.py
 SLUG/ops/management/commands/smoke.py
 SLUG/ops/management/commands/unlock.py
 SLUG/ops/messages.py
@@ -128,6 +130,7 @@ tests/ops/test_digests.py
 tests/ops/test_doctor.py
 tests/ops/test_email_settings.py
 tests/ops/test_environment.py
+tests/ops/test_failed_tasks.py
 tests/ops/test_health.py
 tests/ops/test_heartbeats.py
 tests/ops/test_large_tables.py

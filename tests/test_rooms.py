@@ -20,6 +20,7 @@ IMPORTS_IN_FUNCTIONS = {
     # They need loaded models.
     ("ops/apps.py", "beat"),
     ("ops/apps.py", "checks"),
+    ("ops/apps.py", "failed_tasks"),
     ("ops/apps.py", "heartbeats"),
     ("ops/celery.py", "beat.Beat"),
     ("ops/celery.py", "celery.bin.celery.celery"),  # It takes half of the start of web.

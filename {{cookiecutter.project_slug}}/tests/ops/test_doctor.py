@@ -229,8 +229,8 @@ class TestQueue:
             finally:
                 queue.queue.delete()
         assert results.status == ERROR
-        assert results.message.startswith("1 tasks were given up after 20 deliveries")
-        assert results.next.endswith(f"purge -Q {get_failed_queue()}")
+        assert results.message.startswith("1 tasks were given up: they killed workers")
+        assert results.next.endswith("manage.py requeue")
 
 
 @pytest.mark.django_db

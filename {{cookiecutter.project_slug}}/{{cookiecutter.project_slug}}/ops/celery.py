@@ -61,7 +61,9 @@ class Task(DjangoTask[Any, Any]):
         if int(self.request.get("x-delivery-count") or 0) < MAX_DELIVERIES:
             return
         logger.error("%s was delivered %d times and is given up", self.name, MAX_DELIVERIES)
-        self.apply_async(args, kwargs, queue=get_failed_queue())
+        # Not by its name, which would let this worker consume it.
+        failed = self.app.amqp.queues.new_missing(get_failed_queue())
+        self.apply_async(args, kwargs, queue=failed)
         raise Reject("delivered too often", requeue=False)
 
     def apply_async(  # type: ignore[override]

@@ -21,7 +21,7 @@ from django.utils import timezone
 from django_celery_beat.models import PeriodicTask
 
 from . import health, heartbeats, mailer, scheduler
-from .celery import MAX_DELIVERIES, get_failed_queue
+from .celery import get_failed_queue
 from .database import find_pooler
 from .logs import redact
 from .models import Attempt
@@ -103,8 +103,8 @@ def check_queue() -> Result:
         return Result("no task was given up")
     return failed(
         "queue",
-        f"{declared.message_count} tasks were given up after {MAX_DELIVERIES} deliveries; they are "
-        f"in the queue {get_failed_queue()}",
+        f"{declared.message_count} tasks were given up: they killed workers, or no worker knows "
+        f"them; they are in the queue {get_failed_queue()}",
     )
 
 
@@ -237,7 +237,7 @@ def get_next_command(name: str) -> str | None:
         case "broker":
             return "nc -zv {1} {2}".format(*get_broker_address())
         case "queue":
-            return f"celery -A {current_app.main} purge -Q {get_failed_queue()}"
+            return "python manage.py requeue"
         case "worker" | "beat":
             return f"python manage.py prodserver {name}"
         case "e-mail" | "deliveries":
