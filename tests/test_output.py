@@ -77,6 +77,7 @@ SLUG/ops/migrations/0002_seed_schedules.py
 SLUG/ops/migrations/0003_admin_history.py
 SLUG/ops/migrations/__init__.py
 SLUG/ops/models.py
+SLUG/ops/overlaps.py
 SLUG/ops/parsers.py
 SLUG/ops/processes.py
 SLUG/ops/publishing.py
@@ -138,6 +139,7 @@ tests/ops/test_leases.py
 tests/ops/test_locks.py
 tests/ops/test_logging.py
 tests/ops/test_logins.py
+tests/ops/test_overlaps.py
 tests/ops/test_processes.py
 tests/ops/test_publishing.py
 tests/ops/test_scheduler.py

@@ -10,6 +10,7 @@ import collections
 import itertools
 import json
 import re
+import shutil
 import threading
 import time
 import urllib.error
@@ -62,6 +63,19 @@ print(number)
 """
 
 
+#: A task that one of two versions has; each writes a line to a file that both share.
+TASK_OF_ONE_VERSION = """
+from celery import shared_task
+
+@shared_task
+def {name}(number):
+    from pathlib import Path
+
+    with Path("{folder}", "{name}").open("a") as file:
+        file.write(f"{{number}}\\n")
+"""
+
+
 class Visitors(threading.Thread):
     """Sends requests to the port that the proxy routes to, and counts the responses."""
 
@@ -103,7 +117,8 @@ class Dokku:
         self.visitors = None
         self.stops = []
 
-    def deploy(self):
+    def deploy(self, service=None, during_overlap=lambda: None):
+        self.service = service or self.service
         self.service.run(self.app["scripts"]["dokku"]["predeploy"])
         self.service.run(self.procfile["release"])
         old = self.running
@@ -116,6 +131,7 @@ class Dokku:
             if name != "web":
                 self.running[name] = self.service.start(name)
                 self.wait_for_command_check(name)
+        during_overlap()
         assert all(process.popen.poll() is None for process in self.running.values())
         if self.visitors is None:
             self.visitors = Visitors(self.service.port)
@@ -207,3 +223,88 @@ def dispatch_times(log):
     """Return the times at which beat dispatched a task, in seconds since midnight."""
     matches = re.findall(r"(\d\d):(\d\d):(\d\d)[,.](\d{3}).*Sending due task", log)
     return [int(h) * 3600 + int(m) * 60 + int(s) + int(ms) / 1000 for h, m, s, ms in matches]
+
+
+def test_another_version_and_its_rollback_fail_no_request_and_lose_no_task(
+    bake, make_service, postgres_url, rabbitmq_url, tmp_path
+):
+    old_project = bake(project_slug="rehearsal")
+    shorten = old_project / "rehearsal" / "ops" / "failed_tasks.py"
+    shorten.write_text(shorten.read_text().replace("UNKNOWN_SECONDS = 120", "UNKNOWN_SECONDS = 5"))
+    new_project = tmp_path / "new" / "rehearsal"
+    shutil.copytree(old_project, new_project)
+    variables = production_variables(postgres_url, rabbitmq_url)
+    old, new = (make_service(project, **variables) for project in (old_project, new_project))
+    add_task(old, "removed", tmp_path)
+    add_task(new, "added", tmp_path)
+    add_field(new)
+    old.deploy()
+    dokku = Dokku(old)
+    dokku.deploy()
+    new.install("--no-dev")
+    new.run("python manage.py collectstatic --noinput")
+    new.run("python manage.py makemigrations rehearsal", DJANGO_MODE="")
+
+    queued = collections.Counter()
+
+    def queue(service, name, count):
+        first = queued[name]
+        numbers = f"range({first}, {first + count})"
+        service.shell(f"from rehearsal.tasks import {name}\nfor n in {numbers}: {name}.delay(n)")
+        queued[name] += count
+
+    # Both workers run; the old one does not know the new task.
+    dokku.deploy(new, lambda: queue(new, "added", 30))
+    # The old web has just queued these, and no worker knows them any more.
+    queue(old, "removed", 5)
+    wait_for(lambda: get_failed(new) == 5, 60)
+    # After the rollback no worker knows the new task.
+    dokku.deploy(old, lambda: queue(new, "added", 10))
+    queue(new, "added", 3)
+    wait_for(lambda: count_lines(tmp_path / "removed") == 5, 30)
+    assert "manage.py requeue" in run_doctor(old)
+    dokku.deploy(new)
+    wait_for(lambda: count_lines(tmp_path / "added") >= queued["added"], 60)
+    dokku.visitors.stopped.set()
+    dokku.visitors.join()
+
+    responses = dokku.visitors.responses
+    print(f"{sum(responses.values())} requests, {sum(responses.values()) - responses[200]} failed")
+    for name, count in queued.items():
+        runs = sorted(map(int, (tmp_path / name).read_text().split()))
+        print(f"{count} tasks {name!r} queued, {count - len(set(runs))} lost")
+        assert runs == list(range(count))
+    assert set(responses) == {200}, responses
+    assert {status for _, status, _ in dokku.stops} == {0}
+
+
+def add_task(service, name, folder):
+    """Give a version a task."""
+    with (service.folder / "rehearsal" / "tasks.py").open("a") as file:
+        file.write(TASK_OF_ONE_VERSION.format(name=name, folder=folder))
+
+
+def add_field(service):
+    """Give a version a required field that the other one can live with."""
+    models = service.folder / "rehearsal" / "models.py"
+    text = models.read_text()
+    body = "    body = models.TextField(max_length=5000)\n"
+    assert text.count(body) == 1
+    field = '    room = models.CharField(max_length=9, default="a", db_default="a")\n'
+    models.write_text(text.replace(body, body + field))
+
+
+def count_lines(path):
+    return len(path.read_text().split()) if path.exists() else 0
+
+
+def run_doctor(service):
+    command = service.spawn("doctor", "python", "manage.py", "doctor")
+    command.popen.wait(timeout=30)
+    return command.text()
+
+
+def get_failed(service):
+    """Return how many tasks doctor reports as given up."""
+    match = re.search(r"(\d+) tasks were given up", run_doctor(service))
+    return int(match[1]) if match else 0

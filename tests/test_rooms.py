@@ -21,6 +21,7 @@ IMPORTS_IN_FUNCTIONS = {
     ("ops/apps.py", "beat"),
     ("ops/apps.py", "checks"),
     ("ops/apps.py", "failed_tasks"),
+    ("ops/apps.py", "overlaps"),
     ("ops/apps.py", "heartbeats"),
     ("ops/celery.py", "beat.Beat"),
     ("ops/celery.py", "celery.bin.celery.celery"),  # It takes half of the start of web.

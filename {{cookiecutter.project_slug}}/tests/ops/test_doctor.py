@@ -68,6 +68,7 @@ class TestCommand:
                 "schedules",
                 "e-mail",
                 "deliveries",
+                "template",
             )
         ]
 
@@ -331,3 +332,17 @@ class TestEmail:
         smtp.EMAIL_PORT = 1
         results = doctor.run({"e-mail": doctor.check_email})["e-mail"]
         assert results.message.startswith("ConnectionRefusedError")
+
+
+class TestTemplate:
+    def test_version_and_commit_are_those_of_the_record(self, settings, tmp_path):
+        settings.BASE_DIR = tmp_path
+        answers = {"cookiecutter": {"_version": "1.2.3"}}
+        for commit, shown in (("0123456789abcdef", "0123456789ab"), (None, "unknown")):
+            record = {"commit": commit, "context": answers}
+            (tmp_path / ".cruft.json").write_text(json.dumps(record))
+            assert doctor.check_template() == Result(f"1.2.3, commit {shown}")
+
+    def test_service_without_a_record_is_ok(self, settings, tmp_path):
+        settings.BASE_DIR = tmp_path
+        assert doctor.check_template().status == OK

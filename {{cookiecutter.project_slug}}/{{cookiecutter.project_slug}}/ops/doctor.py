@@ -3,12 +3,14 @@
 A check returns a Result or raises an exception. Checks time out and leak no secrets.
 """
 
+import json
 import shlex
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -163,6 +165,17 @@ def check_deliveries() -> Result:
     return Result(f"e-mails that wait for another attempt: {Attempt.objects.count()}")
 
 
+def check_template() -> Result:
+    """Read the version of the template that the service was generated from."""
+    path = Path(settings.BASE_DIR, ".cruft.json")
+    try:
+        state = json.loads(path.read_text())
+    except OSError:
+        return Result(f"unknown: there is no {path.name}")
+    answers = state["context"]["cookiecutter"]
+    return Result(f"{answers['_version']}, commit {(state['commit'] or 'unknown')[:12]}")
+
+
 CHECKS: dict[str, Callable[[], Result]] = {
     "settings": check_settings,
     "database": check_database,
@@ -174,6 +187,7 @@ CHECKS: dict[str, Callable[[], Result]] = {
     "schedules": check_schedules,
     "e-mail": check_email,
     "deliveries": check_deliveries,
+    "template": check_template,
 }
 
 #: Checks that are skipped if another one fails.
