@@ -17,6 +17,7 @@ FILES = """
 .env.example
 .github/dependabot.yml
 .github/workflows/ci.yml
+.github/workflows/upgrade.yml
 .gitignore
 .pre-commit-config.yaml
 .python-version
@@ -37,6 +38,7 @@ SLUG/migrations/__init__.py
 SLUG/models.py
 SLUG/ops/__init__.py
 SLUG/ops/admin.py
+SLUG/ops/adoption.py
 SLUG/ops/api.py
 SLUG/ops/apps.py
 SLUG/ops/attempts.py
@@ -65,12 +67,14 @@ SLUG/ops/logs.py
 SLUG/ops/mailer.py
 SLUG/ops/management/__init__.py
 SLUG/ops/management/commands/__init__.py
+SLUG/ops/management/commands/adopt.py
 SLUG/ops/management/commands/doctor.py
 SLUG/ops/management/commands/heartbeat.py
 SLUG/ops/management/commands/prodserver.py
 SLUG/ops/management/commands/requeue.py
 SLUG/ops/management/commands/smoke.py
 SLUG/ops/management/commands/unlock.py
+SLUG/ops/management/commands/upgrade.py
 SLUG/ops/messages.py
 SLUG/ops/migrations/0001_initial.py
 SLUG/ops/migrations/0002_seed_schedules.py
@@ -114,6 +118,7 @@ SLUG/urls.py
 SLUG/wsgi.py
 app.json
 docs/deploy.md
+docs/move.md
 manage.py
 pyproject.toml
 tests/conftest.py

@@ -104,7 +104,7 @@ def test_commands_of_both_readmes_work(clone, environment, tmp_path):
         "user-digest-daily",
         "user-digest-weekly",
     ]
-    develop, generated_test = shell_commands(project / "README.md")
+    develop, generated_test, *_ = shell_commands(project / "README.md")
     check_processes(develop, project, environment, tmp_path / "develop.log")
     run(generated_test, project, environment)
 

@@ -188,6 +188,17 @@ class Template:
             path.write_text(re.sub(r"\bops\.uploads\b", "ops.request_size", path.read_text()))
         replace(service / "Procfile", "release: ./manage.py", "release: python manage.py")
         replace(self.folder / "local_extensions.py", '[*text.split(), "1"]', '[*text.split(), "2"]')
+        version = json.loads((self.folder / "cookiecutter.json").read_text())["_version"]
+        replace(self.folder / "cookiecutter.json", f'"{version}"', '"99.0.0"')
+        replace(
+            self.folder / "CHANGELOG.md",
+            "## [Unreleased]\n",
+            "## [Unreleased]\n\n## [99.0.0] - 2099-01-01\n\nTake the new settings.\n",
+        )
+        settings = service / PACKAGE / "ops" / "settings.py"
+        replace(
+            settings, "    TIME_ZONE: str\n", '    TIME_ZONE: str\n    NEW_VARIABLE = env("")\n'
+        )
 
 
 def get_releases():

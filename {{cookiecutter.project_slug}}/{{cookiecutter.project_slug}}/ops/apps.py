@@ -27,7 +27,7 @@ class OpsConfig(AppConfig):
     def ready(self) -> None:
         """Called once by each process after all models are loaded."""
         # They register checks and receivers of Celery's signals, and need loaded apps.
-        from . import beat, checks, failed_tasks, heartbeats, overlaps  # noqa: F401
+        from . import adoption, beat, checks, failed_tasks, heartbeats, overlaps  # noqa: F401
 
         autodiscover_modules("digests")
         request_started.connect(publishing.start_request)

@@ -174,6 +174,15 @@ def hosts(text: str) -> list[str]:
     return names
 
 
+@expects("names of queues, separated by commas")
+def queue_names(text: str) -> list[str]:
+    """Accept a list of names of queues."""
+    names: list[str] = as_list(text)
+    if not names or not all(re.fullmatch(r"[\w.:-]{1,255}", name) for name in names):
+        raise ValueError
+    return names
+
+
 @expects("an e-mail address such as noreply@example.com")
 def email_address(text: str) -> str:
     """Accept an address with or without a display name."""

@@ -30,6 +30,7 @@ from .environment import (
     or_empty,
     path,
     port,
+    queue_names,
     secret_key,
     secret_keys,
     sentry_dsn,
@@ -222,7 +223,13 @@ class Defaults(BaseSettings):  # type: ignore[misc]
     # https://docs.celeryq.dev/en/stable/getting-started/backends-and-brokers/rabbitmq.html
     # E-mail has a queue of its own, so that other tasks do not wait behind it
     CELERY_TASK_DEFAULT_QUEUE = PACKAGE
-    CELERY_TASK_QUEUES = [make_queue(PACKAGE), make_queue(MAIL_QUEUE)]
+    # Queues that exist and that workers consume too, such as those of an earlier service
+    EXTRA_QUEUES = env("", cast=or_empty(queue_names, []))
+
+    def CELERY_TASK_QUEUES(self) -> list[Queue]:
+        extra = [Queue(name, routing_key=name, no_declare=True) for name in self.EXTRA_QUEUES]
+        return [make_queue(PACKAGE), make_queue(MAIL_QUEUE), *extra]
+
     CELERY_TASK_ROUTES = {
         "ops.send_digest_chunk": {"queue": MAIL_QUEUE},
         "ops.send_notification": {"queue": MAIL_QUEUE},

@@ -1,0 +1,157 @@
+"""Upgrades: cruft and the upgrade command bring a service to a later version of the template."""
+
+import json
+import os
+import re
+import subprocess
+
+import pytest
+
+from tests.conftest import GIT_IDENTITY, ROOT, clean_environment
+from trials.time_travel import PACKAGE, Template, get_releases, run
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory):
+    """A repository with the template as it is now, and two later versions."""
+    return Template(tmp_path_factory.mktemp("template") / "template")
+
+
+@pytest.fixture
+def create(template, tmp_path, uv):
+    """A function that runs ``cruft create`` for the template as it is now."""
+
+    def create(**answers):
+        template.check_out("now")
+        extra = f"--extra-context={json.dumps(answers)}"
+        environment = GIT_IDENTITY | {"UV": uv, "PWD": str(tmp_path)}
+        subprocess.run(
+            ["cruft", "create", str(template.folder), extra, "-y"],
+            cwd=tmp_path,
+            env=clean_environment(**environment),
+            check=True,
+        )
+        return next(path.parent for path in tmp_path.glob("*/manage.py"))
+
+    return create
+
+
+def commit(project):
+    run(["git", "add", "--all"], project)
+    run(["git", "commit", "--quiet", "-m", "Commit"], project)
+
+
+def initialize(project):
+    """Commit all files to a new repository; the tests' environment is a link, which git sees."""
+    run(["git", "init", "--quiet"], project)
+    (project / ".git" / "info" / "exclude").write_text(".venv\nreport.md\n")
+    commit(project)
+
+
+def test_new_service_is_clean_and_equals_the_template(create):
+    """The set-up ran, and neither its files nor the record of cruft are in the way."""
+    project = create()
+    assert (project / ".venv").exists()
+    assert run(["git", "status", "--porcelain"], project) == ""
+    assert ".cruft.json" in run(["git", "ls-files"], project)
+    assert "SUCCESS" in run(["cruft", "check"], project)
+    assert run(["cruft", "diff"], project) == ""
+
+
+def test_answers_can_be_changed_later(create, template, tmp_path):
+    project = create(setup=False)
+    initialize(project)
+    changes = {"deploy": "dockerfile", "compose": True, "license": "MIT"}
+    run(["cruft", "update", "-y", "--variables-to-update", json.dumps(changes)], project)
+    commit(project)
+    assert run(["cruft", "diff"], project) == ""
+    other = tmp_path / "other"
+    other.mkdir()
+    answers = json.dumps(changes | {"setup": False})
+    run(["cruft", "create", str(template.folder), f"--extra-context={answers}", "-y"], other)
+    exclude = ["-x", ".git", "-x", ".cruft.json"]
+    run(["diff", "-r", *exclude, str(project), str(other / project.name)], tmp_path)
+
+
+def test_upgrade_reports_what_changed(create, template, make_service, tmp_path):
+    service = make_service(create(setup=False), UV=os.environ.get("UV", "uv"))
+    project = service.folder
+    service.install()
+    initialize(project)
+    command = "python manage.py upgrade --no-tests --report report.md"
+    assert "The template is up to date (" in service.run(command)
+    template.check_out("newest")
+    (project / "note").touch()
+    refused = subprocess.run(
+        ["python", "manage.py", "upgrade"],
+        cwd=project,
+        env=service.environment,
+        capture_output=True,
+        text=True,
+    )
+    assert refused.returncode == 1
+    assert refused.stderr == "CommandError: the working tree has changes: commit them first\n"
+    (project / "note").unlink()
+    # The new version changes the dependencies; the environment is shared with other tests.
+    (project / ".venv").unlink()
+    run([service.uv, "sync", "--quiet"], project)
+    commit(project)
+    output = service.run(command)
+    report = (project / "report.md").read_text()
+    assert report in output
+    assert re.match(r"# Template \d+\.\d+\.\d+ → 99\.0\.0\n\n## \[99\.0\.0\]", report)
+    assert "Take the new settings." in report
+    assert re.search(r"## New migrations\n\n- `prayer_room_api/ops/migrations/\d+_note.py`", report)
+    assert "## New environment variables\n\n- `NEW_VARIABLE`" in report
+    assert "Conflicts" not in report
+
+
+def test_conflicts_are_reported_and_marked(create, template, make_service):
+    service = make_service(create(setup=False), UV=os.environ.get("UV", "uv"))
+    project = service.folder
+    service.install()
+    initialize(project)
+    procfile = project / "Procfile"
+    procfile.write_text(procfile.read_text().replace("migrate --noinput", "migrate"))
+    commit(project)
+    template.check_out("newest")
+    output = service.run("python manage.py upgrade")
+    assert "## Conflicts\n\nResolve the marked lines of these files:\n\n- `Procfile`" in output
+    assert "<<<<<<<" in procfile.read_text()
+
+
+# Releases
+
+
+def test_shipped_migrations_are_never_edited():
+    """A database that ran an earlier form of a migration would differ from a new one."""
+    for commit in get_releases().values():
+        listed = run(["git", "ls-tree", "-r", "-z", "--name-only", commit, PACKAGE], ROOT)
+        shipped = [name for name in listed.split("\0") if "/migrations/0" in name]
+        assert shipped
+        for name in shipped:
+            before = run(["git", "show", f"{commit}:{name}"], ROOT)
+            assert (ROOT / name).read_text() == before, name
+
+
+def test_the_version_is_that_of_the_last_release_and_its_changelog():
+    version = json.loads((ROOT / "cookiecutter.json").read_text())["_version"]
+    headings = re.findall(r"^## \[(\d+\.\d+\.\d+)\]", (ROOT / "CHANGELOG.md").read_text(), re.M)
+    assert version == headings[0]
+    releases = list(get_releases())
+    assert releases == headings[::-1][: len(releases)]
+    assert len(headings) - len(releases) in (0, 1)  # A release is committed after its test.
+
+
+@pytest.mark.parametrize("django", ["6.0", "5.2"])
+def test_service_works_with_the_oldest_versions_it_allows(bake, uv, tmp_path, django):
+    project = bake(django_version=django)
+    environment = tmp_path / "environment"
+    variables = {"UV_PROJECT_ENVIRONMENT": str(environment), "VIRTUAL_ENV": ""}
+    run([uv, "sync", "--quiet", "--resolution", "lowest-direct"], project, **variables)
+    python = str(environment / "bin" / "python")
+    run([python, "manage.py", "migrate", "--verbosity=0"], project)
+    run([python, "manage.py", "smoke"], project)
+    run([python, "-m", "pytest", "-q", "-x"], project)
