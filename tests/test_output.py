@@ -263,6 +263,9 @@ def test_output_contains_no_template_leftovers(project):
     for path, text in texts(project, "").items():
         if path == ".cruft.json":
             continue
+        # The record of the template has a key of that name.
+        text = text.replace('["cookiecutter"]', "").replace('{"cookiecutter": ', "")
+        text = text.replace("cookiecutter>=2.7.1", "")
         found = re.findall(r"cookiecutter|\{%-? *raw", text)
         assert not found, path
         if not path.endswith((".html", ".txt", ".yml")):

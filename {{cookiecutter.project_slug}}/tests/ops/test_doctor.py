@@ -337,9 +337,9 @@ class TestEmail:
 class TestTemplate:
     def test_version_and_commit_are_those_of_the_record(self, settings, tmp_path):
         settings.BASE_DIR = tmp_path
-        answers = {"cookiecutter": {"_version": "1.2.3"}}
+        context = {"cookiecutter": {"_version": "1.2.3"}}
         for commit, shown in (("0123456789abcdef", "0123456789ab"), (None, "unknown")):
-            record = {"commit": commit, "context": answers}
+            record = {"commit": commit, "context": context}
             (tmp_path / ".cruft.json").write_text(json.dumps(record))
             assert doctor.check_template() == Result(f"1.2.3, commit {shown}")
 

@@ -172,8 +172,8 @@ def check_template() -> Result:
         state = json.loads(path.read_text())
     except OSError:
         return Result(f"unknown: there is no {path.name}")
-    answers = state["context"]["cookiecutter"]
-    return Result(f"{answers['_version']}, commit {(state['commit'] or 'unknown')[:12]}")
+    version = state["context"]["cookiecutter"]["_version"]
+    return Result(f"{version}, commit {(state['commit'] or 'unknown')[:12]}")
 
 
 CHECKS: dict[str, Callable[[], Result]] = {

@@ -52,7 +52,7 @@ class Command(BaseCommand):
         if uv is None:
             raise CommandError("uv not found; run: python3 -m pip install uv")
         if not Path(settings.BASE_DIR, RECORD).exists():
-            raise CommandError(f"{RECORD} not found: it names the template and the answers")
+            raise CommandError(f"{RECORD} not found: it names the template")
         if run(["git", "status", "--porcelain"]).strip():
             raise CommandError("the working tree has changes: commit them first")
         before = read_state()
