@@ -306,17 +306,19 @@ def test_old_service_moves_here_and_back(
     assert [process.stop(seconds=30) for process in running] == [0, 0, 0]
     service.shell(f"from {slug}.tasks import count; [count.delay(f'late{{n}}') for n in range(3)]")
 
-    # Back: the old code runs on the same database, and finishes what is queued here.
-    arguments = get_document_command(service.folder, "celery -A OLDPROJECT")
-    worker = start_old("worker", arguments.partition("OLDPROJECT ")[2] + " --concurrency 1")
+    # Back: the old code runs on the same database, and the new worker finishes what it has.
+    del service.environment["EXTRA_QUEUES"]
+    last = service.start("worker")
+    worker = start_old("worker", "worker --concurrency 1")
     before = get_counts()["scheduled"]
     beat = start_old("beat", f"beat --schedule {tmp_path}/schedule")
     expected |= {f"late{number}": 1 for number in range(3)}
     wait_for(
         lambda: expected.items() <= get_counts().items() and get_counts()["scheduled"] > before,
         60,
-        lambda: worker.text(),
+        lambda: worker.text() + last.text(),
     )
+    assert last.stop(seconds=30) == 0
     run_old("python manage.py migrate --verbosity=0")
     run_old(
         "python manage.py shell -v0 -c "
