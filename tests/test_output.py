@@ -84,8 +84,8 @@ SLUG/ops/models.py
 SLUG/ops/overlaps.py
 SLUG/ops/parsers.py
 SLUG/ops/processes.py
+SLUG/ops/production_broker.py
 SLUG/ops/publishing.py
-SLUG/ops/rabbitmq.py
 SLUG/ops/runs.py
 SLUG/ops/scheduler.py
 SLUG/ops/schedules.py
@@ -146,6 +146,7 @@ tests/ops/test_logging.py
 tests/ops/test_logins.py
 tests/ops/test_overlaps.py
 tests/ops/test_processes.py
+tests/ops/test_production_broker.py
 tests/ops/test_publishing.py
 tests/ops/test_scheduler.py
 tests/ops/test_schedules.py

@@ -16,7 +16,7 @@ from django.db.migrations.recorder import MigrationRecorder
 from django.utils import timezone
 from django_celery_beat.models import CrontabSchedule, IntervalSchedule, PeriodicTask
 
-from {{ cookiecutter.project_slug }}.ops import doctor
+from {{ cookiecutter.project_slug }}.ops import doctor, production_broker
 from {{ cookiecutter.project_slug }}.ops.celery import get_failed_queue
 from {{ cookiecutter.project_slug }}.ops.doctor import ERROR, OK, SKIPPED, Result
 from {{ cookiecutter.project_slug }}.ops.management.commands import doctor as command
@@ -212,9 +212,10 @@ class TestBroker:
 
     def test_address_has_no_password(self, settings, monkeypatch):
         monkeypatch.setattr(doctor.health, "check_broker", lambda: None)
-        settings.CELERY_BROKER_URL = "amqp://user:hunter2@mq.example.com//"
-        assert doctor.check_broker() == Result("amqp on mq.example.com:5672")
-        assert doctor.get_next_command("broker") == "nc -zv mq.example.com 5672"
+        scheme, port = next(iter(production_broker.PORTS.items()))
+        settings.CELERY_BROKER_URL = f"{scheme}://user:hunter2@mq.example.com/1"
+        assert doctor.check_broker() == Result(f"{scheme} on mq.example.com:{port}")
+        assert doctor.get_next_command("broker") == f"nc -zv mq.example.com {port}"
 
 
 class TestQueue:

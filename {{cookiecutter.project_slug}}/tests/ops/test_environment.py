@@ -7,6 +7,7 @@ import sys
 import pytest
 from django.conf import settings
 
+from {{ cookiecutter.project_slug }}.ops import production_broker
 from {{ cookiecutter.project_slug }}.ops.environment import EnvironmentVariableError, use
 from {{ cookiecutter.project_slug }}.ops.settings import Defaults, ProductionDefaults
 
@@ -14,8 +15,12 @@ PRODUCTION = {
     "DJANGO_MODE": "sampleprod",
     "SECRET_KEY": "a-key-for-this-test-alone-of-more-than-fifty-characters",
     "DATABASE_URL": "postgres://user:hunter2@db.example.com:5432/name",
-    "RABBITMQ_URL": "amqp://user:hunter2@mq.example.com:5672/vhost",
 }
+
+#: The URL of the broker in production, if that is not the database.
+SCHEME = next(iter(production_broker.PORTS))
+BROKER_URL = f"{SCHEME}://user:hunter2@mq.example.com:5672/vhost"
+PRODUCTION.setdefault(production_broker.VARIABLE, BROKER_URL)
 
 
 class SampleSettings(Defaults):
@@ -59,12 +64,14 @@ class TestValidVariables:
     def test_production_requires_three(self, read):
         value = read(**PRODUCTION)
         assert value("DATABASES")["default"]["HOST"] == "db.example.com"
-        assert value("CELERY_BROKER_URL") == PRODUCTION["RABBITMQ_URL"]
+        url = PRODUCTION[production_broker.VARIABLE]
+        assert value("CELERY_BROKER_URL") == production_broker.get_url(url)
 
-    def test_celery_broker_url_replaces_rabbitmq_url(self, read):
-        variables = PRODUCTION | {"CELERY_BROKER_URL": "amqps://mq"}
-        del variables["RABBITMQ_URL"]
-        assert read(**variables)("CELERY_BROKER_URL") == "amqps://mq"
+    def test_celery_broker_url_replaces_the_url_of_the_broker(self, read):
+        variables = PRODUCTION | {"CELERY_BROKER_URL": BROKER_URL}
+        if production_broker.VARIABLE != "DATABASE_URL":
+            del variables[production_broker.VARIABLE]
+        assert read(**variables)("CELERY_BROKER_URL") == production_broker.get_url(BROKER_URL)
 
     @pytest.mark.parametrize(
         ("name", "text", "value"),
@@ -160,8 +167,8 @@ def test_invalid_value_is_reported_with_what_was_expected(problem, name, text, l
             "postgres://user:hunter2@db/name?conn_max_age=long",
             "a URL with an invalid option after the ?",
         ),
-        ("RABBITMQ_URL", None, "nothing"),
-        ("RABBITMQ_URL", "redis://user:hunter2@mq", "a URL that starts with redis://"),
+        (production_broker.VARIABLE, None, "nothing"),
+        (production_broker.VARIABLE, "sqs://user:hunter2@mq", "a URL that starts with sqs://"),
         ("CELERY_BROKER_URL", "user:hunter2@mq", "not a URL"),
         ("SENTRY_DSN", "https://hunter2@sentry.example.com", "an incomplete DSN"),
     ],

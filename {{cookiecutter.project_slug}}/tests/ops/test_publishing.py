@@ -2,17 +2,13 @@
 
 import time
 from threading import Event
-from types import SimpleNamespace
 
 import pytest
-from amqp import RecoverableConnectionError
-from celery import current_app
 from django.http import HttpResponse
 from django.urls import path
 from kombu.exceptions import OperationalError
-from kombu.transport import pyamqp, resolve_transport
 
-from {{ cookiecutter.project_slug }}.ops import publishing, rabbitmq
+from {{ cookiecutter.project_slug }}.ops import publishing
 from {{ cookiecutter.project_slug }}.ops.publishing import publish, try_to_publish
 
 
@@ -105,41 +101,3 @@ def test_each_request_counts_for_itself(client, settings):
     publishing.request.left = 0
     assert client.get("/").text == str(publishing.REQUEST_TIMEOUT)
     assert publishing.request.left is None
-
-
-@pytest.mark.parametrize(("scheme", "name"), [("amqp", "Transport"), ("amqps", "SSLTransport")])
-def test_rabbitmq_has_limits(scheme, name):
-    assert current_app.conf.task_default_queue_type == "quorum"
-    assert resolve_transport(scheme) is getattr(rabbitmq, name)
-    assert resolve_transport(scheme).Connection is rabbitmq.Connection
-    assert rabbitmq.Connection.Channel is rabbitmq.Channel
-
-
-class Silent:
-    """Stands for py-amqp's part of a channel whose node does not reply."""
-
-    def wait(self, method, callback=None, timeout=None):
-        self.waited = timeout
-        raise TimeoutError
-
-
-class SilentChannel(rabbitmq.ReplyLimit, Silent):
-    def __init__(self):
-        self.closed = False
-        self.connection = SimpleNamespace(collect=lambda: setattr(self, "closed", True))
-
-
-def test_a_connection_without_a_reply_is_closed():
-    channel = SilentChannel()
-    with pytest.raises(RecoverableConnectionError, match="did not reply within 5 seconds"):
-        channel.wait("method")
-    assert (channel.waited, channel.closed) == (rabbitmq.REPLY_TIMEOUT, True)
-
-
-def test_a_message_without_a_confirmation_is_not_repeated(monkeypatch):
-    def fail(*args, **kwargs):
-        raise rabbitmq.NoReply("no reply")
-
-    monkeypatch.setattr(pyamqp.Channel, "basic_publish_confirm", fail)
-    with pytest.raises(OperationalError, match="no reply"):
-        rabbitmq.Channel.basic_publish_confirm(object.__new__(rabbitmq.Channel))

@@ -3,6 +3,7 @@
 import atexit
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from django.apps import AppConfig
 from django.conf import settings
@@ -13,7 +14,7 @@ from django.db.backends.signals import connection_created
 from django.db.models.signals import post_migrate, pre_migrate
 from django.utils.module_loading import autodiscover_modules
 
-from . import database, publishing
+from . import database, production_broker, publishing
 
 
 class OpsConfig(AppConfig):
@@ -36,6 +37,7 @@ class OpsConfig(AppConfig):
         connection_created.connect(database.limit_connection)
         pre_migrate.connect(database.lift_limit, sender=self)
         post_migrate.connect(create_cache_tables, sender=self)
+        post_migrate.connect(install_broker, sender=self)
         create_database_folder()
         if settings.SENTRY_DSN:
             from . import sentry
@@ -46,6 +48,12 @@ class OpsConfig(AppConfig):
 def create_cache_tables(using: str, **kwargs: Any) -> None:
     """Create the tables of the database caches, which have no migrations."""
     call_command("createcachetable", database=using, verbosity=0)
+
+
+def install_broker(**kwargs: Any) -> None:
+    """Prepare the broker, if it is the one of production."""
+    if urlsplit(settings.CELERY_BROKER_URL).scheme in production_broker.TRANSPORTS:
+        production_broker.install()
 
 
 def create_database_folder() -> None:

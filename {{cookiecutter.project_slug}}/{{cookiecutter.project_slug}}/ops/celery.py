@@ -20,13 +20,14 @@ from django.utils import timezone
 from kombu.transport import TRANSPORT_ALIASES
 from kombu.utils.objects import cached_property
 
+from . import production_broker
 from .publishing import publish, try_to_publish
 
 logger = logging.getLogger(__name__)
 
 TRANSPORT_ALIASES["filesystem"] = f"{__package__}.broker:Transport"
-TRANSPORT_ALIASES["amqp"] = f"{__package__}.rabbitmq:Transport"
-TRANSPORT_ALIASES["amqps"] = f"{__package__}.rabbitmq:SSLTransport"
+for scheme, name in production_broker.TRANSPORTS.items():
+    TRANSPORT_ALIASES[scheme] = f"{production_broker.__name__}:{name}"
 
 #: How often RabbitMQ delivers a task whose worker is lost before it is given up. Version 4 drops
 #: a message at the next delivery.
@@ -123,6 +124,12 @@ class CeleryApp(Celery):
         from .beat import Beat
 
         return self.subclass_with_self(Beat)
+
+    def _connection(self, url: Any, **kwargs: Any) -> Any:
+        # Celery prefers the variable CELERY_BROKER_URL to the setting that is made from it.
+        if isinstance(url, str) and url.partition(":")[0] in production_broker.PORTS:
+            url = production_broker.get_url(url)
+        return super()._connection(url, **kwargs)  # type: ignore[misc]
 
     def start(self, argv: list[str] | None = None) -> None:  # type: ignore[override]
         """Run a ``celery`` command; exit with its status if it fails.

@@ -22,7 +22,7 @@ from django.db.migrations.executor import MigrationExecutor
 from django.utils import timezone
 from django_celery_beat.models import PeriodicTask
 
-from . import health, heartbeats, mailer, scheduler
+from . import health, heartbeats, mailer, production_broker, scheduler
 from .celery import get_failed_queue
 from .database import find_pooler
 from .logs import redact
@@ -269,8 +269,8 @@ def get_database_address() -> tuple[str, int | str]:
 def get_broker_address() -> tuple[str, str, int | None]:
     """Return scheme, host and port of the broker; the port is None without a server."""
     url = urlsplit(settings.CELERY_BROKER_URL)
-    ports = {"amqp": 5672, "amqps": 5671}
-    return url.scheme, url.hostname or "localhost", url.port or ports.get(url.scheme)
+    port = url.port or production_broker.PORTS.get(url.scheme)
+    return url.scheme, url.hostname or "localhost", port
 
 
 def redact_error(error: BaseException) -> str:

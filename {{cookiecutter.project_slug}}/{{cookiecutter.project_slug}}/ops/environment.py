@@ -18,6 +18,8 @@ import cbs
 from cbs.cast import as_bool, as_list
 from cbs.urls import parse_dburl
 
+from . import production_broker
+
 T = TypeVar("T")
 Cast = Callable[[str], T]
 
@@ -73,14 +75,14 @@ def use(
             f"{variable}: got {_quote(os.environ[variable])}, "
             f"expected one of {modes}, or unset for development"
         ) from None
-    problems = []
+    problems: dict[str, str] = {}  # Two settings may read the same variable.
     for name in filter(str.isupper, dir(chosen)):
         try:
             getattr(chosen, name)
         except EnvironmentVariableError as problem:
-            problems.append(str(problem))
+            problems[str(problem).partition(":")[0]] = str(problem)
     if problems:
-        raise EnvironmentVariableError("\n".join(dict.fromkeys(problems)))
+        raise EnvironmentVariableError("\n".join(problems.values()))
     return chosen.getattr_factory(), chosen.dir_factory()
 
 
@@ -257,7 +259,8 @@ def broker_url(*schemes: str) -> Cast[str]:
     @expects(" or ".join(f"{scheme}://..." for scheme in schemes))
     def cast(text: str) -> str:
         _split(text, schemes)
-        return text
+        is_embedded = text.startswith(("filesystem:", "memory:"))
+        return text if is_embedded else production_broker.get_url(text)
 
     return cast
 

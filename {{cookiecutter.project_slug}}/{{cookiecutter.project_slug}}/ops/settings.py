@@ -15,6 +15,7 @@ from cbs import BaseSettings
 from dotenv import load_dotenv
 from kombu import Exchange, Queue
 
+from . import production_broker
 from .database import CONNECT_OPTIONS
 from .environment import (
     boolean,
@@ -55,6 +56,9 @@ def limit_database(database: dict[str, Any]) -> dict[str, Any]:
         return database
     return {**database, "OPTIONS": CONNECT_OPTIONS | database.get("OPTIONS", {})}
 
+
+#: The schemes that the URL of a broker may have, other than those of the embedded one.
+BROKER_SCHEMES = tuple(production_broker.PORTS)
 
 #: The queue of tasks that send e-mail.
 MAIL_QUEUE = PACKAGE + ".mail"
@@ -207,12 +211,12 @@ class Defaults(BaseSettings):  # type: ignore[misc]
 
     # Broker: folders that the processes share, unless CELERY_BROKER_URL is set
     CELERY_BROKER_URL = env(
-        "filesystem://localhost", cast=broker_url("amqp", "amqps", "filesystem", "memory")
+        "filesystem://localhost", cast=broker_url(*BROKER_SCHEMES, "filesystem", "memory")
     )
 
     def CELERY_BROKER_TRANSPORT_OPTIONS(self) -> dict[str, Any]:
         if not self.CELERY_BROKER_URL.startswith("filesystem:"):
-            return {"confirm_publish": True}
+            return production_broker.get_options(self.CELERY_TASK_TIME_LIMIT)
         return {
             "data_folder_in": str(VAR_DIR / "queue"),
             "data_folder_out": str(VAR_DIR / "queue"),
@@ -322,7 +326,7 @@ class TestDefaults(Defaults):
     """Tests: no message leaves the process unless the environment names a broker."""
 
     DEBUG = False
-    CELERY_BROKER_URL = env("memory://", cast=broker_url("amqp", "amqps", "memory"))
+    CELERY_BROKER_URL = env("memory://", cast=broker_url(*BROKER_SCHEMES, "memory"))
     WHITENOISE_AUTOREFRESH = True
     # Two test runs at the same time share no locks
     LOCK_DIR = Path(gettempdir()) / f"{PACKAGE}-{os.getpid()}"
@@ -330,7 +334,7 @@ class TestDefaults(Defaults):
 
 
 class ProductionDefaults(Defaults):
-    """Production: required secrets, HTTPS only, PostgreSQL and RabbitMQ."""
+    """Production: required secrets, HTTPS only, PostgreSQL and a broker."""
 
     # Security
     DEBUG = False
@@ -376,10 +380,11 @@ class ProductionDefaults(Defaults):
     # E-mail
     EMAIL_HOST = env("localhost", cast=host)
 
-    # Broker: CELERY_BROKER_URL, or the variable that Dokku's RabbitMQ plugin sets
-    @env(cast=broker_url("amqp", "amqps"))
+    # Broker: CELERY_BROKER_URL, or the variable that Dokku's plugin sets
+    @env(cast=broker_url(*BROKER_SCHEMES))
     def CELERY_BROKER_URL(self) -> str:
-        url: str = env(env.Required, key="RABBITMQ_URL", cast=broker_url("amqp", "amqps"))()
+        cast = broker_url(*BROKER_SCHEMES)
+        url: str = env(env.Required, key=production_broker.VARIABLE, cast=cast)()
         return url
 
     # Processes
