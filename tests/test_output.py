@@ -72,6 +72,7 @@ SLUG/ops/management/commands/doctor.py
 SLUG/ops/management/commands/heartbeat.py
 SLUG/ops/management/commands/prodserver.py
 SLUG/ops/management/commands/requeue.py
+SLUG/ops/management/commands/schedules.py
 SLUG/ops/management/commands/smoke.py
 SLUG/ops/management/commands/unlock.py
 SLUG/ops/management/commands/upgrade.py

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 from django.apps import apps
-from django.core.management import call_command
+from django.core.management import CommandError, call_command
 from django.db import connection, migrations
 from django.db.migrations.exceptions import BadMigrationError
 from django.db.migrations.loader import MigrationLoader
@@ -13,6 +13,7 @@ from django.db.migrations.state import ProjectState
 from django_celery_beat.models import CrontabSchedule, PeriodicTask, PeriodicTasks
 
 from {{ cookiecutter.project_slug }}.ops import checks
+from {{ cookiecutter.project_slug }}.ops.management.commands import schedules as command
 from {{ cookiecutter.project_slug }}.ops.schedules import (
     REQUIRED_MIGRATION,
     CreateSchedule,
@@ -232,3 +233,57 @@ class TestCheck:
         (error,) = report(dependencies=[("another", "0000_missing")])
         assert error.id == "schedules.E003"
         assert "0000_missing" in error.msg
+
+
+class TestCommand:
+    @pytest.fixture
+    def run(self, capsys):
+        """Return a function that runs the command and returns the lines about one schedule."""
+
+        def run(*arguments):
+            call_command("schedules", *arguments)
+            lines = capsys.readouterr().out.splitlines()
+            return [line for line in lines if line.startswith("records-delete: ")]
+
+        return run
+
+    def test_schedule_as_its_migration_created_it(self, run):
+        assert run() == ["records-delete: as created"]
+        assert run("--missing") == []
+        assert run("--restore", "records-delete") == ["records-delete: as created already"]
+
+    def test_deleted_schedule_is_listed_and_restored_once(self, run):
+        before = PeriodicTask.objects.get(name="records-delete")
+        before.delete()
+        assert run("--missing") == ["records-delete: missing"]
+        assert run("--restore", "records-delete") == ["records-delete: restored"]
+        assert run("--restore", "records-delete") == ["records-delete: as created already"]
+        restored = PeriodicTask.objects.get(name="records-delete")
+        assert (restored.task, restored.interval) == (before.task, before.interval)
+
+    def test_edited_schedule_is_restored_only_if_told_to(self, run):
+        task = PeriodicTask.objects.get(name="records-delete")
+        task.args, task.enabled = "[1]", False
+        task.save()
+        edits = "edited: args is [1], disabled"
+        assert run("--missing") == [f"records-delete: {edits}"]
+        assert run("--restore", "records-delete") == [
+            f"records-delete: left alone, {edits}; --overwrite undoes that"
+        ]
+        task.refresh_from_db()
+        assert not task.enabled
+        assert run("--restore", "records-delete", "--overwrite") == ["records-delete: restored"]
+        assert run("--missing") == []
+
+    def test_crontab_is_compared_too(self):
+        operation = CreateSchedule("sample", task=TASK, crontab="0 8 * * 1", timezone="UTC")
+        apply(operation)
+        assert command.compare(operation) is None
+        row = PeriodicTask.objects.get(name="sample")
+        row.crontab = CrontabSchedule.objects.create(hour="9", minute="0", day_of_week="1")
+        row.save()
+        assert command.compare(operation) == "edited: hour is 9"
+
+    def test_unknown_name_is_an_error(self, run):
+        with pytest.raises(CommandError, match="no migration created 'nothing'; they created: "):
+            run("--restore", "nothing")

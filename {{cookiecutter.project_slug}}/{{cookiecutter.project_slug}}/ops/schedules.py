@@ -189,19 +189,22 @@ class CreateSchedule(Operation):
         """Return the crontab or interval as a field of the task; reuse an existing row."""
         if self.crontab is not None:
             field, model = "crontab", "CrontabSchedule"
-            values: dict[str, Any] = dict(zip(CRONTAB_FIELDS, self.crontab.split(), strict=True))
-            values["timezone"] = ZoneInfo(self.timezone)
         else:
-            assert self.interval is not None
             field, model = "interval", "IntervalSchedule"
-            period, unit = next(
-                (period, unit)
-                for period, unit in INTERVAL_UNITS.items()
-                if not self.interval % unit
-            )
-            values = {"every": self.interval // unit, "period": period}
+        values = self.get_timing_values()
         rows = self._get_manager(model, state, schema_editor)
         return {field: rows.filter(**values).first() or rows.create(**values)}
+
+    def get_timing_values(self) -> dict[str, Any]:
+        """Return the fields of the crontab or interval, by name."""
+        if self.crontab is not None:
+            values: dict[str, Any] = dict(zip(CRONTAB_FIELDS, self.crontab.split(), strict=True))
+            return values | {"timezone": ZoneInfo(self.timezone)}
+        assert self.interval is not None
+        period, unit = next(
+            (period, unit) for period, unit in INTERVAL_UNITS.items() if not self.interval % unit
+        )
+        return {"every": self.interval // unit, "period": period}
 
     def _notify_beat(self, state: ProjectState, schema_editor: BaseDatabaseSchemaEditor) -> None:
         # Beat reads the rows again when this changes; historical models send no signals.
