@@ -22,6 +22,7 @@ from urllib.request import Request, urlopen
 import amqp
 import psycopg
 import pytest
+import redis
 from aiosmtpd.controller import Controller
 from aiosmtpd.handlers import Message
 
@@ -58,6 +59,8 @@ SERVICE_VARIABLES = {
     "LOG_LEVEL",
     "PORT",
     "PROXY_COUNT",
+    "REDIS_URL",
+    "EXTRA_QUEUES",
     "RABBITMQ_URL",
     "SECRET_KEY",
     "SENTRY_DSN",
@@ -187,6 +190,16 @@ def rabbitmq_url(request):
     """The URL of this machine's RabbitMQ server."""
     require_server(request, "RabbitMQ", 5672, "docker run -d -p 5672:5672 rabbitmq:4")
     return RABBITMQ_URL
+
+
+@pytest.fixture
+def redis_url(request, worker_id):
+    """The URL of an empty database of this machine's Redis server."""
+    require_server(request, "Redis", 6379, "docker run -d -p 6379:6379 redis:7")
+    number = 2 + int(worker_id.removeprefix("gw")) if worker_id != "master" else 1
+    with redis.Redis(db=number) as client:
+        client.flushdb()
+    return f"redis://127.0.0.1:6379/{number}"
 
 
 def run_dedicated_server(server_class):

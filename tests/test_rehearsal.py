@@ -169,15 +169,17 @@ class Dokku:
         pytest.fail(self.running["web"].text())
 
 
+@pytest.mark.parametrize("broker", ["rabbitmq", "redis", "postgresql"])
 def test_three_deploys_fail_no_request_and_lose_no_task(
-    bake, make_service, postgres_url, rabbitmq_url
+    bake, make_service, postgres_url, rabbitmq_url, redis_url, broker
 ):
-    project = bake(project_slug="rehearsal")
+    project = bake(project_slug="rehearsal", broker=broker)
     with (project / "rehearsal" / "tasks.py").open("a") as file:
         file.write(TASK)
     service = make_service(
         project,
         WORKER_CONCURRENCY=8,
+        REDIS_URL=redis_url,
         **production_variables(postgres_url, rabbitmq_url),
     )
     service.deploy()
