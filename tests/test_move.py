@@ -221,7 +221,11 @@ def get_document_command(project, start):
 
 @pytest.mark.parametrize(
     ("slug", "app", "custom_user"),
-    [("rooms", "rooms", False), ("guesthouse", "oldapp", False), ("guesthouse", "oldapp", True)],
+    [
+        ("rooms", "rooms", False),
+        pytest.param("guesthouse", "oldapp", False, marks=pytest.mark.long),
+        ("guesthouse", "oldapp", True),
+    ],
     ids=["same name", "other name", "custom user"],
 )
 def test_old_service_moves_here_and_back(

@@ -118,6 +118,7 @@ ALL_OK = dict.fromkeys(
         "schedules",
         "e-mail",
         "deliveries",
+        "template",
     ),
     "ok",
 )
@@ -178,7 +179,10 @@ def test_doctor_times_out_on_unresponsive_servers(bake, make_service):
             EMAIL_PORT=str(port),
         )
     unresponsive = dict.fromkeys(("database", "broker", "e-mail"), "error")
-    assert statuses == dict.fromkeys(ALL_OK, "skipped") | {"settings": "ok"} | unresponsive
+    assert (
+        statuses
+        == dict.fromkeys(ALL_OK, "skipped") | {"settings": "ok", "template": "ok"} | unresponsive
+    )
     assert all(report["checks"][name]["next"] for name in unresponsive)
 
 

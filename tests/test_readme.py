@@ -85,7 +85,7 @@ def check_processes(command, folder, environment, log):
 
 
 def test_commands_of_both_readmes_work(clone, environment, tmp_path):
-    start, _, test = shell_commands(clone / "README.md")
+    start, _, _, test = shell_commands(clone / "README.md")
     check_processes(start, clone, environment, tmp_path / "start.log")
 
     project = clone / "prayer_room_api"
@@ -129,7 +129,7 @@ def run(command, folder, environment):
 
 
 def test_ci_script_runs_the_test_command_of_the_readme():
-    _, _, test = shell_commands(ROOT / "README.md")
+    *_, test = shell_commands(ROOT / "README.md")
     script = (ROOT / ".ci" / "run").read_text()
     (pattern,) = re.findall(r"grep -E '(.*)' README.md", script)
     assert re.findall(pattern, (ROOT / "README.md").read_text(), re.M) == [test]

@@ -145,7 +145,7 @@ def test_the_version_is_that_of_the_last_release_and_its_changelog():
     assert len(headings) - len(releases) in (0, 1)  # A release is committed after its test.
 
 
-@pytest.mark.parametrize("django", ["6.0", "5.2"])
+@pytest.mark.parametrize("django", ["6.0", pytest.param("5.2", marks=pytest.mark.long)])
 def test_service_works_with_the_oldest_versions_it_allows(bake, uv, tmp_path, django):
     project = bake(django_version=django)
     environment = tmp_path / "environment"

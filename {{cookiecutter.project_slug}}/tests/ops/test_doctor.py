@@ -17,8 +17,8 @@ from django.utils import timezone
 from django_celery_beat.models import CrontabSchedule, IntervalSchedule, PeriodicTask
 
 from {{ cookiecutter.project_slug }}.ops import doctor, production_broker
-from {{ cookiecutter.project_slug }}.ops.celery import get_failed_queue
 from {{ cookiecutter.project_slug }}.ops.doctor import ERROR, OK, SKIPPED, Result
+from {{ cookiecutter.project_slug }}.ops.failed_tasks import make_failed_queue
 from {{ cookiecutter.project_slug }}.ops.management.commands import doctor as command
 from {{ cookiecutter.project_slug }}.ops.models import Heartbeat
 
@@ -224,12 +224,14 @@ class TestQueue:
 
     def test_counts_failed_tasks(self):
         with current_app.connection_for_write() as broker:
-            queue = broker.SimpleQueue(get_failed_queue())
+            queue = make_failed_queue(current_app)(broker.default_channel)
+            queue.declare()
+            queue.purge()
             try:
-                queue.put("task")
+                current_app.send_task(TASK, queue=make_failed_queue(current_app))
                 results = doctor.check_queue()
             finally:
-                queue.queue.delete()
+                queue.purge()
         assert results.status == ERROR
         assert results.message.startswith("1 tasks were given up: they killed workers")
         assert results.next.endswith("manage.py requeue")
