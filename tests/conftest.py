@@ -376,7 +376,11 @@ class Service:
         if RABBITMQ_URL in self.environment.values():
             virtual_host = urlsplit(RABBITMQ_URL).path.removeprefix("/")
             with amqp.Connection("127.0.0.1:5672", virtual_host=virtual_host) as connection:
-                for queue in (self.folder.name, f"{self.folder.name}.mail"):
+                for queue in (
+                    self.folder.name,
+                    f"{self.folder.name}.mail",
+                    f"{self.folder.name}.failed",
+                ):
                     connection.channel().queue_delete(queue)
 
     def close(self):

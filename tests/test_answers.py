@@ -260,7 +260,7 @@ def test_python_string_matches_ruff_format(text):
 
 def test_answer_at_a_prompt_is_not_rendered_as_a_template(run_cookiecutter):
     """Cookiecutter does render the values that it gets on the command line."""
-    answers = ["My service", "", "What {{ 7*7 }} is", *[""] * 9, "n"]
+    answers = ["My service", "", "What {{ 7*7 }} is", *[""] * 10, "n"]
     folder, done = run_cookiecutter(stdin="\n".join(answers) + "\n")
     assert done.returncode == 0, done.stdout
     project = tomllib.loads((folder / "my_service" / "pyproject.toml").read_text())["project"]

@@ -120,6 +120,6 @@ def test_a_task_that_kills_each_worker_is_given_up(bake, make_service, postgres_
     worker.wait_for_text("poisoned.tasks.poison was delivered 20 times and is given up", seconds=90)
     doctor = service.spawn("doctor", "python", "manage.py", "doctor")
     doctor.popen.wait(timeout=30)
-    assert "1 tasks were given up: they killed workers" in doctor.text()
+    assert "1 tasks were given up: they killed workers" in doctor.text(), doctor.text()
     service.run("celery -A poisoned purge -f -Q poisoned.failed")
     assert worker.stop(seconds=30) == 0

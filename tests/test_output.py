@@ -311,8 +311,45 @@ def test_readme_documents_every_environment_variable_of_the_settings(default_pro
     read = set(re.findall(r"^    ([A-Z_]+) = env", settings, re.M))
     read |= set(re.findall(r"@env\S*\n    def ([A-Z_]+)\(", settings))
     read |= set(re.findall(r'key="([A-Z_]+)"', settings))
+    broker = (package / "ops" / "production_broker.py").read_text()
+    read |= set(re.findall(r'^VARIABLE = "([A-Z_]+)"', broker, re.M))
     assert {"SECRET_KEY", "DATABASE_URL", "RABBITMQ_URL", "ALLOWED_HOSTS", "PORT"} <= read
     table = (default_project / "README.md").read_text().split("## Settings")[1]
     first_column = "\n".join(re.findall(r"^\| (.*?) \|", table, re.M))
     documented = set(re.findall(r"`([A-Z_]+)`", first_column))
     assert documented == read | {"DJANGO_MODE"}
+
+
+#: The words of each broker.
+BROKER_WORDS = {"rabbitmq": r"rabbit|amqps?:|quorum", "redis": r"redis", "postgresql": r"pgmq"}
+
+
+@pytest.mark.parametrize("broker", BROKER_WORDS)
+def test_output_speaks_only_of_the_broker_that_was_chosen(bake, broker):
+    project = bake(broker=broker, compose=True, deploy="dockerfile")
+    for path, text in texts(project, "").items():
+        if path != ".cruft.json":
+            for other, words in BROKER_WORDS.items():
+                assert other == broker or not re.search(words, text, re.IGNORECASE), (path, other)
+
+
+def test_another_broker_is_one_row_and_its_files(cookies, template_copy):
+    questions = json.loads((template_copy / "cookiecutter.json").read_text())
+    questions["broker"].append("made_up")
+    row = questions["_brokers"]["redis"]
+    questions["_brokers"]["made_up"] = row | {"variable": "MADE_UP_URL", "plugins": ["made-up"]}
+    questions["__prompts__"]["broker"]["made_up"] = "Made up"
+    (template_copy / "cookiecutter.json").write_text(json.dumps(questions))
+    ops = template_copy / "{{cookiecutter.project_slug}}" / "{{cookiecutter.project_slug}}" / "ops"
+    name = '{{% if cookiecutter.broker == "{}" %}}production_broker.py{{% endif %}}'
+    broker = template_copy / "templates" / "brokers"
+    (broker / "made_up.j2").write_text((broker / "redis.j2").read_text())
+    text = (ops / name.format("redis")).read_text().replace("REDIS_URL", "MADE_UP_URL")
+    (ops / name.format("made_up")).write_text(text)
+    answers = {"setup": False, "broker": "made_up"}
+    result = cookies.bake(extra_context=answers, template=str(template_copy))
+    assert result.exception is None
+    project = result.project_path
+    assert "MADE_UP_URL" in (project / project.name / "ops" / "production_broker.py").read_text()
+    assert "| `MADE_UP_URL` |" in (project / "README.md").read_text()
+    assert "dokku made-up:create" in (project / "docs" / "deploy.md").read_text()

@@ -285,4 +285,4 @@ def test_tables_hold_data_and_neither_code_nor_prose():
     for name, table in tables.items():
         for leaf in leaves(table):
             # One word: a name, a version, a path or a requirement.
-            assert re.fullmatch(r"[\w.,<>=\[\]/:-]*", leaf), (name, leaf)
+            assert re.fullmatch(r"[\w.,<>=\[\]/:@-]*", leaf), (name, leaf)

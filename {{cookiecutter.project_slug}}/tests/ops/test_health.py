@@ -26,7 +26,7 @@ def fail(monkeypatch):
 
     def fail(name):
         def check():
-            raise ConnectionError("amqp://guest:hunter2@broker refused the connection")
+            raise ConnectionError("broker://guest:hunter2@broker refused the connection")
 
         monkeypatch.setitem(health.CHECKS, name, check)
 

@@ -122,7 +122,7 @@ class TestCommand:
         now = timezone.now()
         Heartbeat.objects.create(process="worker", host="another-host", pid=1, seen_at=now)
         if seconds:
-            seen_at = now - timedelta(seconds=seconds)
+            seen_at = now - timedelta(seconds=seconds + 0.5)
             Heartbeat.objects.create(process="worker", host=HOST, pid=1, seen_at=seen_at)
         with pytest.raises(SystemExit) as error:
             call_command("heartbeat", "worker")

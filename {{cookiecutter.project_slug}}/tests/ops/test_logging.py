@@ -89,7 +89,7 @@ class TestEvent:
 @pytest.mark.parametrize(
     ("text", "redacted"),
     [
-        ("Connected to amqp://user:hunter2@mq:5672//", "Connected to amqp://***@mq:5672//"),
+        ("Connected to broker://user:hunter2@mq:5672//", "Connected to broker://***@mq:5672//"),
         ("postgres://user:hun/ter@2@db/name", "postgres://***@db/name"),
         ("550 5.1.1 <bob.o+x@example.com>: unknown", "550 5.1.1 <***@***>: unknown"),
         ("Error handling request /a/?token=hunter2", "Error handling request /a/?***"),

@@ -280,7 +280,8 @@ class TestCommand:
         apply(operation)
         assert command.compare(operation) is None
         row = PeriodicTask.objects.get(name="sample")
-        row.crontab = CrontabSchedule.objects.create(hour="9", minute="0", day_of_week="1")
+        row.crontab.hour = "9"
+        row.crontab.save()
         row.save()
         assert command.compare(operation) == "edited: hour is 9"
 

@@ -91,7 +91,7 @@ class TestErrorPage:
     @pytest.fixture
     def get(self, monkeypatch, settings):
         """Return a function that requests a view whose local variables contain a secret."""
-        settings.CELERY_BROKER_URL = f"amqp://user:{SECRET}@mq.example.com//"
+        settings.CELERY_BROKER_URL = f"broker://user:{SECRET}@mq.example.com//"
         monkeypatch.setitem(settings.DATABASES["default"], "PASSWORD", SECRET)
 
         def fail(token):

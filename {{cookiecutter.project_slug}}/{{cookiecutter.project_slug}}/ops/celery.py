@@ -29,8 +29,7 @@ TRANSPORT_ALIASES["filesystem"] = f"{__package__}.broker:Transport"
 for scheme, name in production_broker.TRANSPORTS.items():
     TRANSPORT_ALIASES[scheme] = f"{production_broker.__name__}:{name}"
 
-#: How often RabbitMQ delivers a task whose worker is lost before it is given up. Version 4 drops
-#: a message at the next delivery.
+#: How often a task whose worker is lost is delivered before it is given up, if the broker counts.
 MAX_DELIVERIES = 20
 
 #: How long a worker that has to stop and runs no task may take, in seconds.
@@ -51,7 +50,7 @@ class Task(DjangoTask[Any, Any]):
         """Ignore a second message of the same run of a schedule, which beat may have sent.
 
         Give the task up if it was delivered too often: it may kill each worker that runs it.
-        RabbitMQ counts the deliveries of a message. The task moves to the queue of failed
+        Some brokers count the deliveries of a message. The task moves to the queue of failed
         tasks, which ``doctor`` reports.
         """
         from .runs import start_run

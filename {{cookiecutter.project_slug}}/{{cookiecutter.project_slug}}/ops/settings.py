@@ -65,9 +65,10 @@ MAIL_QUEUE = PACKAGE + ".mail"
 
 
 def make_queue(name: str) -> Queue:
-    """Return a quorum queue on the service's topic exchange."""
-    exchange = Exchange(PACKAGE, type="topic")
-    return Queue(name, exchange, routing_key=name, queue_arguments={"x-queue-type": "quorum"})
+    """Return a queue on the service's exchange."""
+    exchange = Exchange(PACKAGE, type=production_broker.EXCHANGE_TYPE)
+    arguments = {"x-queue-type": production_broker.QUEUE_TYPE}
+    return Queue(name, exchange, routing_key=name, queue_arguments=arguments)
 
 
 #: Requests that Django rejects, by the name of the exception: anybody can send them.
@@ -223,9 +224,7 @@ class Defaults(BaseSettings):  # type: ignore[misc]
             "control_folder": str(VAR_DIR / "control"),
         }
 
-    # Queues: quorum queues on RabbitMQ; delayed messages need a topic exchange for them
-    # https://docs.celeryq.dev/en/stable/getting-started/backends-and-brokers/rabbitmq.html
-    # E-mail has a queue of its own, so that other tasks do not wait behind it
+    # Queues: e-mail has one of its own, so that other tasks do not wait behind it
     CELERY_TASK_DEFAULT_QUEUE = PACKAGE
     # Queues that exist and that workers consume too, such as those of an earlier service
     EXTRA_QUEUES = env("", cast=or_empty(queue_names, []))
@@ -238,9 +237,9 @@ class Defaults(BaseSettings):  # type: ignore[misc]
         "ops.send_digest_chunk": {"queue": MAIL_QUEUE},
         "ops.send_notification": {"queue": MAIL_QUEUE},
     }
-    CELERY_TASK_DEFAULT_QUEUE_TYPE = "quorum"
-    CELERY_TASK_DEFAULT_EXCHANGE_TYPE = "topic"
-    CELERY_TASK_CREATE_MISSING_QUEUE_TYPE = "quorum"
+    CELERY_TASK_DEFAULT_QUEUE_TYPE = production_broker.QUEUE_TYPE
+    CELERY_TASK_DEFAULT_EXCHANGE_TYPE = production_broker.EXCHANGE_TYPE
+    CELERY_TASK_CREATE_MISSING_QUEUE_TYPE = production_broker.QUEUE_TYPE
 
     # Reliability: a message is acknowledged only after its task has finished
     CELERY_TASK_ACKS_LATE = True
@@ -268,7 +267,7 @@ class Defaults(BaseSettings):  # type: ignore[misc]
         return self.TIME_ZONE
 
     # Remote control, such as `celery inspect active`: the exchange is this service's own, so
-    # that services can share a RabbitMQ virtual host
+    # that services can share a broker
     CELERY_CONTROL_EXCHANGE = PACKAGE
     # An exclusive queue would stop two processes with the same node name from overlapping.
     CELERY_CONTROL_QUEUE_EXCLUSIVE = False
