@@ -61,6 +61,13 @@ class TestValidVariables:
     def test_development_requires_none(self, read):
         assert read()("DEBUG") is True
 
+    def test_development_may_use_another_sqlite_database(self, read):
+        database = read(DATABASE_URL="sqlite:///data/other.sqlite3")("DATABASES")["default"]
+        assert (database["ENGINE"], database["NAME"]) == (
+            "django.db.backends.sqlite3",
+            "data/other.sqlite3",
+        )
+
     def test_production_requires_three(self, read):
         value = read(**PRODUCTION)
         assert value("DATABASES")["default"]["HOST"] == "db.example.com"

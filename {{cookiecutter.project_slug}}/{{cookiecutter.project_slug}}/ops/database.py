@@ -5,6 +5,7 @@ frozen or out of reach.
 """
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import psycopg
@@ -42,6 +43,19 @@ GRACE = 5
 
 #: How long the check for a pooler waits for a response, in seconds.
 CHECK_TIMEOUT = 5
+
+
+def get_sqlite(path: str | Path) -> dict[str, Any]:
+    """Return an SQLite database as an entry of ``DATABASES``: several processes may write."""
+    return {
+        "ENGINE": "django.db.backends.sqlite3",
+        "NAME": path,
+        "OPTIONS": {
+            "timeout": 20,
+            "transaction_mode": "IMMEDIATE",
+            "init_command": "PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL;",
+        },
+    }
 
 
 # Limits

@@ -19,6 +19,7 @@ from cbs.cast import as_bool, as_list
 from cbs.urls import parse_dburl
 
 from . import production_broker
+from .database import get_sqlite
 
 T = TypeVar("T")
 Cast = Callable[[str], T]
@@ -238,6 +239,17 @@ def database_url(text: str) -> dict[str, Any]:
         return config
     except (TypeError, ValueError):
         raise RedactedError("a URL with an invalid option after the ?") from None
+
+
+@expects("postgres://USER:PASSWORD@HOST:PORT/NAME or sqlite:///PATH")
+def development_database_url(text: str) -> dict[str, Any]:
+    """Return the URL of a PostgreSQL or SQLite database as an entry of ``DATABASES``."""
+    if not text.startswith("sqlite:"):
+        return database_url(text)
+    path = text.removeprefix("sqlite:///")
+    if not path or path == text:
+        raise RedactedError("a URL without a path")
+    return get_sqlite(path)
 
 
 @expects("the name of a provider and its settings, such as postmark?server_token=TOKEN")

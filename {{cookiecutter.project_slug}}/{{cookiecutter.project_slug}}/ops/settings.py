@@ -16,11 +16,12 @@ from dotenv import load_dotenv
 from kombu import Exchange, Queue
 
 from . import production_broker
-from .database import CONNECT_OPTIONS
+from .database import CONNECT_OPTIONS, get_sqlite
 from .environment import (
     boolean,
     broker_url,
     database_url,
+    development_database_url,
     email_address,
     email_api,
     env,
@@ -147,17 +148,9 @@ class Defaults(BaseSettings):  # type: ignore[misc]
     }
 
     # Database: SQLite, configured for several processes that write at the same time
-    @env(key="DATABASE_URL", cast=database_url)
+    @env(key="DATABASE_URL", cast=development_database_url)
     def database(self) -> dict[str, Any]:
-        return {
-            "ENGINE": "django.db.backends.sqlite3",
-            "NAME": VAR_DIR / "db.sqlite3",
-            "OPTIONS": {
-                "timeout": 20,
-                "transaction_mode": "IMMEDIATE",
-                "init_command": "PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL;",
-            },
-        }
+        return get_sqlite(VAR_DIR / "db.sqlite3")
 
     # Where the embedded database's locks between processes are files
     LOCK_DIR = VAR_DIR / "locks"
