@@ -47,7 +47,7 @@ RESERVED_NAMES = frozenset(
     docs manage ops test tests var
     amqp annotated_types anyio asgiref ast_serialize attr attrs billiard cbs celery certifi
     click click_didyoumean click_plugins click_repl colorama cron_descriptor cronlog crontab
-    crontabs csp dateutil django django_celery_beat django_prodserver django_stubs_ext
+    crontabs csp dateutil django django_celery_beat django_celery_results django_prodserver django_stubs_ext
     dotenv drf_spectacular drf_spectacular_sidecar gunicorn honcho idna inflection iniconfig
     jsonschema jsonschema_specifications kombu librt mypy mypy_django_plugin mypy_drf_plugin
     mypy_extensions mypyc packaging pathspec pip pkg_resources pluggy prompt_toolkit psycopg
@@ -212,6 +212,18 @@ def check(context, answer, field):
             return ""
 
 
+def ask_more(wanted):
+    """Take the defaults of all questions that follow, unless they are wanted.
+
+    Renders an empty string. Cookiecutter has no questions that depend on another one.
+    """
+    if not wanted:
+        prompt.read_user_choice = lambda name, options, *others: options[0]
+        prompt.read_user_yes_no = lambda name, default, *others: default
+        prompt.read_user_variable = lambda name, default, *others: default
+    return ""
+
+
 def find_caller(module, function=None):
     """Return the local variables of the nearest calling function of a module, or None."""
     frame = sys._getframe(1)
@@ -331,6 +343,11 @@ def python_string(text):
     return literal
 
 
+def python_value(text):
+    """Return the text as a Python string literal; None for an empty text."""
+    return python_string(text) if text else "None"
+
+
 def one_line(text):
     """Collapse each run of whitespace into one space."""
     return " ".join(text.split())
@@ -354,7 +371,17 @@ class Filters(Extension):
 
     def __init__(self, environment):
         super().__init__(environment)
-        filters = package_name, check, quoted, python_string, one_line, markdown, shell_word
+        filters = (
+            package_name,
+            check,
+            ask_more,
+            quoted,
+            python_string,
+            python_value,
+            one_line,
+            markdown,
+            shell_word,
+        )
         environment.filters.update({function.__name__: function for function in filters})
         environment.globals.update(cruft_state=cruft_state, is_comparison=is_comparison)
         renew_replay()

@@ -79,14 +79,28 @@ def test_invalid_answer_prints_one_line_and_creates_no_files(run_cookiecutter, h
 
 
 def test_invalid_answer_at_a_prompt_is_asked_again(run_cookiecutter):
-    rest = "\n" * 10
-    answers = f"My service\nclass\nsite\nmy_service\nWhat it does\n{rest}no\n"
+    rest = "\n" * 7
+    answers = f"My service\nclass\nsite\nmy_service\nWhat it does\n{rest}no\n\n"
     folder, done = run_cookiecutter(stdin=answers)
     assert done.returncode == 0, done.stdout
     assert 'project_slug: "class" is a Python keyword; choose another name' in done.stdout
     assert 'project_slug: "site" is a module of Python' in done.stdout
     project = tomllib.loads((folder / "my_service" / "pyproject.toml").read_text())["project"]
     assert project["description"] == "What it does"
+
+
+def test_other_choices_are_asked_only_if_they_are_wanted(run_cookiecutter):
+    answers = ["One", *[""] * 9, "n", "y", "2", "2", "", "y"]
+    folder, done = run_cookiecutter(stdin="\n".join(answers) + "\n")
+    assert done.returncode == 0, done.stdout
+    assert (folder / "one" / "LICENSE").read_text().startswith("MIT License")
+    assert (folder / "one" / "compose.yaml").exists()
+    folder, done = run_cookiecutter("license=MIT", stdin="\n".join([*answers[:11], "n"]) + "\n")
+    assert done.returncode == 0, done.stdout
+    assert done.stdout.count("[12/16]") == 1
+    assert "[13/16]" not in done.stdout
+    assert (folder / "one" / "LICENSE").exists()
+    assert not (folder / "one" / "compose.yaml").exists()
 
 
 @pytest.mark.parametrize(
@@ -260,7 +274,7 @@ def test_python_string_matches_ruff_format(text):
 
 def test_answer_at_a_prompt_is_not_rendered_as_a_template(run_cookiecutter):
     """Cookiecutter does render the values that it gets on the command line."""
-    answers = ["My service", "", "What {{ 7*7 }} is", *[""] * 10, "n"]
+    answers = ["My service", "", "What {{ 7*7 }} is", *[""] * 7, "n", ""]
     folder, done = run_cookiecutter(stdin="\n".join(answers) + "\n")
     assert done.returncode == 0, done.stdout
     project = tomllib.loads((folder / "my_service" / "pyproject.toml").read_text())["project"]

@@ -99,3 +99,27 @@ def test_system_checks_report_no_issues(bake, make_service, django_version, mode
         **variables | {"DJANGO_MODE": mode},
     )
     assert output.startswith("System check identified no issues")
+
+
+SHOW_RESULT = """
+from datetime import timedelta
+from django.utils import timezone
+from django_celery_results.models import TaskResult
+from results.ops.tasks import delete_records
+print(TaskResult.objects.filter(task_name="ops.delete_records", status="SUCCESS").count())
+TaskResult.objects.update(date_done=timezone.now() - timedelta(days=8))
+delete_records()
+print(TaskResult.objects.count())
+"""
+
+
+def test_results_are_stored_shown_and_deleted_if_wanted(bake, make_service, postgres_url):
+    project = bake(project_slug="results", task_results="database")
+    service = make_service(project, DATABASE_URL=postgres_url)
+    service.install("--no-dev")
+    service.run("python manage.py migrate --verbosity=0")
+    service.run("python manage.py smoke")
+    stored, left = map(int, service.shell(SHOW_RESULT).split()[-2:])
+    assert stored >= 1
+    assert left == 0
+    service.run("python manage.py check --fail-level WARNING")

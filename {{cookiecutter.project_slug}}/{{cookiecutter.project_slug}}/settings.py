@@ -28,7 +28,7 @@ class Settings(ops.Defaults):
         "django.contrib.sessions",
         "django.contrib.messages",
         "django.contrib.staticfiles",
-        "django_celery_beat",
+        "{{ (["django_celery_beat"] + cookiecutter._task_results[cookiecutter.task_results].apps) | join('",\n        "') }}",
         "django_prodserver",
         "drf_spectacular",
         "drf_spectacular_sidecar",
@@ -113,6 +113,9 @@ class Settings(ops.Defaults):
     LANGUAGE_CODE = "en"
     TIME_ZONE = "{{ cookiecutter.timezone }}"
     USE_TZ = True
+
+    # Tasks: where their results are stored, if anywhere
+    CELERY_RESULT_BACKEND = {{ cookiecutter._task_results[cookiecutter.task_results].backend | python_value }}
 
     # Logs: path prefixes before a secret, which is redacted up to the next slash
     LOG_REDACTED_PATHS = ("/unsubscribe/",)

@@ -7,6 +7,7 @@ https://django-classy-settings.readthedocs.io/
 """
 
 import os
+from datetime import timedelta
 from pathlib import Path
 from tempfile import gettempdir
 from typing import Any
@@ -247,10 +248,16 @@ class Defaults(BaseSettings):  # type: ignore[misc]
     CELERY_TASK_SOFT_TIME_LIMIT = 240
     CELERY_TASK_TIME_LIMIT = 300
 
-    # Messages are JSON, which runs no code; results are not stored
+    # Messages are JSON, which runs no code; stored results are deleted after a week
     CELERY_ACCEPT_CONTENT = ["json"]
-    CELERY_TASK_IGNORE_RESULT = True
-    CELERY_RESULT_EXPIRES = None
+    CELERY_RESULT_BACKEND: str | None = None
+    CELERY_RESULT_EXTENDED = True
+
+    def CELERY_TASK_IGNORE_RESULT(self) -> bool:
+        return self.CELERY_RESULT_BACKEND is None
+
+    def CELERY_RESULT_EXPIRES(self) -> timedelta | None:
+        return timedelta(days=7) if self.CELERY_RESULT_BACKEND else None
 
     # Beat: schedules from the database; a run that was missed by up to an hour is made up for
     CELERY_BEAT_SCHEDULER = f"{PACKAGE}.ops.scheduler:Scheduler"
@@ -319,6 +326,7 @@ class TestDefaults(Defaults):
 
     DEBUG = False
     CELERY_BROKER_URL = env("memory://", cast=broker_url(*BROKER_SCHEMES, "memory"))
+    CELERY_RESULT_BACKEND = None
     WHITENOISE_AUTOREFRESH = True
     # Two test runs at the same time share no locks
     LOCK_DIR = Path(gettempdir()) / f"{PACKAGE}-{os.getpid()}"

@@ -5,7 +5,8 @@ from collections.abc import Callable
 from datetime import datetime, timedelta
 from typing import Any
 
-from celery import shared_task
+from celery import current_app, shared_task
+from django.conf import settings
 from django.utils import timezone
 from django_celery_beat.models import PeriodicTask
 from kombu.utils.json import loads
@@ -157,9 +158,11 @@ def requeue(task: Any, seconds: float) -> None:
 
 @shared_task(name="ops.delete_records", base=CoalescingTask)
 def delete_records() -> None:
-    """Delete the records of runs and heartbeats that are too old to be of use."""
+    """Delete the records that are too old to be of use: runs, heartbeats, results of tasks."""
     ScheduleRun.objects.filter(due_at__lt=timezone.now() - KEEP_RUNS).delete()
     Heartbeat.objects.filter(seen_at__lt=timezone.now() - KEEP_HEARTBEATS).delete()
+    if settings.CELERY_RESULT_BACKEND:
+        current_app.backend.cleanup()
 
 
 @shared_task(name="ops.resume_deliveries", base=CoalescingTask)
