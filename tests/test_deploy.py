@@ -3,6 +3,9 @@
 import json
 import re
 import shlex
+import shutil
+import subprocess
+import sys
 
 import pytest
 import yaml
@@ -135,3 +138,40 @@ def test_deploy_guide_commands_name_the_app(bake):
         assert command[0] in ("dokku", "git")
         if command[0] == "dokku" and "plugin" not in command[1] and "cron-job" not in command[1]:
             assert {"prayers", "prayers-restored"} & set(command), command
+
+
+# systemd
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd is not installed")
+@pytest.mark.parametrize("process", ["web", "worker", "beat"])
+def test_units_are_valid_and_hardened(bake, tmp_path, process):
+    project = bake(deploy="systemd")
+    name = f"prayer-room-api-{process}.service"
+    unit = (project / name).read_text()
+    assert f"manage.py prodserver {process}\n" in unit
+    # What is on the host of the service only
+    for old, new in (
+        ("/opt/prayer-room-api/.venv/bin/python", sys.executable),
+        ("WorkingDirectory=/opt/prayer-room-api", "WorkingDirectory=/tmp"),
+        ("User=prayer-room-api", "User=root"),
+        ("EnvironmentFile=/etc/prayer-room-api.env\n", ""),
+    ):
+        assert unit.count(old) == 1
+        unit = unit.replace(old, new)
+    (tmp_path / name).write_text(unit)
+    command = ["systemd-analyze", "verify", str(tmp_path / name)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    command = ["systemd-analyze", "security", "--offline=true", str(project / name)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    (score,) = re.findall(r"Overall exposure level for \S+: ([\d.]+)", done.stdout)
+    print(f"{name}: exposure {score}")
+    assert float(score) < 2
+
+
+def test_service_under_systemd_says_nothing_about_dokku(bake):
+    project = bake(deploy="systemd")
+    for path in project.rglob("*"):
+        if path.is_file() and path.name != ".cruft.json":
+            assert not re.search("dokku|heroku", path.read_text(), re.IGNORECASE), path

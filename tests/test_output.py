@@ -185,6 +185,7 @@ ANSWERS = {
     "lts": {"django_version": "5.2"},
     "results": {"task_results": "database"},
     "redis": {"broker": "redis"},
+    "systemd": {"deploy": "systemd"},
     "postgresql": {"broker": "postgresql"},
     "mit": {"license": "MIT"},
     "apache": {"license": "Apache-2.0"},
@@ -228,6 +229,10 @@ def test_answers_generate_the_exact_set_of_files(bake, answers):
         expected += COMPOSE_FILES.split()
     if "license" in answers:
         expected += ["LICENSE"]
+    if answers.get("deploy") == "systemd":
+        expected.remove("app.json")
+        units = ("web", "worker", "beat")
+        expected += [f"{project.name.replace('_', '-')}-{unit}.service" for unit in units]
     if answers.get("django_version") == "5.2":
         expected += [f"{project.name}/ops/csp.py"]
     assert files(project) == sorted(expected)

@@ -274,7 +274,7 @@ class Defaults(BaseSettings):  # type: ignore[misc]
     CELERY_CONTROL_QUEUE_DURABLE = True
 
     # Processes
-    PORT = env(8000, cast=or_empty(port, 8000))  # Dokku sets it to "" for all but web.
+    PORT = env(8000, cast=or_empty(port, 8000))  # It may be "" for all but web.
     BIND_HOST = env("127.0.0.1", cast=host)
     WEB_CONCURRENCY = env(1, cast=integer(1))
     WEB_THREADS = env(4, cast=integer(1))
@@ -380,7 +380,7 @@ class ProductionDefaults(Defaults):
     # E-mail
     EMAIL_HOST = env("localhost", cast=host)
 
-    # Broker: CELERY_BROKER_URL, or the variable that Dokku's plugin sets
+    # Broker: CELERY_BROKER_URL, or the broker's own variable
     @env(cast=broker_url(*BROKER_SCHEMES))
     def CELERY_BROKER_URL(self) -> str:
         cast = broker_url(*BROKER_SCHEMES)
