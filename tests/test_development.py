@@ -3,6 +3,7 @@
 import os
 import pty
 import re
+import select
 import shlex
 import signal
 import socket
@@ -120,8 +121,11 @@ def test_closing_the_terminal_ends_all_processes(service):
         command = ["honcho", "start", "--no-colour", "-f", "Procfile.dev", "-p", str(port)]
         os.execvpe("honcho", command, service.environment)
     output = b""
+    deadline = time.monotonic() + 60
     while b"beat: Starting..." not in output or b" ready." not in output:
-        output += os.read(terminal, 4096)
+        assert time.monotonic() < deadline, output.decode()
+        if select.select([terminal], [], [], 1)[0]:
+            output += os.read(terminal, 4096)
 
     def processes():
         found = subprocess.run(["pgrep", "--full", service.folder], capture_output=True, text=True)
