@@ -266,12 +266,12 @@ def test_another_version_and_its_rollback_fail_no_request_and_lose_no_task(
     dokku.deploy(new, lambda: queue(new, "added", 30))
     # The old web has just queued these, and no worker knows them any more.
     queue(old, "removed", 5)
-    wait_for(lambda: get_failed(new) == 5, 60, lambda: run_doctor(new))
+    wait_for(lambda: get_failed(new) >= 5, 60, lambda: run_doctor(new))
     # After the rollback no worker knows the new task.
     dokku.deploy(old, lambda: queue(new, "added", 10))
     queue(new, "added", 3)
     wait_for(lambda: count_lines(tmp_path / "removed") == 5, 30, lambda: run_doctor(old))
-    wait_for(lambda: get_failed(old) == 3, 60, lambda: run_doctor(old))
+    wait_for(lambda: get_failed(old) >= 3, 60, lambda: run_doctor(old))
     dokku.deploy(new)
     wait_for(
         lambda: count_lines(tmp_path / "added") >= queued["added"], 60, lambda: run_doctor(new)
