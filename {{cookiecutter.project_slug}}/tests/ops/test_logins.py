@@ -199,6 +199,29 @@ def test_the_name_may_be_given_by_its_field(user):
     assert authenticate(request, **name, password="secret") is None
 
 
+def test_the_name_may_be_in_another_field(user, monkeypatch):
+    monkeypatch.setattr(type(user), "USERNAME_FIELD", "email")
+    request = APIRequestFactory().post("/", REMOTE_ADDR="203.0.113.1")
+    assert authenticate(request, email=user.email, password="secret") == user
+    for _ in range(3):
+        assert authenticate(request, email=user.email, password="wrong") is None
+    assert authenticate(request, email=user.email, password="secret") is None
+
+
+def test_a_wrong_password_is_not_called_a_lock(log_in):
+    assert "Too many" not in log_in()
+
+
+def test_an_address_is_known_for_long(log_in, request):
+    now = datetime.now(UTC)
+    with time_machine.travel(now, tick=False) as clock:
+        assert log_in("secret") is None
+        clock.move_to(now + timedelta(days=89))
+        request.getfixturevalue("attack")
+        fail(log_in, 1)
+        assert log_in("secret") is None
+
+
 def test_the_longest_password_works_and_a_longer_one_fails(user, log_in):
     for length, works in ((logins.MAX_LENGTH, True), (logins.MAX_LENGTH + 1, False)):
         user.set_password("x" * length)
