@@ -137,7 +137,7 @@ def test_deploy_guide_commands_name_the_app(bake):
     for command in commands:
         assert command[0] in ("dokku", "git")
         if command[0] == "dokku" and "plugin" not in command[1] and "cron-job" not in command[1]:
-            assert {"prayers", "prayers-restored"} & set(command), command
+            assert {"prayers", "prayers-restored", "prayers-staging"} & set(command), command
 
 
 # systemd
