@@ -40,7 +40,7 @@ def create(template, tmp_path, uv):
 
 def commit(project):
     run(["git", "add", "--all"], project)
-    run(["git", "commit", "--quiet", "-m", "Commit"], project)
+    run(["git", "commit", "--quiet", "--allow-empty", "-m", "Commit"], project)
 
 
 def initialize(project):
