@@ -13,8 +13,10 @@ docs/decisions.md has the reasons.
 import contextlib
 import json
 import keyword
+import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -178,12 +180,14 @@ def check_folder(slug):
     if not main or main["overwrite_if_exists"] or main["skip_if_file_exists"]:
         return
     folder = Path(main["output_dir"]) / slug
+    # uvx sets UV to its own path, which may not be on the PATH.
+    uv = "uv" if shutil.which("uv") else os.environ.get("UV") or "uv"
     if folder.exists():
         reject(
             "project_slug",
             slug,
             f"exists already: start it with cd {shlex.quote(str(folder))} &&"
-            " uv run honcho start -f Procfile.dev -p 8000, or choose another name",
+            f" {shlex.quote(uv)} run honcho start -f Procfile.dev -p 8000, or choose another name",
         )
 
 

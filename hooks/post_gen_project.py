@@ -114,7 +114,7 @@ def prove(title, *arguments):
 
 
 def create_first_commit():
-    """Commit all files to a new repository, unless this folder is in one already."""
+    """Commit all files to a new repository, unless this folder is part of one already."""
     title = "First commit"
     message = "Start from cookiecutter-prodserver"
     manual = f"git init -b main && git add . && git commit -m {shlex.quote(message)}"
@@ -124,7 +124,8 @@ def create_first_commit():
         print(f"{title}: skipped: git not found. Install git, then run: {manual}")
         return
     status, lines = run(["git", "rev-parse", "--show-toplevel"])
-    if status == 0:
+    # A repository in a folder that the outer one ignores is nested for nobody else.
+    if status == 0 and run(["git", "check-ignore", "--quiet", "."])[0] != 0:
         print(f"{title}: skipped: this folder is in the repository {lines[-1]}. Commit it there.")
         return
     for command in (

@@ -124,7 +124,8 @@ def test_answer_that_is_none_of_the_choices_prints_one_line(run_cookiecutter, an
 def test_name_of_an_existing_folder_says_how_to_start_what_is_there(run_cookiecutter):
     folder, _ = run_cookiecutter("--no-input", "setup=no")
     before = sorted(folder.rglob("*"))
-    _, done = run_cookiecutter("--no-input", "setup=no", "--output-dir", str(folder))
+    options = ["--no-input", "setup=no", "--output-dir", str(folder)]
+    _, done = run_cookiecutter(*options, environment={"UV": ""})
     assert done.returncode == 1
     assert done.stdout == (
         f'project_slug: "prayer_room_api" exists already: start it with cd {folder}/prayer_room_api'

@@ -156,6 +156,15 @@ def test_no_repository_is_made_in_another_one(generate):
     assert not (folder.parent / "second" / ".git").exists()
 
 
+def test_a_repository_is_made_in_a_folder_that_the_outer_one_ignores(generate):
+    folder, _ = generate("setup=no")
+    git(folder.parent, "init", "--quiet")
+    (folder.parent / ".gitignore").write_text("/second/\n")
+    _, lines = generate("project_slug=second", "--output-dir", str(folder.parent))
+    assert lines[3] == "First commit: done"
+    assert git(folder.parent / "second", "status", "--porcelain") == ""
+
+
 @pytest.mark.parametrize(
     ("file", "old", "new", "step", "shown"),
     [

@@ -33,3 +33,8 @@ def test_three_beats_that_are_disturbed(request, uv):
 
 def test_ten_years_in_one_time_zone(uv):
     run_trial(uv, "ten_years", 1)
+
+
+def test_an_aged_service_is_updated_and_an_unedited_one_equals_a_new_one(request, uv):
+    require_server(request, "PostgreSQL", 5432, "docker run -d -p 5432:5432 postgres:16")
+    run_trial(uv, "time_travel", "--short")

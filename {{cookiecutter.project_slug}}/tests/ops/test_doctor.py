@@ -17,8 +17,8 @@ from django.utils import timezone
 from django_celery_beat.models import CrontabSchedule, IntervalSchedule, PeriodicTask
 
 from {{ cookiecutter.project_slug }}.ops import doctor, production_broker
+from {{ cookiecutter.project_slug }}.ops.celery import make_failed_queue
 from {{ cookiecutter.project_slug }}.ops.doctor import ERROR, OK, SKIPPED, Result
-from {{ cookiecutter.project_slug }}.ops.failed_tasks import make_failed_queue
 from {{ cookiecutter.project_slug }}.ops.management.commands import doctor as command
 from {{ cookiecutter.project_slug }}.ops.models import Heartbeat
 

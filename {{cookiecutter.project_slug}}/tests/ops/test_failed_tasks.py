@@ -11,7 +11,7 @@ from celery.contrib.testing.worker import start_worker
 from django.core.management import call_command
 
 from {{ cookiecutter.project_slug }}.ops import failed_tasks
-from {{ cookiecutter.project_slug }}.ops.celery import get_failed_queue
+from {{ cookiecutter.project_slug }}.ops.celery import get_failed_queue, make_failed_queue
 
 NAME = "ops-test.new"
 
@@ -31,7 +31,7 @@ def short_times(monkeypatch):
 def no_failed_tasks():
     def purge():
         with current_app.connection_for_write() as connection:
-            queue = failed_tasks.make_failed_queue(current_app)(connection.default_channel)
+            queue = make_failed_queue(current_app)(connection.default_channel)
             queue.declare()
             queue.purge()
 
@@ -77,7 +77,7 @@ def wait_for_failed(number):
 
 def give_up(numbers):
     """Queue tasks as a worker gives them up that does not know them."""
-    queue = failed_tasks.make_failed_queue(current_app)
+    queue = make_failed_queue(current_app)
     own = current_app.amqp.queues[current_app.conf.task_default_queue]
     source = [own.exchange.name, own.routing_key]
     for number in numbers:
@@ -143,7 +143,7 @@ def test_requeue_runs_all_or_some_again(learn, capsys):
 
 def test_task_that_was_given_up_for_another_reason_is_returned_by_command_alone(learn):
     learn()
-    queue = failed_tasks.make_failed_queue(current_app)
+    queue = make_failed_queue(current_app)
     current_app.tasks[NAME].apply_async([7], queue=queue)
     failed_tasks.return_known_tasks(SimpleNamespace(app=current_app))
     time.sleep(0.5)

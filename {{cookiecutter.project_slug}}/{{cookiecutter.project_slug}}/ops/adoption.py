@@ -170,11 +170,11 @@ def copy_permissions() -> int:
     The earlier one is ``auth.User`` or a model of an app that is not installed. Returns how many
     were given.
     """
-    user, count = get_user_model(), 0
+    user, count, own = get_user_model(), 0, _own_labels()
     labels = {config.label for config in apps.get_app_configs()}
     for model in apps.get_models():
         label, name = model._meta.app_label, model._meta.model_name
-        if label not in _own_labels():
+        if label not in own:
             continue
         same = Q(model=name) & ~Q(app_label__in=labels)
         if model is user:

@@ -17,6 +17,7 @@ from celery.worker import state
 from django.conf import settings
 from django.db import transaction
 from django.utils import timezone
+from kombu import Queue
 from kombu.transport import TRANSPORT_ALIASES
 from kombu.utils.objects import cached_property
 
@@ -41,6 +42,11 @@ def get_failed_queue() -> str:
     return f"{settings.CELERY_TASK_DEFAULT_QUEUE}.failed"
 
 
+def make_failed_queue(app: Celery) -> Queue:
+    """Return the queue of failed tasks; ``app.amqp.queues[name]`` would let workers consume it."""
+    return app.amqp.queues.new_missing(get_failed_queue())
+
+
 class Task(DjangoTask[Any, Any]):
     """The base class of every task of the service."""
 
@@ -61,9 +67,7 @@ class Task(DjangoTask[Any, Any]):
         if int(self.request.get("x-delivery-count") or 0) < MAX_DELIVERIES:
             return
         logger.error("%s was delivered %d times and is given up", self.name, MAX_DELIVERIES)
-        # Not by its name, which would let this worker consume it.
-        failed = self.app.amqp.queues.new_missing(get_failed_queue())
-        self.apply_async(args, kwargs, queue=failed)
+        self.apply_async(args, kwargs, queue=make_failed_queue(self.app))
         raise Reject("delivered too often", requeue=False)
 
     def apply_async(  # type: ignore[override]

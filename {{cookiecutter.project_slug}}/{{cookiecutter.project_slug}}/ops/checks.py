@@ -12,7 +12,7 @@ from django.db.migrations.exceptions import CircularDependencyError, NodeNotFoun
 from django.db.migrations.loader import MigrationLoader
 
 from .database import find_pooler
-from .schedules import REQUIRED_MIGRATION, CreateSchedule, DeleteSchedule
+from .schedules import REQUIRED_MIGRATION, CreateSchedule, DeleteSchedule, get_migrations
 
 
 @checks.register
@@ -25,19 +25,15 @@ def check_schedules(
     loader = MigrationLoader(None, load=False, ignore_no_migrations=True)
     try:
         loader.build_graph()
-        plan = dict.fromkeys(
-            key for leaf in loader.graph.leaf_nodes() for key in loader.graph.forwards_plan(leaf)
-        )
+        plan = list(get_migrations(loader))
     except (NodeNotFoundError, CircularDependencyError) as error:
         return [checks.Error(str(error), id="schedules.E003")]
     schedules: dict[str, tuple[CreateSchedule, str]] = {}
     messages: list[checks.CheckMessage] = []
-    for key in plan:
+    for key, migration in plan:
         name = ".".join(key)
         operations = [
-            operation
-            for operation in loader.graph.nodes[key].operations
-            if isinstance(operation, CreateSchedule)
+            operation for operation in migration.operations if isinstance(operation, CreateSchedule)
         ]
         schedules |= {operation.name: (operation, name) for operation in operations}
         if operations and REQUIRED_MIGRATION not in loader.graph.forwards_plan(key):

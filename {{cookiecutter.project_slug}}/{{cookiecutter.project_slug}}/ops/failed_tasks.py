@@ -16,7 +16,7 @@ from celery.worker.consumer import Consumer as CeleryConsumer
 from kombu import Queue
 from kombu.message import Message
 
-from .celery import get_failed_queue
+from .celery import make_failed_queue
 
 logger = logging.getLogger(__name__)
 
@@ -59,11 +59,6 @@ class Consumer(CeleryConsumer):
         except Exception as error:
             # It is delivered again when the worker ends or connects again.
             logger.warning("A message did not go back: %s", type(error).__name__)
-
-
-def make_failed_queue(app: Celery) -> Queue:
-    """Return the queue of failed tasks; ``app.amqp.queues[name]`` would let workers consume it."""
-    return app.amqp.queues.new_missing(get_failed_queue())
 
 
 def publish(

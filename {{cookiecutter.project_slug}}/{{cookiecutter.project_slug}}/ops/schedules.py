@@ -28,7 +28,7 @@ The migration creates a row if no schedule has that name, and never changes it a
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from datetime import timedelta
 from typing import Any
 from zoneinfo import ZoneInfo
@@ -38,6 +38,8 @@ from django.conf import settings
 from django.db import models
 from django.db.backends.base.schema import BaseDatabaseSchemaEditor
 from django.db.migrations.exceptions import BadMigrationError
+from django.db.migrations.loader import MigrationLoader
+from django.db.migrations.migration import Migration
 from django.db.migrations.operations.base import Operation
 from django.db.migrations.state import ProjectState
 from django.utils import timezone as clock
@@ -56,6 +58,14 @@ INTERVAL_UNITS = {
     "seconds": timedelta(seconds=1),
     "microseconds": timedelta(microseconds=1),
 }
+
+
+def get_migrations(loader: MigrationLoader) -> Iterator[tuple[tuple[str, str], Migration]]:
+    """Yield key and migration in the order in which a new database runs them."""
+    graph = loader.graph
+    plan = dict.fromkeys(key for leaf in graph.leaf_nodes() for key in graph.forwards_plan(leaf))
+    for key in plan:
+        yield key, graph.nodes[key]
 
 
 class CreateSchedule(Operation):

@@ -13,7 +13,7 @@ from django.db.migrations.loader import MigrationLoader
 from django.db.migrations.state import ProjectState
 from django_celery_beat.models import PeriodicTask
 
-from ...schedules import CreateSchedule, DeleteSchedule
+from ...schedules import CreateSchedule, DeleteSchedule, get_migrations
 
 
 class Command(BaseCommand):
@@ -57,13 +57,9 @@ class Command(BaseCommand):
 
 def get_created() -> dict[str, CreateSchedule]:
     """Return the schedules that migrations create and that none deletes later, by name."""
-    loader = MigrationLoader(None)
-    plan = dict.fromkeys(
-        key for leaf in loader.graph.leaf_nodes() for key in loader.graph.forwards_plan(leaf)
-    )
     created: dict[str, CreateSchedule] = {}
-    for key in plan:
-        for operation in loader.graph.nodes[key].operations:
+    for _, migration in get_migrations(MigrationLoader(None)):
+        for operation in migration.operations:
             if isinstance(operation, DeleteSchedule):
                 created.pop(operation.name, None)
             elif isinstance(operation, CreateSchedule):
