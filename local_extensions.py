@@ -33,6 +33,8 @@ from jinja2 import pass_context
 from jinja2.ext import Extension
 from slugify import slugify
 
+import local_schedules
+
 ROOT = Path(__file__).resolve().parent
 
 #: The files that may contain the questions.
@@ -216,6 +218,69 @@ def check(context, answer, field):
             return ""
 
 
+@pass_context
+def supported(context, answer, field):
+    """Ask again while an answer does not go with an earlier one; otherwise reject it.
+
+    The table ``_unsupported`` has the combinations. Renders an empty string.
+    """
+    answers = context["cookiecutter"]
+    caller = find_caller("cookiecutter.prompt", "prompt_for_config")
+    while row := find_unsupported(answers, field):
+        other = next(name for name in row["answers"] if name != field)
+        instead = " ".join(f"{name}={value}" for name, value in row["instead"].items())
+        try:
+            reject(
+                field,
+                answers[field],
+                f"does not go with {other}={answers[other]}: {row['reason']}; choose {instead}",
+            )
+        except FailedHookException as error:
+            if caller is None or caller["no_input"]:
+                raise
+            print(f"  {error}")
+        options = caller["context"]["cookiecutter"][field]
+        answers[field] = prompt.read_user_choice(field, options, caller["prompts"], "  ")
+    return ""
+
+
+def find_unsupported(answers, field):
+    """Return the row of an unsupported combination that the answer to a question completes."""
+    for row in answers["_unsupported"]:
+        if field in row["answers"] and row["answers"].items() <= answers.items():
+            return row
+    return None
+
+
+@pass_context
+def check_schedules(context, field):
+    """Reject an invalid table of schedules; take one from the command line as JSON.
+
+    Renders an empty string. Cookiecutter asks for objects last, so that it renders this
+    twice, and makes text of their numbers unless they were typed at a prompt.
+    """
+    answers = context["cookiecutter"]
+    caller = find_caller("cookiecutter.prompt", "prompt_for_config")
+    if field not in answers or caller is None:
+        return ""
+    schedules = caller["context"]["cookiecutter"][field] if caller["no_input"] else answers[field]
+    if isinstance(schedules, str):
+        try:
+            schedules = json.loads(schedules or "{}")
+        except ValueError as error:
+            reject(field, schedules, f"is not valid JSON: {error}")
+    if problem := local_schedules.find_problem(schedules):
+        reject(field, schedules, problem)
+    answers[field] = schedules
+    return ""
+
+
+def each(items, text):
+    """Format a text for each item, or for each key and value, and join the results."""
+    pairs = items.items() if isinstance(items, dict) else ((item,) for item in items)
+    return "".join(text.format(*pair) for pair in pairs)
+
+
 def ask_more(wanted):
     """Take the defaults of all questions that follow, unless they are wanted.
 
@@ -225,6 +290,7 @@ def ask_more(wanted):
         prompt.read_user_choice = lambda name, options, *others: options[0]
         prompt.read_user_yes_no = lambda name, default, *others: default
         prompt.read_user_variable = lambda name, default, *others: default
+        prompt.read_user_dict = lambda name, default, *others: default
     return ""
 
 
@@ -379,17 +445,22 @@ class Filters(Extension):
             package_name,
             check,
             ask_more,
+            supported,
+            check_schedules,
+            each,
             quoted,
             python_string,
             python_value,
             one_line,
             markdown,
             shell_word,
+            *local_schedules.FILTERS,
         )
         environment.filters.update({function.__name__: function for function in filters})
         environment.globals.update(cruft_state=cruft_state, is_comparison=is_comparison)
         renew_replay()
         # cruft renders two versions of the template in one process: each needs its own filters.
-        sys.modules.pop(__name__, None)
-        with contextlib.suppress(OSError, TypeError):
-            Path(__cached__).unlink()
+        for module in (sys.modules[__name__], local_schedules):
+            sys.modules.pop(module.__name__, None)
+            with contextlib.suppress(OSError, TypeError):
+                Path(module.__cached__).unlink()

@@ -7,11 +7,12 @@ README lists the environment variables.
 https://django-classy-settings.readthedocs.io/
 """
 
-from .ops import settings as ops
+{{ [cookiecutter.__modules] | select | each("from .ops import {0}\n") }}from .ops import settings as ops
+from .ops import web_server
 from .ops.environment import use
 
 
-class Settings(ops.Defaults):
+class Settings({{ cookiecutter.__modules.split(", ") | select | each("{0}.Defaults, ") }}ops.Defaults):
     """Development, and the base of the other modes."""
 
     # The service
@@ -50,7 +51,7 @@ class Settings(ops.Defaults):
         "django.middleware.clickjacking.XFrameOptionsMiddleware",
     ]
     ROOT_URLCONF = "{{ cookiecutter.project_slug }}.urls"
-    WSGI_APPLICATION = "{{ cookiecutter.project_slug }}.wsgi.application"
+    {{ cookiecutter.__interface | upper }}_APPLICATION = "{{ cookiecutter.project_slug }}.{{ cookiecutter.__interface }}.application"
     TEMPLATES = [
         {
             "BACKEND": "django.template.backends.django.DjangoTemplates",
@@ -124,16 +125,8 @@ class Settings(ops.Defaults):
     def PRODUCTION_PROCESSES(self):
         return {
             "web": {
-                "BACKEND": "django_prodserver.backends.servers.gunicorn.GunicornServer",
-                "ARGS": {
-                    "bind": f"{self.BIND_HOST}:{self.PORT}",
-                    "worker-class": "{{ cookiecutter.project_slug }}.ops.gunicorn_worker.HealthWorker",
-                    "workers": self.WEB_CONCURRENCY,
-                    "threads": self.WEB_THREADS,
-                    "logger-class": "{{ cookiecutter.project_slug }}.ops.gunicorn_log.GunicornLogger",
-                    "log-level": self.LOG_LEVEL,
-                    "no-control-socket": None,
-                },
+                "BACKEND": web_server.BACKEND,
+                "ARGS": web_server.get_arguments(self),
             },
             "worker": {
                 "BACKEND": "django_prodserver.backends.workers.celery.CeleryWorker",
@@ -144,14 +137,14 @@ class Settings(ops.Defaults):
                     "pool": self.WORKER_POOL,
                     # Workers need not know of each other.
                     "without-gossip": None,
-                    "without-mingle": None,
+                    "without-mingle": None,{{ cookiecutter._queues[cookiecutter.queues].worker_arguments | each('\n                    "{0}": self.{1},') }}
                 },
-            },
+            },{{ cookiecutter._queues[cookiecutter.queues].processes | each('\n            "{0}": {1}.get_process(self),') }}
             "beat": {
                 "BACKEND": "django_prodserver.backends.workers.celery.CeleryBeat",
                 "APP": "{{ cookiecutter.project_slug }}.celery_app",
                 "ARGS": {"loglevel": self.LOG_LEVEL},
-            },
+            },{{ cookiecutter._monitoring[cookiecutter.monitoring].processes | each('\n            "{0}": {1}.get_process(self),') }}
         }
 
 

@@ -10,11 +10,10 @@ from pathlib import Path
 import pytest
 from django.core.management import CommandError
 
-from {{ cookiecutter.project_slug }}.ops import checks
+from {{ cookiecutter.project_slug }}.ops import checks, web_backend, web_server
 from {{ cookiecutter.project_slug }}.ops.management.commands import prodserver
 from {{ cookiecutter.project_slug }}.ops.management.commands.prodserver import Command
 
-GUNICORN = "django_prodserver.backends.servers.gunicorn.GunicornServer"
 WORKER = "django_prodserver.backends.workers.celery.CeleryWorker"
 BEAT = "django_prodserver.backends.workers.celery.CeleryBeat"
 APP = "{{ cookiecutter.project_slug }}.celery_app"
@@ -27,10 +26,9 @@ def test_each_process_of_the_procfile_is_in_the_settings(settings):
     assert set(names) <= set(settings.PRODUCTION_PROCESSES)
 
 
-def test_addresses_of_the_processes_have_a_port(settings):
-    for process in settings.PRODUCTION_PROCESSES.values():
-        arguments = process.get("ARGS", {})
-        assert re.fullmatch(r".+:\d+", arguments.get("bind", "host:1"))
+def test_web_listens_where_the_settings_say(settings):
+    address = web_backend.get_address(settings.PRODUCTION_PROCESSES["web"])
+    assert address == (settings.BIND_HOST, settings.PORT)
 
 
 def test_list_prints_the_processes(settings, capsys):
@@ -92,12 +90,6 @@ class TestCheck:
     @pytest.mark.parametrize(
         ("backend", "arguments", "problem"),
         [
-            (GUNICORN, {"blind": "127.0.0.1:8000"}, "unrecognized arguments: --blind"),
-            (GUNICORN, {"workers": "two"}, "--workers"),
-            (GUNICORN, {"workers": -1}, "--workers"),
-            (GUNICORN, {"preload": None, "threads": None}, "--threads"),
-            (GUNICORN, {"worker-class": "no.such.Worker"}, "no.such.Worker"),
-            (GUNICORN, {"logger-class": "no.such.Logger"}, "no.such.Logger"),
             (WORKER, {"concurency": 2}, "No such option"),
             (WORKER, {"concurrency": "two"}, "Invalid value for '-c' / '--concurrency'"),
             (WORKER, {"loglevel": "LOUD"}, "Invalid value for '-l' / '--loglevel'"),
@@ -117,7 +109,6 @@ class TestCheck:
     @pytest.mark.parametrize(
         ("backend", "arguments"),
         [
-            (GUNICORN, {"bind": "[::1]:8000", "preload": None, "worker-class": "gthread"}),
             (WORKER, {"queues": "a,b", "hostname": "mail@%h", "without-gossip": None}),
             (BEAT, {"scheduler": "celery.beat:PersistentScheduler"}),
             ("django_prodserver.backends.base.BaseServerBackend", {"any": "thing"}),
@@ -142,20 +133,21 @@ class TestReload:
         with pytest.raises(CommandError, match="needs the development dependencies: run uv sync"):
             Command().start_process(name, reload=True)
 
-    def test_port_in_use_is_reported(self):
+    def test_port_in_use_is_reported(self, settings):
+        settings.BIND_HOST = "127.0.0.1"
         with socket.create_server(("127.0.0.1", 0)) as server:
-            port = server.getsockname()[1]
+            port = settings.PORT = server.getsockname()[1]
+            process = {"ARGS": web_server.get_arguments(settings)}
             with pytest.raises(CommandError) as caught:
-                prodserver.check_port({"ARGS": {"bind": f"127.0.0.1:{port}"}})
+                prodserver.check_port(process)
         assert str(caught.value) == (
             f"Port {port} is already in use. "
             "Stop the process that uses it, or set PORT to another port."
         )
-        prodserver.check_port({"ARGS": {"bind": f"127.0.0.1:{port}"}})
-
-    @pytest.mark.parametrize("process", [{}, {"ARGS": {"bind": "unix:/run/web.sock"}}])
-    def test_process_without_a_port_needs_no_free_port(self, process):
         prodserver.check_port(process)
+
+    def test_process_without_a_port_needs_no_free_port(self):
+        prodserver.check_port({})
 
     @pytest.mark.parametrize(
         ("ignored", "status"), [(False, -signal.SIGTERM), (True, -signal.SIGKILL)]

@@ -48,7 +48,7 @@ REDACTIONS = [
         ),
         "***@***",
     ),
-    # Client addresses in gunicorn's messages
+    # Client addresses in the messages of a web server
     (re.compile(r"\bip=\S+"), "ip=***"),
     # Values of a row in PostgreSQL's error messages; a text may have several lines
     (re.compile(r"(?<=\)=)\(.*\)"), "(***)"),

@@ -1,7 +1,7 @@
 """Whether the processes of ``PRODUCTION_PROCESSES`` can start: their backends and arguments."""
 
 import copy
-from typing import Any, NoReturn
+from typing import Any
 
 from celery import Celery
 from celery.bin.base import CLIContext
@@ -10,10 +10,9 @@ from celery.bin.worker import worker
 from click import ClickException
 from django.utils.module_loading import import_string
 from django_prodserver.backends.base import BaseProcessBackend
-from django_prodserver.backends.servers.gunicorn import GunicornServer
 from django_prodserver.backends.workers.celery import CeleryBeat, CeleryWorker
-from gunicorn.config import Config
-from gunicorn.util import load_class
+
+from . import web_backend
 
 
 def check_backend(process: dict[str, Any]) -> None:
@@ -43,17 +42,16 @@ def check_app(process: dict[str, Any]) -> None:
 
 
 def check_arguments(process: dict[str, Any]) -> None:
-    """Raise an exception if gunicorn or Celery would reject the ARGS."""
+    """Raise an exception if the web server or Celery would reject the ARGS."""
     backend_class = import_string(process["BACKEND"])
-    if not issubclass(backend_class, GunicornServer | CeleryWorker):
+    if not issubclass(backend_class, web_backend.Server | CeleryWorker):
         return
     backend = backend_class(**process)
-    arguments = list(backend.prep_server_args())
     try:
-        if isinstance(backend, GunicornServer):
-            parse_gunicorn_arguments(arguments)
+        if isinstance(backend, web_backend.Server):
+            web_backend.check_arguments(backend)
         else:
-            parse_celery_arguments(backend, arguments)
+            parse_celery_arguments(backend, list(backend.prep_server_args()))
     except Exception as error:
         raise ValueError(f"ARGS: {error}") from error
 
@@ -68,23 +66,3 @@ def parse_celery_arguments(backend: CeleryWorker, arguments: list[str]) -> None:
         command.make_context(command.name, arguments, obj=context)
     except ClickException as error:
         raise ValueError(error.format_message()) from error
-
-
-def parse_gunicorn_arguments(arguments: list[str]) -> Config:
-    """Return gunicorn's configuration; raise ValueError or RuntimeError for invalid arguments."""
-    config = Config()
-    parser = config.parser()
-    parser.error = _raise_error
-    for name, value in vars(parser.parse_args(arguments)).items():
-        if name != "args" and value is not None:
-            try:
-                config.set(name, value)
-            except Exception as error:
-                raise ValueError(f"--{name.replace('_', '-')}: {error}") from error
-    load_class(config.worker_class_str)
-    load_class(config.settings["logger_class"].get())
-    return config
-
-
-def _raise_error(message: str) -> NoReturn:
-    raise ValueError(message)

@@ -18,9 +18,8 @@ from django.core.management.base import OutputWrapper
 from django.utils.module_loading import import_string
 from django_prodserver.backends.base import BaseWorkerBackend
 from django_prodserver.management.base import BaseProcessCommand
-from gunicorn.util import parse_address
 
-from ... import logs
+from ... import logs, web_backend
 from ...database import find_pooler
 
 try:
@@ -71,7 +70,7 @@ class Command(BaseProcessCommand):
             return
         if pooler := find_pooler():
             raise CommandError(pooler)
-        # gunicorn also reads the command line, and would fail on Django's options.
+        # A server may read the command line too, and would fail on Django's options.
         sys.argv[1:] = ["prodserver", process_name]
         logs.configure(process_name)
         self.stdout = OutputWrapper(sys.stdout)
@@ -131,8 +130,8 @@ def stop(child: subprocess.Popen[bytes], timeout: float) -> None:
 
 def check_port(process: dict[str, Any]) -> None:
     """Raise CommandError if another process uses the port of a web process."""
-    address = parse_address(process.get("ARGS", {}).get("bind", "unix:"))
-    if not isinstance(address, tuple):
+    address = web_backend.get_address(process)
+    if address is None:
         return
     family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
     with socket.socket(family) as server:

@@ -81,14 +81,27 @@ def temporary_schedule() -> Any:
         schedule.delete()
 
 
+def find_free_port() -> int:
+    """Return a port that no process uses."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+        return port
+
+
 class Processes:
     """The processes, with their output in files."""
 
     def __init__(self, folder: str) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        environment = os.environ | {"PORT": str(self.port), "PYTHONUNBUFFERED": "1"}
+        self.urls: dict[str, str] = {}
+        environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+        for name, process in settings.PRODUCTION_PROCESSES.items():
+            backend = import_string(process["BACKEND"])
+            if not issubclass(backend, Worker):
+                port = find_free_port()
+                path = getattr(backend, "HEALTH_PATH", "/health/ready")
+                self.urls[name] = f"http://127.0.0.1:{port}{path}"
+                environment[getattr(backend, "PORT_VARIABLE", "PORT")] = str(port)
         self.running: dict[str, tuple[subprocess.Popen[bytes], IO[bytes]]] = {}
         for name in settings.PRODUCTION_PROCESSES:
             output = open(os.path.join(folder, name), "w+b")  # noqa: SIM115
@@ -123,12 +136,11 @@ class Processes:
 
     def is_ready(self, name: str) -> bool:
         """Return whether a worker or beat recorded a heartbeat, or a server is ready."""
-        if issubclass(import_string(settings.PRODUCTION_PROCESSES[name]["BACKEND"]), Worker):
+        if name not in self.urls:
             pid = self.running[name][0].pid
             return Heartbeat.objects.filter(host=socket.gethostname(), pid=pid).exists()
         try:
-            url = f"http://127.0.0.1:{self.port}/health/ready"
-            with urllib.request.urlopen(url, timeout=10):
+            with urllib.request.urlopen(self.urls[name], timeout=10):
                 return True
         except OSError:
             return False
