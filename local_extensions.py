@@ -189,7 +189,7 @@ def check_folder(slug):
             "project_slug",
             slug,
             f"exists already: start it with cd {shlex.quote(str(folder))} &&"
-            f" {shlex.quote(uv)} run honcho start -f Procfile.dev -p 8000, or choose another name",
+            f" {shlex.quote(uv)} run honcho start -f Procfile.dev, or choose another name",
         )
 
 

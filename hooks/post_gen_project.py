@@ -158,7 +158,7 @@ def main():
         print(f"  {uv} sync")
         print(f"  {uv} run manage.py migrate")
     print(f"  {uv} run manage.py createsuperuser")
-    print(f"  {uv} run honcho start -f Procfile.dev -p 8000")
+    print(f"  {uv} run honcho start -f Procfile.dev")
 
 
 main()

@@ -75,7 +75,7 @@ def test_setup_installs_migrates_proves_and_commits(generate):
     ]
     assert lines[5] == "  cd prayer_room_api"
     assert lines[6].endswith("uv run manage.py createsuperuser")
-    assert lines[7].endswith("uv run honcho start -f Procfile.dev -p 8000")
+    assert lines[7].endswith("uv run honcho start -f Procfile.dev")
     assert len(lines) == 8
 
     assert (project / ".venv" / "bin" / "honcho").exists()
@@ -211,6 +211,6 @@ def test_disabled_setup_does_nothing_and_prints_the_next_steps(run_cookiecutter)
     assert done.returncode == 0
     blank, change, *steps = done.stdout.splitlines()
     assert (blank, change) == ("", "  cd prayer_room_api")
-    commands = [*NEXT_STEPS, "uv run honcho start -f Procfile.dev -p 8000"]
+    commands = [*NEXT_STEPS, "uv run honcho start -f Procfile.dev"]
     assert all(step.endswith(command) for step, command in zip(steps, commands, strict=True))
     assert not any((project / name).exists() for name in (".git", ".venv", "uv.lock", "var"))

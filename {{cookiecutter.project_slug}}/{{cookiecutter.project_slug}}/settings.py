@@ -8,8 +8,8 @@ https://django-classy-settings.readthedocs.io/
 """
 
 {{ [cookiecutter.__modules] | select | each("from .ops import {0}\n") }}from .ops import settings as ops
-from .ops import web_server
 from .ops.environment import use
+from .ops.web_server import WEB_BACKEND, get_web_arguments
 
 
 class Settings({{ cookiecutter.__modules.split(", ") | select | each("{0}.Defaults, ") }}ops.Defaults):
@@ -125,8 +125,8 @@ class Settings({{ cookiecutter.__modules.split(", ") | select | each("{0}.Defaul
     def PRODUCTION_PROCESSES(self):
         return {
             "web": {
-                "BACKEND": web_server.BACKEND,
-                "ARGS": web_server.get_arguments(self),
+                "BACKEND": WEB_BACKEND,
+                "ARGS": get_web_arguments(self),
             },
             "worker": {
                 "BACKEND": "django_prodserver.backends.workers.celery.CeleryWorker",

@@ -137,7 +137,7 @@ class TestReload:
         settings.BIND_HOST = "127.0.0.1"
         with socket.create_server(("127.0.0.1", 0)) as server:
             port = settings.PORT = server.getsockname()[1]
-            process = {"ARGS": web_server.get_arguments(settings)}
+            process = {"ARGS": web_server.get_web_arguments(settings)}
             with pytest.raises(CommandError) as caught:
                 prodserver.check_port(process)
         assert str(caught.value) == (
