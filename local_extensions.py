@@ -460,7 +460,8 @@ class Filters(Extension):
         environment.globals.update(cruft_state=cruft_state, is_comparison=is_comparison)
         renew_replay()
         # cruft renders two versions of the template in one process: each needs its own filters.
-        for module in (sys.modules[__name__], local_schedules):
-            sys.modules.pop(module.__name__, None)
+        modules = {__name__: __cached__, local_schedules.__name__: local_schedules.__cached__}
+        for name, bytecode in modules.items():
+            sys.modules.pop(name, None)
             with contextlib.suppress(OSError, TypeError):
-                Path(module.__cached__).unlink()
+                Path(bytecode).unlink()

@@ -90,17 +90,49 @@ def test_invalid_answer_at_a_prompt_is_asked_again(run_cookiecutter):
 
 
 def test_other_choices_are_asked_only_if_they_are_wanted(run_cookiecutter):
-    answers = ["One", *[""] * 9, "n", "y", "2", "2", "", "y"]
+    answers = ["One", *[""] * 9, "n", "y", "2", "2", *[""] * 6, "y", ""]
     folder, done = run_cookiecutter(stdin="\n".join(answers) + "\n")
     assert done.returncode == 0, done.stdout
     assert (folder / "one" / "LICENSE").read_text().startswith("MIT License")
     assert (folder / "one" / "compose.yaml").exists()
     folder, done = run_cookiecutter("license=MIT", stdin="\n".join([*answers[:11], "n"]) + "\n")
     assert done.returncode == 0, done.stdout
-    assert done.stdout.count("[12/16]") == 1
-    assert "[13/16]" not in done.stdout
+    assert done.stdout.count("[12/22]") == 1
+    assert "[13/22]" not in done.stdout
     assert (folder / "one" / "LICENSE").exists()
     assert not (folder / "one" / "compose.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    ("answers", "message"),
+    [
+        (
+            ["realtime=channels"],
+            'realtime: "channels" does not go with web_server=gunicorn: Channels needs an ASGI'
+            " server, and gunicorn is none; choose web_server=uvicorn",
+        ),
+        (
+            ["lifecycle=archive", "example=none"],
+            'lifecycle: "archive" does not go with example=none: there is nothing to archive'
+            " without the example's submissions; choose lifecycle=none",
+        ),
+    ],
+)
+def test_unsupported_combination_is_refused_with_the_nearest_supported_one(
+    run_cookiecutter, answers, message
+):
+    folder, done = run_cookiecutter("--no-input", "setup=no", *answers)
+    assert (done.returncode, done.stdout) == (1, f"{message}\n")
+    assert list(folder.iterdir()) == []
+
+
+def test_unsupported_combination_at_a_prompt_is_asked_again(run_cookiecutter):
+    # The 18th question is the one about WebSockets.
+    answers = [*[""] * 10, "n", "y", *[""] * 5, "2", "1", *[""] * 4]
+    folder, done = run_cookiecutter(stdin="\n".join(answers) + "\n")
+    assert done.returncode == 0, done.stdout
+    assert "choose web_server=uvicorn" in done.stdout
+    assert not (folder / "prayer_room_api" / "prayer_room_api" / "consumers.py").exists()
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ tests/conftest.py
 tests/test_api.py
 tests/test_digests.py
 tests/test_moderation.py
+tests/test_schedules.py
 tests/test_submissions.py
 """
 

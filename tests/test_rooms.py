@@ -275,7 +275,8 @@ def test_tables_hold_data_and_neither_code_nor_prose():
 
     def leaves(value):
         if isinstance(value, dict):
-            value = list(value.values())
+            # Times and arguments of schedules are values of any kind.
+            value = [item for key, item in value.items() if key not in ("schedules", "titles")]
         return (
             [leaf for item in value for leaf in leaves(item)]
             if isinstance(value, list)

@@ -66,7 +66,10 @@ _stream: TextIO | None = None
 def configure(process: str) -> None:
     """Send all logs and prints of this process to stdout, under the given process name."""
     global _process, _stream
-    _process, _stream = process, sys.stdout
+    _process = process
+    # A forked process of a web server inherits the proxy that is set below.
+    if not isinstance(sys.stdout, LoggingProxy):
+        _stream = sys.stdout
     configure_logging(settings.LOGGING_CONFIG, settings.LOGGING)
     logging.captureWarnings(True)
     if settings.LOG_FORMAT == "json":

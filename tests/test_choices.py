@@ -1,0 +1,147 @@
+"""Choices: each one is data, and what is generated speaks only of what was chosen."""
+
+import json
+import re
+
+import pytest
+import yaml
+
+from local_schedules import find_problem
+from tests.test_output import texts
+
+#: Answers, and the words of each choice that only these answers may bring into a service.
+WORDS = [
+    ({"web_server": "granian"}, r"granian"),
+    ({"web_server": "uvicorn"}, r"uvicorn"),
+    ({"web_server": "gunicorn"}, r"gunicorn|gthread|wsgi"),
+    ({"task_results": "database"}, r"django.celery.results"),
+    ({"monitoring": "flower"}, r"\bflower"),
+    ({"realtime": "channels", "web_server": "uvicorn"}, r"channels|websocket|redis"),
+    ({"lifecycle": "archive"}, r"archive_expired|submissions-archive"),
+    ({"queues": "high"}, r"worker.high|high_queue|\.high\b"),
+    ({"deploy": "systemd"}, r"systemd|systemctl"),
+    ({"deploy": "dockerfile"}, r"docker build|dockerignore"),
+    ({"compose": True}, r"docker compose|compose\.ya?ml|nginx\.conf"),
+]
+
+#: Files that say what a scanner or a tool must leave out whatever was chosen.
+IGNORED = (".cruft.json", ".gitignore")
+
+
+@pytest.mark.parametrize(("answers", "words"), WORDS, ids=str)
+def test_words_of_a_choice_occur_only_if_it_was_chosen(bake, answers, words):
+    with_choice = bake(**answers)
+    others = {"web_server": "granian"} if answers == {"web_server": "gunicorn"} else {}
+    without = bake(**others)
+    found = {
+        project: [
+            path
+            for path, text in texts(project, "").items()
+            if path not in IGNORED and re.search(words, path + text, re.IGNORECASE)
+        ]
+        for project in (with_choice, without)
+    }
+    assert found[with_choice]
+    assert found[without] == []
+
+
+def test_another_web_server_is_one_row_and_its_files(cookies, template_copy):
+    questions = json.loads((template_copy / "cookiecutter.json").read_text())
+    questions["web_server"].append("made_up")
+    row = questions["_web_servers"]["uvicorn"]
+    questions["_web_servers"]["made_up"] = row | {"requirements": ["made-up>=1,<2"]}
+    questions["__prompts__"]["web_server"]["made_up"] = "Made up"
+    (template_copy / "cookiecutter.json").write_text(json.dumps(questions))
+    for folder in ("templates/web_servers", "{{cookiecutter.project_slug}}"):
+        for path in (template_copy / folder).rglob("*uvicorn*"):
+            copy = path.with_name(path.name.replace("uvicorn", "made_up"))
+            copy.write_text(path.read_text().replace("uvicorn", "made_up"))
+    answers = {"setup": False, "web_server": "made_up"}
+    result = cookies.bake(extra_context=answers, template=str(template_copy))
+    assert result.exception is None
+    project = result.project_path
+    assert '"made-up>=1,<2"' in (project / "pyproject.toml").read_text()
+    assert "made_up.run(" in (project / project.name / "ops" / "web_backend.py").read_text()
+    assert "(made_up) |" in (project / "README.md").read_text()
+
+
+SCHEDULES = {
+    "report-hourly": {"task": "write_report", "interval": {"hours": 1}, "args": ["all"]},
+    "digest-early": {"task": "send_user_digest", "crontab": "0 6 * * *", "args": ["daily"]},
+}
+
+
+@pytest.fixture(params=["command line", "configuration file", "replay file"])
+def project(request, run_cookiecutter, tmp_path):
+    """A service with other schedules."""
+    if request.param == "command line":
+        folder, done = run_cookiecutter(
+            "--no-input", "setup=no", f"schedules={json.dumps(SCHEDULES)}"
+        )
+    elif request.param == "configuration file":
+        file = tmp_path / "config.yaml"
+        file.write_text(
+            yaml.safe_dump({"default_context": {"schedules": SCHEDULES}}, sort_keys=False)
+        )
+        folder, done = run_cookiecutter("--no-input", "setup=no", "--config-file", str(file))
+    else:
+        environment = {"HOME": str(tmp_path)}
+        run_cookiecutter("--no-input", "setup=no", environment=environment)
+        (file,) = tmp_path.glob(".cookiecutter_replay/*.json")
+        recorded = json.loads(file.read_text())
+        recorded["cookiecutter"]["schedules"] = SCHEDULES
+        file.write_text(json.dumps(recorded))
+        folder, done = run_cookiecutter("--replay-file", str(file), environment=environment)
+    assert done.returncode == 0, done.stdout
+    return folder / "prayer_room_api"
+
+
+def test_table_of_schedules_replaces_those_of_the_example(project):
+    migration = (project / "prayer_room_api/migrations/0002_seed_schedules.py").read_text()
+    assert re.findall(r'CreateSchedule\(\n +"(.*)"', migration) == list(SCHEDULES)
+    assert "interval=timedelta(hours=1)," in migration
+    assert 'crontab="0 6 * * *",' in migration
+    readme = (project / "README.md").read_text()
+    assert '| `report-hourly` | every hour | `write_report("all")` |' in readme
+    tasks = (project / "prayer_room_api/tasks.py").read_text()
+    assert tasks.count("raise NotImplementedError") == 1
+    assert "def write_report(*args):" in tasks
+    assert "xfail" in (project / "tests/test_tasks.py").read_text()
+
+
+GOOD = {"task": "clean", "crontab": "0 3 * * *"}
+
+
+@pytest.mark.parametrize(
+    ("schedules", "problem"),
+    [
+        ([], "must be an object"),
+        ({" ": GOOD}, "blank"),
+        ({"x" * 201: GOOD}, "longer than 200"),
+        ({"records-delete": GOOD}, "every service has already"),
+        ({"x": "daily"}, "is no object"),
+        ({"x": GOOD | {"when": "now"}}, "unknown key 'when'"),
+        ({"x": {"crontab": "0 3 * * *"}}, "needs the name of a function"),
+        ({"x": GOOD | {"task": "my.task"}}, "needs the name of a function"),
+        ({"x": GOOD | {"task": "class"}}, "is taken"),
+        ({"x": GOOD | {"interval": {"hours": 1}}}, "either a crontab or an interval"),
+        ({"x": {"task": "clean"}}, "either a crontab or an interval"),
+        ({"x": GOOD | {"crontab": "0 3 * *"}}, "invalid crontab"),
+        ({"x": GOOD | {"crontab": "60 3 * * *"}}, "invalid crontab"),
+        ({"x": GOOD | {"crontab": "0 3 * * funday"}}, "invalid crontab"),
+        ({"x": GOOD | {"crontab": "*/0 3 * * *"}}, "invalid crontab"),
+        ({"x": {"task": "clean", "interval": {"hours": 0}}}, "interval"),
+        ({"x": {"task": "clean", "interval": {"weeks": 1}}}, "interval"),
+        ({"x": {"task": "clean", "interval": 5}}, "interval"),
+        ({"x": GOOD | {"args": "daily"}}, "arguments that are no list"),
+    ],
+)
+def test_invalid_schedule_is_reported(schedules, problem):
+    assert problem in find_problem(schedules)
+
+
+@pytest.mark.parametrize("crontab", ["0 3 * * *", "*/5 8-18 1,15 jan-mar mon-fri", "0 0 31 12 0"])
+def test_valid_schedule_has_no_problem(crontab):
+    assert (
+        find_problem({"x": GOOD | {"crontab": crontab, "args": [1, None, {"a": [True]}]}}) is None
+    )

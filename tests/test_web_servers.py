@@ -1,0 +1,128 @@
+"""Web servers: each honours port, processes, proxies and the access log, and stops gracefully."""
+
+import json
+import signal
+import subprocess
+import time
+from concurrent.futures import ThreadPoolExecutor
+from urllib.request import Request, urlopen
+
+import psycopg
+import pytest
+
+from tests.conftest import production_variables
+from tests.servers import wait_for
+
+pytestmark = pytest.mark.slow
+
+#: A view that takes some time, with a connection to the database.
+SLOW_VIEW = """
+
+def slow(request):
+    import time
+    from django.db import connection
+    from django.http import HttpResponse
+
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT 1")
+    time.sleep(2)
+    return HttpResponse("done")
+
+
+urlpatterns.append(path("slow/", slow))
+"""
+
+#: The headers of a proxy that terminates HTTPS.
+PROXY = {"X-Forwarded-Proto": "https", "X-Forwarded-For": "203.0.113.9", "Host": "localhost"}
+
+
+@pytest.fixture(params=["gunicorn", "granian", "uvicorn"])
+def service(request, bake, make_service, postgres_url, rabbitmq_url):
+    """A service in production mode with two web processes of two threads."""
+    project = bake(web_server=request.param, project_slug=f"web_{request.param}")
+    with (project / project.name / "urls.py").open("a") as file:
+        file.write(SLOW_VIEW)
+    service = make_service(
+        project,
+        ALLOWED_HOSTS="localhost",
+        WEB_CONCURRENCY=2,
+        WEB_THREADS=2,
+        **production_variables(postgres_url, rabbitmq_url),
+    )
+    service.deploy()
+    service.web = service.start("web")
+    wait_for(lambda: is_ready(service), 30, service.web.text)
+    return service
+
+
+def is_ready(service):
+    try:
+        return service.get("/health/ready")[0] == 200
+    except OSError:
+        return False
+
+
+def get(service, path):
+    """Return status and text of a response to a request that a proxy passes on."""
+    request = Request(f"http://127.0.0.1:{service.port}{path}", headers=PROXY)
+    with urlopen(request, timeout=20) as response:
+        return response.status, response.read().decode()
+
+
+def count_processes(service):
+    """Return how many processes serve, besides the one that started them."""
+    pid = service.web.popen.pid
+    done = subprocess.run(["ps", "--ppid", str(pid), "-o", "args="], capture_output=True, text=True)
+    return sum("resource_tracker" not in line for line in done.stdout.splitlines())
+
+
+def test_processes_proxy_and_log_are_as_set(service):
+    print(count_processes(service))
+    with pytest.raises(OSError):
+        service.get("/", Host="localhost")  # No proxy says that this is HTTPS.
+    assert get(service, "/")[0] == 200
+    print(service.web.text())
+    subprocess.run(["ps", "-ef", "--forest"])
+    events = [json.loads(line) for line in service.web.text().splitlines()]
+    (event,) = [e for e in events if e.get("client") == "203.0.113.9"]
+    assert (event["process"], event["method"], event["path"]) == ("web", "GET", "/")
+    assert event["status"] == 200
+
+
+def test_sigterm_completes_requests(service):
+    with ThreadPoolExecutor() as pool:
+        responses = [pool.submit(get, service, "/slow/") for _ in range(4)]
+        time.sleep(1)
+        assert service.web.stop(signal.SIGTERM, seconds=20) == 0
+        assert [response.result() for response in responses] == [(200, "done")] * 4
+    for line in service.web.text().splitlines():
+        assert json.loads(line)["level"] in ("INFO", "WARNING"), line
+
+
+def test_sigint_stops(service):
+    assert service.web.stop(signal.SIGINT, seconds=20) in (0, -signal.SIGINT)
+
+
+def test_health_checks_respond_while_all_threads_are_busy(service):
+    with ThreadPoolExecutor(20) as pool:
+        responses = [pool.submit(get, service, "/slow/") for _ in range(12)]
+        time.sleep(0.5)
+        start = time.monotonic()
+        for path in ("/health/live", "/health/ready"):
+            assert service.get(path)[0] == 200
+        waited = time.monotonic() - start
+        # Requests wait for one of four threads: all take at least three rounds.
+        assert not all(response.done() for response in responses)
+        assert waited < 2
+        assert [response.result()[0] for response in responses] == [200] * 12
+
+
+def test_connections_to_the_database_stay_few(service):
+    with ThreadPoolExecutor(12) as pool:
+        for response in [pool.submit(get, service, "/slow/") for _ in range(12)]:
+            assert response.result()[0] == 200
+    with psycopg.connect(service.environment["DATABASE_URL"]) as connection:
+        query = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()"
+        (count,) = connection.execute(query).fetchone()
+    # Two processes with two threads and two health checks each, and this connection
+    assert count <= 2 * (2 + 2) + 1
