@@ -1,0 +1,139 @@
+"""WebSockets: a moderator's open list shows a new submission without being loaded again."""
+
+import asyncio
+import json
+import shutil
+import signal
+from urllib.request import Request, urlopen
+
+import pytest
+from playwright.sync_api import sync_playwright
+from websockets.asyncio.client import connect
+from websockets.exceptions import InvalidStatus
+
+from tests.conftest import production_variables
+from tests.servers import free_port, wait_for
+from tests.test_web_servers import is_ready
+
+pytestmark = pytest.mark.slow
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+
+
+@pytest.fixture(params=["granian", "uvicorn"])
+def service(request, bake, make_service, postgres_url, rabbitmq_url, redis_url):
+    """A service with Channels in production mode, with two web processes."""
+    project = bake(
+        web_server=request.param, realtime="channels", project_slug=f"ws_{request.param}"
+    )
+    service = make_service(
+        project,
+        ALLOWED_HOSTS="localhost",
+        SECURE_SSL_REDIRECT="off",  # Browsers treat http://localhost as a secure origin.
+        WEB_CONCURRENCY=2,
+        REDIS_URL=redis_url,
+        **production_variables(postgres_url, rabbitmq_url),
+    )
+    service.deploy()
+    service.shell('User.objects.create_superuser("admin", "admin@example.com", "secret")')
+    service.web = service.start("web")
+    wait_for(lambda: is_ready(service), 30, service.web.text)
+    return service
+
+
+def post_submission(service, text):
+    """Post a submission over the API."""
+    base = f"http://localhost:{service.port}/api"
+    headers = {"Content-Type": "application/json"}
+    login = json.dumps({"username": "admin", "password": "secret"}).encode()
+    with urlopen(Request(f"{base}/token/", login, headers)) as response:
+        token = json.load(response)["token"]
+    headers["Authorization"] = f"Token {token}"
+    body = json.dumps({"body": text}).encode()
+    with urlopen(Request(f"{base}/submissions/", body, headers)) as response:
+        assert response.status == 201
+
+
+@pytest.fixture
+def page(service):
+    """The list of submissions in the browser of a moderator. ``page.errors`` has all errors."""
+    if CHROMIUM is None:
+        pytest.skip("Chromium is not installed; install the package chromium")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"]
+        )
+        page = browser.new_page(base_url=f"http://localhost:{service.port}")
+        page.errors = []
+        page.on("pageerror", lambda error: page.errors.append(str(error)))
+        path = f"/admin/{service.folder.name}/submission/"
+        page.goto(path)
+        page.fill("#id_username", "admin")
+        page.fill("#id_password", "secret")
+        with page.expect_websocket():
+            page.click("[type=submit]")
+        page.wait_for_timeout(500)
+        page.wait_for_timeout(500)
+        yield page
+        browser.close()
+
+
+def test_new_submission_appears_at_once_and_keeps_the_selection(service, page):
+    # The list is empty at first.
+    post_submission(service, "The first one")
+    page.get_by_role("link", name="The first one").wait_for(timeout=10_000)
+    page.evaluate("window.loaded = true")
+    page.check("input.action-select")
+    for text in ("The second one", "The third one"):
+        post_submission(service, text)
+    for text in ("The second one", "The third one"):
+        page.get_by_role("link", name=text).wait_for(timeout=10_000)
+    rows = page.locator("#result_list tbody tr th").all_inner_texts()
+    assert rows == ["The third one", "The second one", "The first one"]
+    assert page.locator("input.action-select:checked").count() == 1
+    assert "3 submissions" in page.inner_text(".paginator")
+    assert page.evaluate("window.loaded") is True
+    assert page.errors == []
+
+
+def test_list_connects_again_after_a_restart_and_shows_what_it_missed(service, page):
+    post_submission(service, "Before")
+    page.get_by_role("link", name="Before").wait_for(timeout=10_000)
+    assert service.web.stop(signal.SIGTERM, seconds=20) == 0
+    service.shell('Submission.objects.create(author=User.objects.get(), body="Posted meanwhile")')
+    service.web = service.start("web")
+    page.get_by_role("link", name="Posted meanwhile").wait_for(timeout=30_000)
+    assert page.errors == []
+
+
+def test_strangers_are_refused(service):
+    async def get_status(path, origin):
+        try:
+            async with connect(f"ws://localhost:{service.port}{path}", origin=origin):
+                return 101
+        except InvalidStatus as error:
+            return error.response.status_code
+
+    here = f"http://localhost:{service.port}"
+    for path, origin in (
+        ("/ws/moderation/", here),
+        ("/ws/moderation/", "http://other.example"),
+        ("/ws/none/", here),
+    ):
+        assert asyncio.run(get_status(path, origin)) == 403, path
+    levels = {json.loads(line)["level"] for line in service.web.text().splitlines()}
+    assert levels == {"INFO"}
+
+
+def test_post_succeeds_without_redis(service):
+    service.web.stop(signal.SIGTERM, seconds=20)
+    service.environment["REDIS_URL"] = f"redis://127.0.0.1:{free_port()}"
+    service.web = service.start("web")
+    wait_for(lambda: is_ready(service), 30, service.web.text)
+    post_submission(service, "Without Redis")
+    (event,) = [
+        event
+        for event in map(json.loads, service.web.text().splitlines())
+        if event["level"] == "ERROR"
+    ]
+    assert event["message"].startswith("No message is sent to moderators: ")
