@@ -50,15 +50,17 @@ RESERVED_NAMES = frozenset(
     admin auth contenttypes messages sessions staticfiles
     docs manage ops test tests var
     amqp annotated_types anyio asgiref ast_serialize attr attrs billiard cbs celery certifi
-    click click_didyoumean click_plugins click_repl colorama cron_descriptor cronlog crontab
-    crontabs csp dateutil django django_celery_beat django_celery_results django_prodserver django_stubs_ext
-    dotenv drf_spectacular drf_spectacular_sidecar gunicorn honcho idna inflection iniconfig
-    jsonschema jsonschema_specifications kombu librt mypy mypy_django_plugin mypy_drf_plugin
-    mypy_extensions mypyc packaging pathspec pip pkg_resources pluggy prompt_toolkit psycopg
-    psycopg_binary py pygments pytest pytest_django pytest_env python_discovery
-    pythonjsonlogger referencing rest_framework rpds ruff sentry_sdk setuptools six sqlparse
-    time_machine timezone_field typing_extensions tzdata tzlocal uritemplate urllib3 vine
-    watchfiles wcwidth wheel whitenoise yaml
+    channels channels_redis click click_didyoumean click_plugins click_repl colorama
+    cron_descriptor cronlog crontab crontabs csp dateutil django django_celery_beat
+    django_celery_results django_prodserver django_stubs_ext dotenv drf_spectacular
+    drf_spectacular_sidecar flower granian gunicorn h11 honcho humanize idna inflection iniconfig
+    jsonschema jsonschema_specifications kombu librt msgpack mypy mypy_django_plugin
+    mypy_drf_plugin mypy_extensions mypyc packaging pathspec pip pkg_resources pluggy
+    prometheus_client prompt_toolkit psycopg psycopg_binary py pygments pytest pytest_django
+    pytest_env python_discovery pythonjsonlogger pytz redis referencing rest_framework rpds ruff
+    sentry_sdk setuptools six sqlparse time_machine timezone_field tornado typing_extensions
+    tzdata tzlocal uritemplate urllib3 uvicorn vine watchfiles wcwidth websockets wheel whitenoise
+    yaml
     """.split()
 )
 
