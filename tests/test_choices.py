@@ -7,6 +7,8 @@ import pytest
 import yaml
 
 from local_schedules import find_problem
+from tests.conftest import read_procfile
+from tests.generate import get_template
 from tests.test_output import texts
 
 #: Answers, and the words of each choice that only these answers may bring into a service.
@@ -43,6 +45,38 @@ def test_words_of_a_choice_occur_only_if_it_was_chosen(bake, answers, words):
     }
     assert found[with_choice]
     assert found[without] == []
+
+
+def test_files_of_each_deploy_have_every_process(bake):
+    answers = {"queues": "high", "monitoring": "flower", "compose": True}
+    project = bake(**answers)
+    procfile = read_procfile(project / "Procfile")
+    names = ["web", "worker", "worker_high", "beat", "flower"]
+    assert list(procfile) == [*names, "release"]
+    assert list(read_procfile(project / "Procfile.dev")) == names
+    assert list(json.loads((project / "app.json").read_text())["formation"]) == names
+    for file in ("compose.yaml", "compose.dev.yaml"):
+        services = yaml.safe_load((project / file).read_text())["services"]
+        assert [name for name in services if name in names] == names
+    units = bake(**answers, deploy="systemd").glob("*.service")
+    assert sorted(unit.stem for unit in units) == sorted(
+        f"prayer-room-api-{name.replace('_', '-')}" for name in names
+    )
+
+
+def test_template_has_few_conditionals():
+    """Fewer than 2 in 1,000 lines of what becomes a service; Django's own templates aside."""
+    paths = [
+        path
+        for folder in ("templates", "{{cookiecutter.project_slug}}")
+        for path in (get_template() / folder).rglob("*")
+        if path.is_file() and path.suffix not in (".html", ".txt")
+    ]
+    texts = [path.read_text() for path in paths]
+    conditionals = sum(len(re.findall(r"\{%-? *(?:el)?if\b", text)) for text in texts)
+    lines = sum(text.count("\n") for text in texts)
+    assert lines > 10_000
+    assert conditionals / lines < 2 / 1000
 
 
 def test_another_web_server_is_one_row_and_its_files(cookies, template_copy):

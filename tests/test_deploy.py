@@ -144,10 +144,10 @@ def test_deploy_guide_commands_name_the_app(bake):
 
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd is not installed")
-@pytest.mark.parametrize("process", ["web", "worker", "beat"])
+@pytest.mark.parametrize("process", ["web", "worker", "worker_high", "beat", "flower"])
 def test_units_are_valid_and_hardened(bake, tmp_path, process):
-    project = bake(deploy="systemd")
-    name = f"prayer-room-api-{process}.service"
+    project = bake(deploy="systemd", queues="high", monitoring="flower")
+    name = f"prayer-room-api-{process.replace('_', '-')}.service"
     unit = (project / name).read_text()
     assert f"manage.py prodserver {process}\n" in unit
     # What is on the host of the service only
