@@ -49,7 +49,9 @@ def find_problem(schedules):
         return "must be an object with a schedule for each name"
     for name, schedule in schedules.items():
         if not name.strip() or len(name) > 200 or not name.isprintable():
-            return f"has a name that is blank, longer than 200 characters or not printable: {name!r}"
+            return (
+                f"has a name that is blank, longer than 200 characters or not printable: {name!r}"
+            )
         if problem := find_schedule_problem(name, schedule):
             return f"has a schedule {name!r} that {problem}"
     return None
@@ -250,7 +252,9 @@ def python(value, indent=0, used=0):
     """
     if isinstance(value, list | dict):
         opening, closing = "[]" if isinstance(value, list) else "{}"
-        keys = [f"{python(key)}: " for key in value] if isinstance(value, dict) else [""] * len(value)
+        keys = (
+            [f"{python(key)}: " for key in value] if isinstance(value, dict) else [""] * len(value)
+        )
         values = list(value.values()) if isinstance(value, dict) else value
         items = [key + python(item) for key, item in zip(keys, values, strict=True)]
         line = f"{opening}{', '.join(items)}{closing}"

@@ -205,6 +205,10 @@ def test_three_deploys_fail_no_request_and_lose_no_task(
     wait_for(lambda: queued <= set(map(int, done.read_text().split())), 60, done.read_text)
     dokku.visitors.stopped.set()
     dokku.visitors.join()
+    # No run is added while they are counted.
+    beat = dokku.running["beat"].popen
+    beat.terminate()
+    assert beat.wait(timeout=30) == 0, dokku.running["beat"].text()
 
     beats = [process for process in service.processes if process.log.name.startswith("beat-")]
     times = sorted(time for beat in beats for time in dispatch_times(beat.text()))

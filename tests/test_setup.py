@@ -176,8 +176,8 @@ def test_a_repository_is_made_in_a_folder_that_the_outer_one_ignores(generate):
             "NameError",
         ),
         (
-            "migrations/{% if cookiecutter.__submissions %}0002_seed_schedules.py{% endif %}",
-            'crontab="0 8 * * *"',
+            "ops/migrations/0002_seed_schedules.py",
+            "interval=timedelta(hours=1)",
             'crontab="0 25 * * *"',
             "Migrate",
             "crontab",
