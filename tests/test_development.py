@@ -117,6 +117,8 @@ def test_closing_the_terminal_ends_all_processes(service):
     pid, terminal = pty.fork()
     if pid == 0:
         os.chdir(service.folder)
+        # nohup before the tests makes processes ignore that the terminal is closed.
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
         port = free_port()
         command = ["honcho", "start", "--no-colour", "-f", "Procfile.dev", "-p", str(port)]
         os.execvpe("honcho", command, service.environment)
