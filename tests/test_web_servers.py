@@ -78,7 +78,7 @@ def count_processes(service):
 
 
 def test_processes_proxy_and_log_are_as_set(service):
-    assert count_processes(service) == 2
+    wait_for(lambda: count_processes(service) == 2, 20, service.web.text)
     with pytest.raises(OSError):
         service.get("/", Host="localhost")  # No proxy says that this is HTTPS.
     assert get(service, "/")[0] == 200
