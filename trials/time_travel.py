@@ -127,7 +127,10 @@ class Template:
             if name:
                 (folder / name).unlink()
         copy_template(folder)
+        latest = run(["git", "rev-parse", f"{[*self.versions.values()][-1]}^{{tree}}"], folder)
         self.commit("now")
+        if run(["git", "rev-parse", "HEAD^{tree}"], folder) == latest:
+            del self.versions["now"]  # Cruft has nothing to do between equal versions.
         self.add_first_version()
         self.commit("now + 1")
         self.add_second_version()
