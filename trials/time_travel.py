@@ -53,7 +53,7 @@ import json
 from django.apps import apps
 rows = {}
 ignored = {"contenttypes.ContentType", "auth.Permission", "ops.Lease", "ops.Heartbeat",
-    "ops.ScheduleRun", "django_celery_beat.PeriodicTasks"}
+    "ops.ScheduleRun", "ops.TaskRun", "django_celery_beat.PeriodicTasks"}
 for model in apps.get_models():
     if model._meta.label not in ignored:
         rows[model._meta.label] = list(model._default_manager.order_by("pk").values())

@@ -82,9 +82,9 @@ def test_worker_records_it_while_its_loop_runs(monkeypatch, loop_age, alive):
     monkeypatch.setattr(heartbeats.time, "monotonic", lambda: 1000)
     heartbeats.note_loop()
     monkeypatch.setattr(heartbeats.time, "monotonic", lambda: 1000 + loop_age)
-    monkeypatch.setattr(heartbeats, "close_old_connections", lambda: None)
+    monkeypatch.setattr(heartbeats.connections, "close_all", lambda: None)
     with pytest.raises(Stop):
-        heartbeats.record_worker()
+        heartbeats.record_forever("worker", heartbeats.loop_runs)
     assert heartbeats.is_alive("worker") is alive
 
 
@@ -101,11 +101,10 @@ def test_worker_survives_a_database_that_is_away(monkeypatch, caplog):
 
     monkeypatch.setattr(heartbeats.time, "sleep", stop)
     monkeypatch.setattr(heartbeats, "record", fail)
-    monkeypatch.setattr(heartbeats, "close_old_connections", lambda: None)
     monkeypatch.setattr(heartbeats.connections, "close_all", lambda: None)
     heartbeats.note_loop()
     with pytest.raises(Stop):
-        heartbeats.record_worker()
+        heartbeats.record_forever("worker", heartbeats.loop_runs)
     assert [record.getMessage() for record in caplog.records] == [
         "No heartbeat is recorded: OperationalError"
     ] * 2

@@ -1,4 +1,4 @@
-"""The admin of API tokens and of the record of deliveries, and the admin's throttled login."""
+"""The admin of API tokens, deliveries and runs of tasks, and the admin's throttled login."""
 
 from typing import Any
 
@@ -10,7 +10,8 @@ from django.http import HttpRequest
 from .digests import get_digests
 from .large_tables import LargeTableAdmin
 from .logins import LoginForm
-from .models import DigestDelivery, Token
+from .models import DigestDelivery, TaskRun, Token
+from .operations import OperationsAdmin
 
 User = get_user_model()
 
@@ -73,4 +74,23 @@ class DigestDeliveryAdmin(LargeTableAdmin):
 
     def has_change_permission(self, request: HttpRequest, obj: Any = None) -> bool:
         """A delivery that happened cannot be changed."""
+        return False
+
+
+@admin.register(TaskRun)
+class TaskRunAdmin(OperationsAdmin):
+    """Lists runs of tasks, and has the page *Operations*."""
+
+    list_display = ("name", "status", "started_at", "duration", "error", "host")
+    list_filter = ("status",)
+    ordering = ("-pk",)
+    sortable_by = ()
+    search_fields = ("name", "error")
+
+    def has_add_permission(self, request: HttpRequest) -> bool:
+        """Only workers add rows."""
+        return False
+
+    def has_change_permission(self, request: HttpRequest, obj: Any = None) -> bool:
+        """A run that happened cannot be changed."""
         return False

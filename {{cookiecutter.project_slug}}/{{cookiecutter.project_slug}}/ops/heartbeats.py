@@ -1,20 +1,23 @@
-"""Heartbeats: worker and beat record in the database that they are at work.
+"""Heartbeats: web, worker and beat record in the database that they are at work.
 
 They work with every broker, and tell a process that hangs from one that works: a worker's
-come from the loop that receives tasks, those of beat from each pass over the schedules.
+come from the loop that receives tasks, those of beat from each pass over the schedules. A
+web process whose threads are all busy still records them; ``/health/ready`` tells that.
 """
 
+import atexit
 import contextlib
 import logging
 import os
 import socket
 import threading
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
 from celery import signals
-from django.db import DatabaseError, InterfaceError, close_old_connections, connections
+from django.db import DatabaseError, InterfaceError, connections
 from django.db.models import ExpressionWrapper, F, fields
 from django.db.models.functions import Now
 
@@ -53,7 +56,7 @@ def forget() -> None:
 
 
 def get_ages(process: str, host: str | None = None) -> list[timedelta]:
-    """Return the ages of the heartbeats of worker or beat, on one host or all, newest first."""
+    """Return the ages of the heartbeats of one kind of process, on one host or all, newest first."""
     age = ExpressionWrapper(Now() - F("seen_at"), output_field=fields.DurationField())
     rows = Heartbeat.objects.filter(process=process)
     if host is not None:
@@ -65,6 +68,28 @@ def is_alive(process: str, host: str | None = None) -> bool:
     """Return whether a process of that kind is at work, on one host or any."""
     ages = get_ages(process, host)
     return bool(ages) and ages[0].total_seconds() < MAX_AGE
+
+
+def record_forever(process: str, works: Callable[[], bool]) -> None:
+    """Record heartbeats while ``works`` says so; the connection is closed after each."""
+    while True:
+        if works():
+            try:
+                record(process)
+            except (DatabaseError, InterfaceError) as error:
+                logger.warning("No heartbeat is recorded: %s", type(error).__name__)
+            finally:
+                connections.close_all()
+        time.sleep(INTERVAL / 2)
+
+
+# Web
+
+
+def start_web_heartbeat() -> None:
+    """Start the thread that records a web process's heartbeats; they are deleted when it ends."""
+    threading.Thread(target=record_forever, args=["web", lambda: True], daemon=True).start()
+    atexit.register(forget)
 
 
 # Workers
@@ -80,20 +105,12 @@ def note_loop(**kwargs: Any) -> None:
 @signals.worker_ready.connect
 def start_worker_heartbeat(**kwargs: Any) -> None:
     """Start the thread that records a worker's heartbeats: the database may hold it up."""
-    threading.Thread(target=record_worker, daemon=True).start()
+    threading.Thread(target=record_forever, args=["worker", loop_runs], daemon=True).start()
 
 
-def record_worker() -> None:
-    """Record heartbeats while the worker's loop runs."""
-    while True:
-        if time.monotonic() - _loop_at < LOOP_AGE:
-            try:
-                close_old_connections()
-                record("worker")
-            except (DatabaseError, InterfaceError) as error:
-                logger.warning("No heartbeat is recorded: %s", type(error).__name__)
-                connections.close_all()
-        time.sleep(INTERVAL / 2)
+def loop_runs() -> bool:
+    """Return whether the worker's loop gave a sign lately."""
+    return time.monotonic() - _loop_at < LOOP_AGE
 
 
 @signals.worker_shutdown.connect

@@ -1,6 +1,6 @@
 """What the template's part of the service stores.
 
-Tokens of the API; the record of e-mail; leases, heartbeats and the runs of schedules.
+Tokens of the API; the record of e-mail; leases, heartbeats, the runs of schedules and tasks.
 """
 
 from django.conf import settings
@@ -173,3 +173,49 @@ class ScheduleRun(models.Model):
 
     def __str__(self) -> str:
         return f"{self.schedule.name} {self.due_at:%Y-%m-%d %H:%M:%S}"
+
+
+class TaskRun(models.Model):
+    """A run of a task; see ``task_runs.py``.
+
+    ``arguments`` is JSON: a list of the positional arguments and an object of the named ones.
+    """
+
+    class Status(models.TextChoices):
+        RUNNING = "running", "Running"
+        SUCCEEDED = "succeeded", "Succeeded"
+        FAILED = "failed", "Failed"
+        RETRIED = "retried", "Will be tried again"
+
+    task_id = models.CharField(max_length=64)
+    name = models.CharField(max_length=200)
+    arguments = models.CharField(max_length=1000, blank=True)
+    schedule = models.ForeignKey(
+        PeriodicTask,
+        on_delete=models.DO_NOTHING,
+        null=True,
+        related_name="+",
+        db_index=False,
+        db_constraint=False,
+    )
+    queued_at = models.DateTimeField(null=True)
+    started_at = models.DateTimeField()
+    duration = models.FloatField(null=True, help_text="In seconds.")
+    status = models.CharField(max_length=9, choices=Status, default=Status.RUNNING)
+    error = models.CharField(max_length=500, blank=True)
+    host = models.CharField(max_length=255)
+    repeated_at = models.DateTimeField(null=True)
+
+    class Meta:
+        indexes = [
+            models.Index(fields=["schedule", "-id"], name="task_run_schedule"),
+            models.Index(fields=["started_at"], name="task_run_started"),
+            models.Index(
+                fields=["-id"],
+                name="task_run_unfinished",
+                condition=Q(status__in=["running", "failed"]),
+            ),
+        ]
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.started_at:%Y-%m-%d %H:%M:%S}"

@@ -217,6 +217,7 @@ class Scheduler(DatabaseScheduler):  # type: ignore[misc]
         run.save(update_fields=["attempts"])
         entry = ModelEntry(run.schedule, app=self.app)
         entry.options["headers"] |= {
+            "schedule": run.schedule_id,
             "schedule_run": run.pk,
             "schedule_attempt": run.attempts,
             "queued_at": run.due_at.isoformat(),

@@ -11,7 +11,7 @@ from django.utils import timezone
 from django_celery_beat.models import PeriodicTask
 from kombu.utils.json import loads
 
-from . import deliveries, mailer
+from . import deliveries, mailer, task_runs
 from .celery import CoalescingTask
 from .digests import get_digest, get_digests, get_notification, get_notifications
 from .models import Attempt, DigestRun, Heartbeat, ScheduleRun
@@ -161,6 +161,7 @@ def delete_records() -> None:
     """Delete the records that are too old to be of use: runs, heartbeats, results of tasks."""
     ScheduleRun.objects.filter(due_at__lt=timezone.now() - KEEP_RUNS).delete()
     Heartbeat.objects.filter(seen_at__lt=timezone.now() - KEEP_HEARTBEATS).delete()
+    task_runs.delete_old_runs()
     if settings.CELERY_RESULT_BACKEND:
         current_app.backend.cleanup()
 
