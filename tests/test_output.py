@@ -52,6 +52,7 @@ SLUG/ops/database.py
 SLUG/ops/deliveries.py
 SLUG/ops/digests.py
 SLUG/ops/doctor.py
+SLUG/ops/email_preview.py
 SLUG/ops/environment.py
 SLUG/ops/failed_tasks.py
 SLUG/ops/gunicorn_log.py
@@ -80,8 +81,10 @@ SLUG/ops/messages.py
 SLUG/ops/migrations/0001_initial.py
 SLUG/ops/migrations/0002_seed_schedules.py
 SLUG/ops/migrations/0003_admin_history.py
+SLUG/ops/migrations/0004_task_runs.py
 SLUG/ops/migrations/__init__.py
 SLUG/ops/models.py
+SLUG/ops/operations.py
 SLUG/ops/overlaps.py
 SLUG/ops/parsers.py
 SLUG/ops/processes.py
@@ -92,9 +95,17 @@ SLUG/ops/scheduler.py
 SLUG/ops/schedules.py
 SLUG/ops/sentry.py
 SLUG/ops/settings.py
+SLUG/ops/static/ops/operations.css
 SLUG/ops/static/ops/periodic_task.js
+SLUG/ops/task_runs.py
 SLUG/ops/tasks.py
 SLUG/ops/templates/admin/djcelery/change_periodictask_form.html
+SLUG/ops/templates/admin/index.html
+SLUG/ops/templates/admin/operations.html
+SLUG/ops/templates/ops/emails.html
+SLUG/ops/templatetags/__init__.py
+SLUG/ops/templatetags/email.py
+SLUG/ops/templatetags/operations.py
 SLUG/ops/throttles.py
 SLUG/ops/tokens.py
 SLUG/ops/unsubscribe.py
@@ -103,12 +114,14 @@ SLUG/ops/web_backend.py
 SLUG/ops/web_server.py
 SLUG/settings.py
 SLUG/static/docs.css
+SLUG/static/docs.js
 SLUG/static/site.css
 SLUG/tasks.py
 SLUG/templates/403_csrf.html
 SLUG/templates/answer.html
 SLUG/templates/base.html
 SLUG/templates/docs.html
+SLUG/templates/email.html
 SLUG/templates/email/moderator_digest.html
 SLUG/templates/email/moderator_digest.txt
 SLUG/templates/email/notification.html
@@ -116,6 +129,7 @@ SLUG/templates/email/notification.txt
 SLUG/templates/email/user_digest.html
 SLUG/templates/email/user_digest.txt
 SLUG/templates/home.html
+SLUG/templates/moderate.html
 SLUG/templates/unsubscribe.html
 SLUG/urls.py
 SLUG/wsgi.py
@@ -137,6 +151,7 @@ tests/ops/test_database.py
 tests/ops/test_deliveries.py
 tests/ops/test_digests.py
 tests/ops/test_doctor.py
+tests/ops/test_email_preview.py
 tests/ops/test_email_settings.py
 tests/ops/test_environment.py
 tests/ops/test_failed_tasks.py
@@ -147,6 +162,7 @@ tests/ops/test_leases.py
 tests/ops/test_locks.py
 tests/ops/test_logging.py
 tests/ops/test_logins.py
+tests/ops/test_operations.py
 tests/ops/test_overlaps.py
 tests/ops/test_processes.py
 tests/ops/test_production_broker.py

@@ -17,6 +17,7 @@ DELETED = [
     "digests.py",
     "migrations/0*.py",
     "templates/answer.html",
+    "templates/moderate.html",
     "templates/email/",
     "tests/*.py",
 ]

@@ -7,18 +7,23 @@ from django.views.generic import TemplateView
 from drf_spectacular.views import SpectacularSwaggerSplitView
 
 from .api import router
-from .ops import unsubscribe
+from .ops import email_preview, unsubscribe
 from .ops.api import SchemaView, TokenView
 
 home = TemplateView.as_view(
     template_name="home.html",
-    extra_context={"site_name": settings.SITE_NAME, "debug": settings.DEBUG},
+    extra_context={
+        "site_name": settings.SITE_NAME,
+        "description": settings.SPECTACULAR_SETTINGS["DESCRIPTION"],
+        "debug": settings.DEBUG,
+    },
 )
 
 docs = SpectacularSwaggerSplitView.as_view(template_name="docs.html")
 
 urlpatterns = [
     path("", home, name="home"),
+    path("emails/", include(email_preview)),
     path("unsubscribe/<token>/", unsubscribe.view, name="unsubscribe"),
     path("api/", include(router.urls)),
     path("api/token/", TokenView.as_view(), name="token"),

@@ -22,7 +22,7 @@ class Message:
     name
         Unique name: lower-case letters, digits, ``_`` and ``-``, at most 50.
     subject
-        What follows the name of the service in the subject line.
+        What follows the name of the service in the subject line; see also ``get_subject()``.
     template
         ``"news"`` renders ``email/news.txt`` and ``email/news.html``.
     unsubscribe_label
@@ -34,6 +34,14 @@ class Message:
     subject: str
     template: str
     unsubscribe_label: str | None = None
+
+    def get_subject(self, context: dict[str, Any]) -> str:
+        """Return the subject for a context of the templates."""
+        return self.subject
+
+    def get_sample(self) -> dict[str, Any]:
+        """Return a context of the templates with made-up data, for the preview."""
+        return {}
 
     def unsubscribe(self, recipient: Any) -> None:
         """Store that the recipient does not want this e-mail any more."""

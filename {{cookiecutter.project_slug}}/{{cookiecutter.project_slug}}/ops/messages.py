@@ -65,13 +65,19 @@ def compose(message: Message, recipient: Any, context: dict[str, Any], message_i
         # Vacation responders do not respond to it (RFC 3834).
         "Auto-Submitted": "auto-generated",
     }
-    context = {"site_name": settings.SITE_NAME, "recipient": recipient, **context}
+    subject = f"{settings.SITE_NAME}: {message.get_subject(context)}"
+    context = {
+        "site_name": settings.SITE_NAME,
+        "subject": subject,
+        "recipient": recipient,
+        **context,
+    }
     if message.unsubscribe_label is not None:
         context["unsubscribe_url"] = link(recipient, message)
         headers["List-Unsubscribe"] = f"<{context['unsubscribe_url']}>"
         headers["List-Unsubscribe-Post"] = "List-Unsubscribe=One-Click"
     email = Email(
-        f"{settings.SITE_NAME}: {message.subject}",
+        subject,
         _template(f"email/{message.template}.txt").render(context),
         to=[email_of(recipient)],
         headers=headers,
