@@ -24,11 +24,13 @@ def operations_summary(context: dict[str, Any]) -> dict[str, Any] | None:
 
 @register.filter
 def seconds(value: Any) -> str:
-    """Return a duration in seconds for people: ``0.02 s``, ``3.1 s``, ``2 min 5 s``; or nothing."""
+    """Return a duration in seconds for people: ``20 ms``, ``3.1 s``, ``2 min 5 s``; or nothing."""
     if not isinstance(value, float):
         return ""
+    if value < 1:
+        return f"{value * 1000:.0f} ms"
     if value < 60:
-        return f"{value:.{2 if value < 1 else 1}f} s"
+        return f"{value:.1f} s"
     return f"{int(value // 60)} min {int(value % 60)} s"
 
 
