@@ -49,6 +49,7 @@ TABLES = {
 }
 
 POSTGRES = "postgres://postgres@127.0.0.1:5432"
+UV = os.environ.get("UV", "uv")
 
 
 def read_choices():
@@ -134,7 +135,7 @@ class Trial:
 
     def manage(self, *arguments, **variables):
         """Run a command of manage.py; raise StepError if it fails."""
-        return self.run("uv", "run", "--no-sync", "manage.py", *arguments, **variables)
+        return self.run(UV, "run", "--no-sync", "manage.py", *arguments, **variables)
 
     def bake(self):
         """Generate the service from the command line."""
@@ -155,8 +156,8 @@ class Trial:
 
     def types(self):
         """Install the service and check its types."""
-        self.run("uv", "sync", "--quiet")
-        self.run("uv", "run", "--no-sync", "mypy")
+        self.run(UV, "sync", "--quiet")
+        self.run(UV, "run", "--no-sync", "mypy")
 
     def check(self):
         """Run the checks for a deploy, and look for missing migrations."""
@@ -186,7 +187,7 @@ class Trial:
 
     def tests(self):
         """Run the service's own tests on PostgreSQL."""
-        self.run("uv", "run", "--no-sync", "pytest", "-q", DATABASE_URL=f"{POSTGRES}/{self.slug}")
+        self.run(UV, "run", "--no-sync", "pytest", "-q", DATABASE_URL=f"{POSTGRES}/{self.slug}")
 
     def clean_up(self):
         """Delete database and queues."""
@@ -207,7 +208,7 @@ FAST_STEPS = STEPS[:2]
 
 def get_uv_cache():
     """Return the folder of uv's package cache, whatever the home directory is."""
-    done = subprocess.run(["uv", "cache", "dir"], capture_output=True, text=True, check=True)
+    done = subprocess.run([UV, "cache", "dir"], capture_output=True, text=True, check=True)
     return done.stdout.strip()
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 from datetime import timedelta
 
 import pytest
@@ -78,7 +79,12 @@ class TestRecord:
         return task_runs.Recorder()
 
     def start(self):
-        """Stand in for a thread."""
+        """Stand in for a thread, which inherits the blocked signals."""
+        self.blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+    def test_thread_gets_no_sigterm_that_the_main_thread_defers(self, recorder):
+        assert signal.SIGTERM in self.blocked
+        assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
 
     def note(self, recorder, number, state="SUCCESS", result=None, args=(1,)):
         context = sample.request.__class__(headers={"schedule": None})

@@ -22,6 +22,7 @@ from django.utils import timezone
 from django.utils.dateparse import parse_datetime
 
 from .logs import redact
+from .messages import deferred_sigterm
 from .models import TaskRun
 
 logger = logging.getLogger(__name__)
@@ -61,7 +62,9 @@ class Recorder:
         self.running: OrderedDict[str, tuple[TaskRun, float]] = OrderedDict()
         self.ended: list[TaskRun] = []
         self.wake = threading.Event()
-        threading.Thread(target=self.write_forever, daemon=True).start()
+        # The thread must not get a SIGTERM that the main thread defers: it would take effect.
+        with deferred_sigterm():
+            threading.Thread(target=self.write_forever, daemon=True).start()
 
     def start(self, task_id: str, request: Context, name: str, args: Any, kwargs: Any) -> None:
         """Note that a run starts."""
