@@ -24,38 +24,37 @@ METHODS = ["chunks", "naive"]
 
 
 def main(sizes):
-    """Measure each method with each number of users, and print a table."""
-    header = "recipients", "method", "recipients/s", "queries/1000", "peak MiB", "times naive"
-    row = "{:>10}  {:<6}  {:>12}  {:>12}  {:>8}  {:>11}".format
+    """Measure each method with each number of users, and print a table in Markdown."""
+    print("| recipients | method | recipients/s | queries per 1,000 | peak MiB | times naive |")
+    print("|---|---|---|---|---|---|", flush=True)
     with generate_service() as service:
-        print(row(*header), flush=True)
         for size in sizes:
             rates = {}
             for method in reversed(METHODS):
-                with service.database():
-                    result = json.loads(service.python(__file__, "measure", method, str(size)))
+                result = run(service, method, size)
                 rates[method] = result["rate"]
                 ratio = f"{rates[method] / rates['naive']:.1f}" if method == "chunks" else ""
-                print(
-                    row(
-                        size,
-                        method,
-                        f"{result['rate']:.0f}",
-                        f"{result['queries']:.0f}",
-                        f"{result['memory']:.1f}",
-                        ratio,
-                    ),
-                    flush=True,
-                )
+                print("|", size, "|", method, end=" ")
+                print("| {rate:.0f} | {queries:.0f} | {memory:.1f}".format(**result), end=" ")
+                print("|", ratio, "|", flush=True)
+
+
+def run(service, method, size):
+    """Return the rate, queries per 1,000 recipients and MiB of one measurement."""
+    with service.database():
+        return json.loads(service.python(__file__, "measure", method, str(size)))
 
 
 @contextmanager
-def generate_service():
-    """Yield the default service, generated and installed in a folder that is deleted after."""
+def generate_service(release=None):
+    """Yield the default service, generated and installed in a folder that is deleted after.
+
+    ``release`` is the version of the template's release, if it is not the template of now.
+    """
     sys.path.insert(0, str(ROOT))
     from tests.generate import generated_project
 
-    with generated_project() as project:
+    with generated_project(release) as project:
         service = Service(str(project))
         service.run(os.environ.get("UV", "uv"), "sync", "--quiet", "--no-dev", "--compile-bytecode")
         yield service
@@ -167,7 +166,7 @@ def send_in_chunks():
 
     queued = []
     with patch.object(
-        send_digest_chunk, "apply_async", lambda args, kwargs=None, **_: queued.append(args)
+        send_digest_chunk, "apply_many", lambda arguments, **_: queued.extend(arguments)
     ):
         send_user_digest("daily")
     for args in queued:
