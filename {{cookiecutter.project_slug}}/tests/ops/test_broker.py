@@ -8,14 +8,14 @@ from datetime import timedelta
 from multiprocessing import get_context
 from queue import Empty, Queue
 from threading import Barrier, Event
-from types import SimpleNamespace
 
 import pytest
 from celery import current_app
 from celery.app.task import Context
-from celery.bin.celery import celery as command_line
+from celery.bin.worker import worker as command
 from celery.contrib.testing.worker import start_worker
 from celery.exceptions import Reject
+from celery.worker import state
 from django.utils import timezone
 from kombu import Connection
 from kombu.transport import resolve_transport
@@ -40,6 +40,24 @@ def test_worker_runs_queued_tasks_and_tells_when_they_were_queued():
         results = dict([done.get(timeout=30), done.get(timeout=30)])
     assert set(results) == {"first", "second"}
     assert all(abs(queued_at - now) < timedelta(seconds=30) for queued_at in results.values())
+
+
+@pytest.mark.django_db(transaction=True, serialized_rollback=True)
+def test_worker_runs_many_tasks_that_were_queued_together():
+    done = Queue()
+
+    @current_app.task(name="tests.note_number", bind=True, shared=False)
+    def note(self, number):
+        done.put((number, self.queued_at, self.request.expires))
+
+    with start_worker(current_app, perform_ping_check=False, shutdown_timeout=30):
+        now = timezone.now()
+        note.apply_many([])
+        note.apply_many(((number,) for number in range(100)), expires=600)
+        results = [done.get(timeout=30) for _ in range(100)]
+    assert sorted(number for number, _, _ in results) == list(range(100))
+    assert all(abs(queued_at - now) < timedelta(seconds=30) for _, queued_at, _ in results)
+    assert all(expires for _, _, expires in results)
 
 
 NUMBERS = range(1500)
@@ -128,7 +146,7 @@ class TestPoison:
 
 @pytest.mark.parametrize("status", [0, 1])
 def test_a_worker_that_fails_exits_with_its_status(monkeypatch, status):
-    monkeypatch.setattr(command_line, "main", lambda **kwargs: status)
+    monkeypatch.setattr(type(command), "main", lambda *args, **kwargs: status)
     if status:
         with pytest.raises(SystemExit, match="1"):
             current_app.start(["worker"])
@@ -140,9 +158,7 @@ def test_a_worker_that_has_to_stop_ends_without_the_broker(monkeypatch):
     ended, active = [], iter([True, True, False])
     monkeypatch.setattr(celery, "STOP_TIMEOUT", 0.2)
     monkeypatch.setattr(celery.time, "sleep", lambda seconds: Event().wait(0.15))
-    monkeypatch.setattr(
-        celery, "state", SimpleNamespace(active_requests=Tasks(lambda: next(active, False)))
-    )
+    monkeypatch.setattr(state, "active_requests", Tasks(lambda: next(active, False)))
     monkeypatch.setattr(celery.os, "_exit", ended.append)
     monkeypatch.setattr(celery.logging, "shutdown", lambda: None)
     celery.end_when_idle()

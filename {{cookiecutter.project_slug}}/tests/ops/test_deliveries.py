@@ -1,8 +1,12 @@
 """Deliveries: each message is sent once, after rejections, repetitions and crashes."""
 
 import contextlib
+import os
+import signal
 import smtplib
+import threading
 from collections import Counter
+from concurrent.futures import as_completed
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -947,3 +951,161 @@ class TestNotification:
         with time_machine.travel(timezone.now() + timedelta(seconds=mailer.PAUSE_SECONDS + 1)):
             deliveries.send_notification(notification, user.pk)
         assert len(mail.outbox) == 1
+
+
+class TestSeveralConnections:
+    """Several e-mails of a digest are sent at the same time."""
+
+    @pytest.fixture(autouse=True)
+    def connections(self, settings):
+        settings.EMAIL_CONNECTIONS = 4
+
+    @pytest.fixture
+    def readers(self, make_user, digest):
+        users = [make_user(f"reader{number}") for number in range(9)]
+        digest.keys = {user.pk for user in users}
+        return users
+
+    def test_one_email_is_accepted_before_others_are_sent_at_the_same_time(
+        self, run, queue, readers, server, monkeypatch
+    ):
+        together = threading.Barrier(4, timeout=10)
+        accept = Server.send_messages
+
+        def wait(connection, messages):
+            if mail.outbox:
+                together.wait()
+            return accept(connection, messages)
+
+        monkeypatch.setattr(Server, "send_messages", wait)
+        send(run, queue)
+        assert recipients() == sorted(address(user) for user in readers)
+        assert {status for _, status, _ in statuses()} == {"sent"}
+        assert Server.opened == 4
+
+    def test_error_concerns_its_own_message(self, run, queue, readers, server):
+        server.errors = {address(readers[3]): smtplib.SMTPDataError(450, b"later")}
+        send(run, queue)
+        assert set(server.tried.values()) == {1}
+        assert [name for name, status, _ in statuses() if status != "sent"] == ["reader3"]
+        assert Attempt.objects.get().refusals == 1
+
+    def test_server_that_allows_fewer_connections_gets_fewer(
+        self, run, queue, readers, server, monkeypatch
+    ):
+        allowed = threading.Semaphore(2)
+
+        def refuse(connection):
+            if not allowed.acquire(blocking=False):
+                raise smtplib.SMTPConnectError(421, b"too many connections")
+            Server.opened += 1
+
+        monkeypatch.setattr(Server, "open", refuse)
+        send(run, queue)
+        assert set(server.tried.values()) == {1}
+        assert recipients() == sorted(address(user) for user in readers)
+        assert Server.opened == 2
+
+    def test_what_a_killed_process_was_sending_is_sent_alone(
+        self, run, queue, readers, server, monkeypatch
+    ):
+        deliveries.record(run, *((user, "sending", "") for user in readers[2:5]))
+        groups = []
+        start = mailer.Server.start
+
+        def note_and_start(server, emails):
+            if emails:
+                groups.append(len(server.sending) + len(emails))
+            start(server, emails)
+
+        monkeypatch.setattr(mailer.Server, "start", note_and_start)
+        send(run, queue)
+        # The first one, the second, three that are repeated, and four others
+        assert groups == [1, 1, 1, 1, 1, 4]
+        assert {status for _, status, _ in statuses()} == {"sent"}
+        assert not Attempt.objects.exists()
+
+    def test_slow_reply_delays_no_other_email(self, run, queue, readers, server, monkeypatch):
+        others_are_sent = threading.Event()
+        accept = Server.send_messages
+
+        def reply_last(connection, messages):
+            if messages[0].to == [address(readers[1])]:
+                assert others_are_sent.wait(10)
+            accept(connection, messages)
+            if len(mail.outbox) == len(readers) - 1:
+                others_are_sent.set()
+
+        monkeypatch.setattr(Server, "send_messages", reply_last)
+        send(run, queue)
+        assert {status for _, status, _ in statuses()} == {"sent"}
+        assert recipients() == sorted(address(user) for user in readers)
+
+    def test_sigterm_stops_after_those_that_are_being_sent(
+        self, run, queue, readers, server, monkeypatch
+    ):
+        accept = Server.send_messages
+
+        def stop_and_accept(connection, messages):
+            if len(mail.outbox) == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return accept(connection, messages)
+
+        def stop(*_):
+            raise SystemExit
+
+        monkeypatch.setattr(Server, "send_messages", stop_and_accept)
+        before = signal.signal(signal.SIGTERM, stop)
+        try:
+            with pytest.raises(SystemExit):
+                send(run, queue)
+        finally:
+            signal.signal(signal.SIGTERM, before)
+        assert 2 <= len(mail.outbox) < len(readers)
+        assert [status for _, status, _ in statuses()] == ["sent"] * len(mail.outbox)
+
+    def test_error_in_a_template_loses_no_result(self, run, queue, readers, server, monkeypatch):
+        compose = deliveries.compose
+
+        def fail_at_the_end(digest, user, *arguments):
+            if user == readers[-1]:
+                raise LookupError
+            return compose(digest, user, *arguments)
+
+        monkeypatch.setattr(deliveries, "BATCH", 1)
+        monkeypatch.setattr(deliveries, "compose", fail_at_the_end)
+        with pytest.raises(LookupError):
+            send(run, queue)
+        assert mail.outbox
+        assert [status for _, status, _ in statuses()] == ["sent"] * len(mail.outbox)
+
+    def test_failing_server_gets_one_message_at_a_time(self, run, queue, readers, server):
+        error = smtplib.SMTPDataError(554, b"denied")
+        server.errors = {address(user): error for user in readers}
+        with pytest.raises(mailer.ServerFailed):
+            send(run, queue)
+        assert len(server.tried) == 5
+
+    def test_time_limit_leaves_each_message_with_an_attempt(
+        self, run, queue, readers, server, monkeypatch
+    ):
+        over = threading.Event()
+        accept = Server.send_messages
+
+        def hang(connection, messages):
+            if mail.outbox:
+                over.wait(10)
+            return accept(connection, messages)
+
+        def interrupt(sending):
+            if mail.outbox:
+                raise SoftTimeLimitExceeded
+            return as_completed(sending)
+
+        monkeypatch.setattr(Server, "send_messages", hang)
+        monkeypatch.setattr(mailer, "as_completed", interrupt)
+        with pytest.raises(mailer.ServerFailed):
+            send(run, queue)
+        over.set()
+        assert [status for _, status, _ in statuses()] == ["sent", *["sending"] * 4]
+        assert Attempt.objects.filter(unknown=1).count() == 4

@@ -86,8 +86,8 @@ class TestRecord:
         assert signal.SIGTERM in self.blocked
         assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
 
-    def note(self, recorder, number, state="SUCCESS", result=None, args=(1,)):
-        context = sample.request.__class__(headers={"schedule": None})
+    def note(self, recorder, number, state="SUCCESS", result=None, args=(1,), schedule=None):
+        context = sample.request.__class__(headers={"schedule": schedule})
         recorder.start(f"id{number}", context, sample.name, list(args), {})
         recorder.end(f"id{number}", state, result)
 
@@ -119,6 +119,35 @@ class TestRecord:
             self.note(recorder, number, "FAILURE" if number > 3 else "SUCCESS", ValueError())
         recorder.write()
         assert sorted(TaskRun.objects.values_list("status", flat=True)) == ["failed", "succeeded"]
+
+    def test_run_of_a_schedule_is_kept_if_there_are_too_many(self, recorder, monkeypatch):
+        monkeypatch.setattr(task_runs, "MAX_RUNS", 2)
+        for number in range(9):
+            self.note(recorder, number, schedule=7 if number == 8 else None)
+        assert len(recorder.ended) == 3
+        recorder.write()
+        assert set(TaskRun.objects.values_list("schedule_id", flat=True)) == {7, None}
+
+    def test_long_run_is_kept_if_there_are_too_many(self, recorder, monkeypatch):
+        """The thread may be about to store it as running."""
+        monkeypatch.setattr(task_runs, "MAX_RUNS", 1)
+        self.note(recorder, 1)
+        recorder.start("id2", sample.request.__class__(headers={}), sample.name, [], {})
+        recorder.running["id2"].start -= task_runs.INTERVAL
+        recorder.end("id2", "SUCCESS", None)
+        assert [note.task_id for note in recorder.ended] == ["id1", "id2"]
+
+    def test_error_that_no_database_stores_is_changed(self, recorder):
+        self.note(recorder, 1, "FAILURE", ValueError("a\0b\udcff"))
+        recorder.write()
+        assert TaskRun.objects.get().error == "ValueError: ab?"
+
+    def test_invalid_header_stops_nothing(self, recorder, caplog):
+        context = sample.request.__class__(headers={"queued_at": "2026-13-01T00:00:00"})
+        recorder.start("id1", context, sample.name, [], {})
+        recorder.end("id1", "SUCCESS", None)
+        recorder.write()
+        assert "Runs of tasks are not recorded: ValueError" in caplog.text
 
     def test_database_that_is_unavailable_stops_nothing(self, recorder, monkeypatch, caplog):
         def fail(*args, **kwargs):

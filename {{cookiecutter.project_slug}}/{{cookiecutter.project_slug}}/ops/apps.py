@@ -9,7 +9,6 @@ from django.apps import AppConfig
 from django.conf import settings
 from django.core.management import call_command
 from django.core.signals import request_finished, request_started
-from django.db import connection
 from django.db.backends.signals import connection_created
 from django.db.models.signals import post_migrate, pre_migrate
 from django.utils.module_loading import autodiscover_modules
@@ -28,7 +27,7 @@ class OpsConfig(AppConfig):
     def ready(self) -> None:
         """Called once by each process after all models are loaded."""
         # They register checks and receivers of Celery's signals, and need loaded apps.
-        from . import adoption, beat, checks, failed_tasks, heartbeats, overlaps  # noqa: F401
+        from . import adoption, checks, heartbeats, overlaps  # noqa: F401
 
         autodiscover_modules("digests")
         request_started.connect(publishing.start_request)
@@ -58,5 +57,6 @@ def install_broker(**kwargs: Any) -> None:
 
 def create_database_folder() -> None:
     """Create the folder of the embedded database; SQLite creates only the file."""
-    if connection.vendor == "sqlite":
-        Path(connection.settings_dict["NAME"]).parent.mkdir(parents=True, exist_ok=True)
+    database = settings.DATABASES["default"]
+    if database["ENGINE"] == "django.db.backends.sqlite3":
+        Path(database["NAME"]).parent.mkdir(parents=True, exist_ok=True)

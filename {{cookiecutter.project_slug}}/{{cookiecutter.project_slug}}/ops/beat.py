@@ -89,8 +89,7 @@ class Beat(beat.Beat):
         super().start_scheduler()
 
 
-@signals.beat_init.connect
-def lead(sender: Any, **kwargs: Any) -> None:
+def lead(sender: Any) -> None:
     """Guard each pass of the scheduler, however beat was started."""
     if not lease.number:
         wait_for_lease()

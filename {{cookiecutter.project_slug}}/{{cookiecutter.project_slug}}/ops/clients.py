@@ -1,5 +1,6 @@
 """The address of a request's client, behind the number of proxies in ``PROXY_COUNT``."""
 
+from functools import lru_cache
 from ipaddress import IPv6Address, ip_address, ip_network
 
 from django.conf import settings
@@ -15,7 +16,7 @@ def get_address(request: HttpRequest) -> str:
     Each proxy appends the address that it was called from to X-Forwarded-For, so only the
     last ``PROXY_COUNT`` of them are true: a client can send any others.
     """
-    if settings.PROXY_COUNT and (forwarded := request.headers.get("X-Forwarded-For")):
+    if settings.PROXY_COUNT and (forwarded := request.META.get("HTTP_X_FORWARDED_FOR")):
         address = forwarded.split(",")[-settings.PROXY_COUNT :][0].strip()
         # Some proxies append the port.
         for candidate in (address, address.rpartition(":")[0].strip("[]")):
@@ -24,6 +25,7 @@ def get_address(request: HttpRequest) -> str:
     return _parse(request.META.get("REMOTE_ADDR", ""))
 
 
+@lru_cache(1000)
 def _parse(address: str) -> str:
     try:
         parsed = ip_address(address)

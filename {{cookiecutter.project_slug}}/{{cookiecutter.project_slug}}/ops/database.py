@@ -6,13 +6,14 @@ frozen or out of reach.
 
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import psycopg
 from django.conf import settings
 from django.db import DEFAULT_DB_ALIAS, connections
 from django.db.backends.base.base import BaseDatabaseWrapper
-from psycopg.pq import TransactionStatus
+
+if TYPE_CHECKING:
+    import psycopg
 
 #: Options of each connection. Connecting takes at most 5 seconds; a peer that acknowledges
 #: nothing for 25 seconds counts as lost, whether data is on its way to it or not.
@@ -96,11 +97,13 @@ def limit_wait(raw: "psycopg.Connection[Any]", seconds: float | None) -> None:
 def _wait(
     raw: "psycopg.Connection[Any]", seconds: float | None, generator: Any, **kwargs: Any
 ) -> Any:
+    import psycopg
+
     kwargs.setdefault("timeout", seconds)
     try:
         return type(raw).wait(raw, generator, **kwargs)
     except psycopg.OperationalError as error:
-        if raw.info.transaction_status is not TransactionStatus.ACTIVE:
+        if raw.info.transaction_status is not psycopg.pq.TransactionStatus.ACTIVE:
             raise
         # The result may still arrive, as that of another statement.
         raw.pgconn.finish()
@@ -119,6 +122,8 @@ def find_pooler(alias: str = DEFAULT_DB_ALIAS) -> str | None:
     """
     if connections[alias].vendor != "postgresql":
         return None
+    import psycopg
+
     try:
         with _connect(alias) as first:
             session = _get_session(first)
@@ -138,6 +143,8 @@ def find_pooler(alias: str = DEFAULT_DB_ALIAS) -> str | None:
 
 
 def _connect(alias: str) -> "psycopg.Connection[Any]":
+    import psycopg
+
     params: dict[str, Any] = connections[alias].get_connection_params()
     raw = psycopg.connect(**params | {"autocommit": True})
     limit_wait(raw, CHECK_TIMEOUT)

@@ -1,19 +1,23 @@
 """Send each message to each recipient once, whatever process crashes.
 
 A digest's recipients are divided by primary key, an integer, into chunks, and each chunk is
-a task. A chunk holds a lock, so that two workers never send it at the same time. A delivery
-is committed before its e-mail is sent, and again after: one query commits that an e-mail was
-sent and that the next one is being sent. If the process is killed in between, that one e-mail
-is sent again, with the same Message-ID.
+a task. A chunk holds a lock, so that two workers never send it at the same time. A chunk
+sends as many e-mails at the same time as ``EMAIL_CONNECTIONS`` says. A delivery is committed
+before its e-mail is sent, and again after: one query commits that some e-mails were sent and
+that the next ones are being sent. If the process is killed in between, these are sent again,
+with the same Message-ID.
 """
 
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from itertools import batched
+from itertools import batched, islice
+from signal import SIGTERM, sigpending
 from typing import Any
 
+from django.conf import settings
 from django.core.mail import EmailMessage
 from django.db import connection, transaction
 from django.db.models import BigIntegerField, Exists, ExpressionWrapper, F, OuterRef, QuerySet
@@ -178,47 +182,74 @@ def _send(
     server: Server,
 ) -> bool:
     deadline = time.monotonic() + CHUNK_SECONDS
+    limit = settings.EMAIL_CONNECTIONS
+    problem: Exception | None = None
+    # Each of these may have killed its process.
+    repeats = begun | {user.pk for user in recipients if _message_id(run, user) in unfinished}
     emails = _composed(run, recipients)
-    current: tuple[Any, EmailMessage] | None = next(emails)
+    upcoming = deque(islice(emails, limit))
+    following = [upcoming.popleft()]
     with transaction.atomic():
         # A later run may have taken the place of this one.
         if not DigestRun.objects.select_for_update().filter(pk=run.pk).exists():
             return True
         record(run, (recipients[0], SENDING, ""))
-    while current is not None:
-        recipient, email = current
-        following = next(emails, None)
-        message_id = _message_id(run, recipient)
-        is_repeat = message_id in unfinished or recipient.pk in begun
-        with deferred_sigterm():
-            if is_repeat:
-                attempts.begin(message_id, killed=message_id not in unfinished)
-            outcome = server.send(email)
-            is_late = time.monotonic() > deadline
+    with deferred_sigterm():
+        while following or server.sending:
+            for recipient, _ in following:
+                if recipient.pk in repeats:
+                    key = _message_id(run, recipient)
+                    attempts.begin(key, killed=key not in unfinished)
+            server.start(following)
+            try:
+                upcoming.extend(islice(emails, limit - len(upcoming)))
+            except Exception as error:
+                # Raised below: here it would lose what became of those that are being sent.
+                problem = error
             rows = []
-            if outcome.verdict is Verdict.SENT:
-                rows.append((recipient, SENT, ""))
-            else:
-                if not is_repeat:
-                    attempts.begin(message_id)
-                if attempts.end(message_id, outcome):
+            for recipient, outcome in server.finish():
+                key = _message_id(run, recipient)
+                if outcome.verdict is Verdict.SENT:
+                    rows.append((recipient, SENT, ""))
+                    continue
+                if recipient.pk not in repeats:
+                    attempts.begin(key)
+                if attempts.end(key, outcome):
                     rows.append((recipient, FAILED, outcome.reason))
-            if following is not None and not is_late and not outcome.stops:
-                rows.append((following[0], SENDING, ""))
-            record(run, *rows)
-            if outcome.verdict is Verdict.SENT and is_repeat:
-                attempts.finish(message_id)
-        raise_if_unusable(outcome)
-        if is_late and following is not None:
-            return False
-        current = following
-    return True
+                if outcome.stops:
+                    problem = unusable(outcome)
+            stops = problem or time.monotonic() > deadline or SIGTERM in sigpending()
+            following = [] if stops else _take_group(upcoming, server, repeats)
+            record(run, *rows, *((recipient, SENDING, "") for recipient, _ in following))
+            for recipient, status, _ in rows:
+                if status == SENT and recipient.pk in repeats:
+                    attempts.finish(_message_id(run, recipient))
+    if problem is not None:
+        raise problem
+    return not upcoming
 
 
-def raise_if_unusable(outcome: Outcome) -> None:
-    """Raise ServerFailed if the mail server cannot be used."""
-    if outcome.stops:
-        raise ServerFailed(f"the mail server cannot be used: {outcome.reason}")
+def _take_group(
+    upcoming: deque[tuple[Any, EmailMessage]], server: Server, repeats: set[Any]
+) -> list[tuple[Any, EmailMessage]]:
+    """Return the e-mails to send next, at the same time, and take them away.
+
+    One that is repeated is sent alone: if it kills the process again, no other one is to blame.
+    """
+    group: list[tuple[Any, EmailMessage]] = []
+    while upcoming and len(group) < server.room:
+        is_repeat = upcoming[0][0].pk in repeats
+        if is_repeat and (group or server.sending):
+            break
+        group.append(upcoming.popleft())
+        if is_repeat:
+            break
+    return group
+
+
+def unusable(outcome: Outcome) -> ServerFailed:
+    """Return the error that says why the mail server cannot be used."""
+    return ServerFailed(f"the mail server cannot be used: {outcome.reason}")
 
 
 def _message_id(run: DigestRun, recipient: Any) -> str:
@@ -327,4 +358,5 @@ def send_notification(notification: Notification, pk: Any) -> None:
                 attempts.finish(message_id)
             elif attempts.end(message_id, outcome):
                 notification.mark_sent(obj)
-            raise_if_unusable(outcome)
+            if outcome.stops:
+                raise unusable(outcome)

@@ -66,7 +66,8 @@ def use(
 ) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
     """Return the settings of the current mode as a module's ``__getattr__`` and ``__dir__``.
 
-    Works like ``BaseSettings.use`` of cbs, but reports all invalid variables at once.
+    Works like ``BaseSettings.use`` of cbs, but reports all invalid variables at once, and
+    evaluates each setting once.
     """
     try:
         chosen = settings.get_settings_instance(env=variable)
@@ -76,15 +77,22 @@ def use(
             f"{variable}: got {_quote(os.environ[variable])}, "
             f"expected one of {modes}, or unset for development"
         ) from None
+    values: dict[str, Any] = {}
     problems: dict[str, str] = {}  # Two settings may read the same variable.
     for name in filter(str.isupper, dir(chosen)):
         try:
-            getattr(chosen, name)
+            values[name] = getattr(chosen, name)
         except EnvironmentVariableError as problem:
             problems[str(problem).partition(":")[0]] = str(problem)
     if problems:
         raise EnvironmentVariableError("\n".join(problems.values()))
-    return chosen.getattr_factory(), chosen.dir_factory()
+
+    def get_value(name: str) -> Any:
+        if name not in values:
+            raise AttributeError(name)
+        return values[name]
+
+    return get_value, lambda: list(values)
 
 
 def _modes(settings: type[cbs.BaseSettings]) -> Iterator[str]:

@@ -7,13 +7,18 @@ once an e-mail was accepted. ``python manage.py doctor`` shows the reason.
 
 import re
 import smtplib
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from enum import Enum
+from itertools import islice
+from queue import SimpleQueue
 from typing import Any
 
 from celery.exceptions import SoftTimeLimitExceeded
+from django.conf import settings
 from django.core import mail
 from django.core.cache import caches
 
@@ -85,28 +90,97 @@ class Outcome:
 
 
 class Server:
-    """An open connection to the mail server."""
+    """The mail server, with a connection for each e-mail that is sent at the same time."""
 
-    def __init__(self, connection: Any, failures: Failures | None) -> None:
-        self.connection = connection
+    def __init__(self, failures: Failures | None) -> None:
         self.failures = failures
+        #: The recipients of the e-mails that are being sent.
+        self.sending: dict[Future[Exception | None], Any] = {}
+        # One until the server accepts e-mail.
+        self._capacity = 1
+        self._limit = settings.EMAIL_CONNECTIONS
+        self._count = 0
+        # A connection that is in use is not in the queue.
+        self._free: SimpleQueue[Any] = SimpleQueue()
+        self._threads = ThreadPoolExecutor(self._limit)
+
+    def open(self) -> None:
+        """Open one more connection."""
+        connection = mail.get_connection()
+        connection.open()
+        self._free.put(connection)
+        self._count += 1
+
+    def close(self) -> None:
+        """Close the connections that are not in use."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        while not self._free.empty():
+            self._free.get().close()
+
+    @property
+    def room(self) -> int:
+        """How many more e-mails can be sent now."""
+        return self._capacity - len(self.sending)
 
     def send(self, email: Any) -> Outcome:
         """Send an e-mail; return what became of it."""
+        return self._judge(self._try(email))
+
+    def start(self, emails: Sequence[tuple[Any, Any]]) -> None:
+        """Begin to send e-mails, each given with its recipient."""
+        self._open_more(len(self.sending) + len(emails))
+        for recipient, email in emails:
+            self.sending[self._threads.submit(self._try, email)] = recipient
+
+    def finish(self) -> list[tuple[Any, Outcome]]:
+        """Wait for a quarter of the e-mails that are being sent; return recipients and outcomes."""
+        time_limit = None
+        quarter = (len(self.sending) + 3) // 4
         try:
-            self.connection.send_messages([email])
-        except SoftTimeLimitExceeded:
-            self.connection.close()
-            return Outcome(Verdict.UNKNOWN, "the time limit of the task", stops=True)
+            deque(islice(as_completed(self.sending), quarter), maxlen=0)
+        except SoftTimeLimitExceeded as error:
+            time_limit = error
+        outcomes = []
+        for each in list(self.sending):
+            if each.done():
+                outcomes.append((self.sending.pop(each), self._judge(each.result())))
+            elif time_limit:
+                outcomes.append((self.sending.pop(each), self._judge(time_limit)))
+        accepted = all(outcome.verdict is Verdict.SENT for _, outcome in outcomes)
+        self._capacity = self._limit if accepted else 1
+        return outcomes
+
+    def _open_more(self, wanted: int) -> None:
+        """Open the connections that are missing, unless the server refuses some."""
+        missing = min(wanted, self._limit) - self._count
+        for opening in [self._threads.submit(self.open) for _ in range(missing)]:
+            if opening.exception() is not None:
+                self._limit = max(self._count, 1)
+
+    def _try(self, email: Any) -> Exception | None:
+        """Send an e-mail through a connection that is free; return the error if there is one."""
+        connection = self._free.get()
+        try:
+            connection.send_messages([email])
         except Exception as error:
-            verdict, reason = classify_error(error)
-            if verdict is Verdict.UNKNOWN:
-                self.connection.close()
-            return Outcome(verdict, reason, self.count(verdict, reason))
-        if self.failures is not None:
-            caches["limits"].delete(FAILURES)
-            self.failures = None
-        return Outcome(Verdict.SENT)
+            # After a lost connection the backend opens another one.
+            if classify_error(error)[0] is Verdict.UNKNOWN:
+                connection.close()
+            return error
+        finally:
+            self._free.put(connection)
+        return None
+
+    def _judge(self, error: Exception | None) -> Outcome:
+        if error is None:
+            if self.failures is not None:
+                caches["limits"].delete(FAILURES)
+                self.failures = None
+            return Outcome(Verdict.SENT)
+        if isinstance(error, SoftTimeLimitExceeded):
+            return Outcome(Verdict.UNKNOWN, "the time limit of the task", stops=True)
+        verdict, reason = classify_error(error)
+        return Outcome(verdict, reason, self.count(verdict, reason))
 
     def count(self, verdict: Verdict, reason: str) -> bool:
         """Count an e-mail that failed; return whether it is a failure of the server."""
@@ -122,7 +196,7 @@ class Server:
 
 @contextmanager
 def connect() -> Iterator[Server]:
-    """Yield an open connection to the mail server.
+    """Yield the mail server with an open connection.
 
     Raises Paused if e-mail pauses or another process tries whether the server can be used
     again. If it cannot, e-mail pauses and the error is raised.
@@ -135,11 +209,10 @@ def connect() -> Iterator[Server]:
         general = failures is not None and failures.is_general
         if general and not stack.enter_context(try_lock("mail-server")):
             raise Paused
-        connection = mail.get_connection()
-        server = Server(connection, failures)
+        server = Server(failures)
+        stack.callback(server.close)
         try:
-            connection.open()
-            stack.callback(connection.close)
+            server.open()
             yield server
         except (OSError, ServerFailed) as error:
             if not isinstance(error, ServerFailed):

@@ -4,12 +4,12 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from email.headerregistry import HeaderRegistry, UnstructuredHeader
-from email.message import EmailMessage
-from email.policy import EmailPolicy
+from email.policy import EmailPolicy, default
 from email.utils import parseaddr
 from functools import cache
 from typing import Any
 
+import django
 from django.conf import settings
 from django.core.mail import EmailMultiAlternatives
 from django.template.loader import get_template
@@ -30,9 +30,23 @@ class PlainHeader(UnstructuredHeader):
         return f"{self.name}: {self}{policy.linesep}"  # type: ignore[attr-defined]
 
 
-HEADERS = HeaderRegistry()
-for _name in PLAIN_HEADERS:
-    HEADERS.map_to_type(_name, PlainHeader)  # type: ignore[arg-type]
+class Headers(HeaderRegistry):
+    """The classes of headers. Python's registry creates a class for each header of each message."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.classes: dict[str, Any] = {}
+        for name in PLAIN_HEADERS:
+            self.map_to_type(name, PlainHeader)  # type: ignore[arg-type]
+
+    def __getitem__(self, name: str) -> Any:
+        """Return the class of the headers with a name."""
+        if name not in self.classes:
+            self.classes[name] = super().__getitem__(name)
+        return self.classes[name]
+
+
+HEADERS = Headers()
 
 
 class Email(EmailMultiAlternatives):
@@ -40,16 +54,10 @@ class Email(EmailMultiAlternatives):
 
     def message(self, **kwargs: Any) -> Any:
         """Return the message for a mail server."""
-        message: Any = super().message(**kwargs)
-        # Django 5.2 uses an older class, which does not encode them.
-        if isinstance(message, EmailMessage):
-            plain = {name: str(message[name]) for name in PLAIN_HEADERS if name in message}
-            policy: Any = message.policy
-            message.policy = policy.clone(header_factory=HEADERS)
-            for name, value in plain.items():
-                del message[name]
-                message[name] = value
-        return message
+        # Django 5.2 uses an older class, without a policy, which does not encode them.
+        if django.VERSION >= (6, 0):
+            kwargs["policy"] = kwargs.get("policy", default).clone(header_factory=HEADERS)
+        return super().message(**kwargs)
 
 
 def compose(message: Message, recipient: Any, context: dict[str, Any], message_id: str) -> Email:

@@ -10,9 +10,12 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import AbstractContextManager
 from queue import Full, Queue
 from typing import Any
 
+from celery import Celery
+from kombu import Producer
 from kombu.exceptions import OperationalError
 
 logger = logging.getLogger(__name__)
@@ -106,6 +109,12 @@ def publish(function: Callable[[], Any]) -> Any:
         raise OperationalError("the broker does not respond") from error
     finally:
         request.left = max(0, request.left - (time.monotonic() - start))
+
+
+def open_batch(app: Celery) -> AbstractContextManager[Producer]:
+    """Return the context manager of a producer for many messages."""
+    producer: AbstractContextManager[Producer] = app.producer_pool.acquire(block=True)
+    return producer
 
 
 def try_to_publish(name: str, function: Callable[[], Any]) -> None:

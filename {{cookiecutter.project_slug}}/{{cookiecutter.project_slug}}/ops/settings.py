@@ -124,6 +124,9 @@ class Defaults(BaseSettings):  # type: ignore[misc]
         "django.core.files.uploadhandler.TemporaryFileUploadHandler",
     ]
 
+    # Messages to signed-in users: in their session, without a cookie that each request reads
+    MESSAGE_STORAGE = "django.contrib.messages.storage.session.SessionStorage"
+
     # How long a token of the API is valid
     TOKEN_DAYS = env(90, cast=integer(1, 3650))
 
@@ -169,6 +172,8 @@ class Defaults(BaseSettings):  # type: ignore[misc]
     EMAIL_HOST_PASSWORD = env("")
     EMAIL_USE_SSL = env(False, cast=boolean)
     EMAIL_TIMEOUT = 30
+    # How many e-mails of a digest a task sends at the same time, each through its own connection
+    EMAIL_CONNECTIONS = env(1, cast=integer(1, 100))
 
     @env(cast=boolean)
     def EMAIL_USE_TLS(self) -> bool:
@@ -258,6 +263,12 @@ class Defaults(BaseSettings):  # type: ignore[misc]
 
     def CELERY_RESULT_EXPIRES(self) -> timedelta | None:
         return timedelta(days=7) if self.CELERY_RESULT_BACKEND else None
+
+    # Celery's defaults; it looks for them for each message, and longest if they are missing.
+    CELERY_TASK_ALWAYS_EAGER = False
+    CELERY_TASK_SEND_SENT_EVENT = False
+    CELERY_TASK_REPR_MAXLEVELS = 3
+    CELERY_BROKER_POOL_ACQUIRE_TIMEOUT: float | None = None
 
     # Beat: schedules from the database; a run that was missed by up to an hour is made up for
     CELERY_BEAT_SCHEDULER = f"{PACKAGE}.ops.scheduler:Scheduler"
@@ -379,6 +390,7 @@ class ProductionDefaults(Defaults):
 
     # E-mail
     EMAIL_HOST = env("localhost", cast=host)
+    EMAIL_CONNECTIONS = env(8, cast=integer(1, 100))
 
     # Broker: CELERY_BROKER_URL, or the broker's own variable
     @env(cast=broker_url(*BROKER_SCHEMES))

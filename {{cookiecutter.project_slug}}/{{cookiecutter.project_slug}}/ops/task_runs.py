@@ -12,7 +12,8 @@ import socket
 import threading
 import time
 from collections import OrderedDict
-from datetime import timedelta
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from celery import signals
@@ -32,7 +33,7 @@ INTERVAL = 1
 
 #: How many runs a process writes each time, failed ones first, then those of schedules; the
 #: others are left out.
-MAX_RUNS = 100
+MAX_RUNS = 50
 
 #: How many notes a process keeps while the database is unavailable.
 MAX_NOTES = 1000
@@ -48,8 +49,53 @@ STATUSES = {
     "RETRY": TaskRun.Status.RETRIED,
 }
 
+HOST = socket.gethostname()
+
 MAX_ARGUMENTS = TaskRun._meta.get_field("arguments").max_length or 0
 MAX_ERROR = TaskRun._meta.get_field("error").max_length or 0
+
+
+@dataclass(slots=True)
+class Note:
+    """What a process notes of a run: it takes less time than a row."""
+
+    task_id: str
+    name: str
+    args: Any
+    kwargs: Any
+    headers: dict[str, Any]
+    queued_at: str | None
+    started_at: float
+    start: float
+    status: str = TaskRun.Status.RUNNING
+    duration: float | None = None
+    error: str = ""
+    row: TaskRun | None = None
+
+    @property
+    def schedule_id(self) -> int | None:
+        """The schedule that the run belongs to."""
+        return self.headers.get("schedule")
+
+    @property
+    def is_stored(self) -> bool:
+        """Whether the run has a row already."""
+        return self.row is not None and self.row.pk is not None
+
+    def make_row(self) -> TaskRun:
+        """Return the row of the run, with its present state."""
+        if self.row is None:
+            self.row = TaskRun(
+                task_id=self.task_id,
+                name=self.name,
+                arguments=dump(self.args, self.kwargs),
+                schedule_id=self.schedule_id,
+                queued_at=parse_datetime(self.queued_at or self.headers.get("queued_at") or ""),
+                started_at=datetime.fromtimestamp(self.started_at, UTC),
+                host=HOST,
+            )
+        self.row.status, self.row.duration, self.row.error = self.status, self.duration, self.error
+        return self.row
 
 
 class Recorder:
@@ -57,10 +103,9 @@ class Recorder:
 
     def __init__(self) -> None:
         self.pid = os.getpid()
-        self.host = socket.gethostname()
         self.lock = threading.Lock()
-        self.running: OrderedDict[str, tuple[TaskRun, float]] = OrderedDict()
-        self.ended: list[TaskRun] = []
+        self.running: OrderedDict[str, Note] = OrderedDict()
+        self.ended: list[Note] = []
         self.wake = threading.Event()
         # The thread must not get a SIGTERM that the main thread defers: it would take effect.
         with deferred_sigterm():
@@ -68,33 +113,33 @@ class Recorder:
 
     def start(self, task_id: str, request: Context, name: str, args: Any, kwargs: Any) -> None:
         """Note that a run starts."""
-        headers = request.headers or {}
-        run = TaskRun(
-            task_id=task_id,
-            name=name,
-            arguments=dump(args, kwargs),
-            schedule_id=headers.get("schedule"),
-            queued_at=parse_datetime(request.get("queued_at") or headers.get("queued_at") or ""),
-            started_at=timezone.now(),
-            host=self.host,
-        )
+        headers, queued_at = request.headers or {}, request.get("queued_at")
+        note = Note(task_id, name, args, kwargs, headers, queued_at, time.time(), time.monotonic())
         with self.lock:
-            self.running[task_id] = run, time.monotonic()
-        self.wake.set()
+            self.running[task_id] = note
+        if not self.wake.is_set():
+            self.wake.set()
 
     def end(self, task_id: str, state: str, result: Any) -> None:
         """Note that a run ended; ``result`` is the exception if it failed."""
         with self.lock:
-            run, start = self.running.pop(task_id, (None, 0.0))
-            if run is None or state not in STATUSES:
+            note = self.running.pop(task_id, None)
+            if note is None or state not in STATUSES:
                 return
-            run.status = STATUSES[state]
-            run.duration = time.monotonic() - start
+            note.status = STATUSES[state]
+            note.duration = time.monotonic() - note.start
+            # The thread may be writing a row of a run that took longer.
+            is_short = note.status == TaskRun.Status.SUCCEEDED and note.duration < INTERVAL
+            if len(self.ended) >= MAX_RUNS and is_short and not note.schedule_id:
+                return
             if isinstance(result, BaseException):
-                run.error = redact(f"{type(result).__name__}: {result}")[:MAX_ERROR]
-            self.ended.append(run)
+                error = redact(f"{type(result).__name__}: {result}")[:MAX_ERROR]
+                # PostgreSQL stores no NUL, and UTF-8 has no surrogates.
+                note.error = error.replace("\0", "").encode(errors="replace").decode()
+            self.ended.append(note)
             del self.ended[:-MAX_NOTES]
-        self.wake.set()
+        if not self.wake.is_set():
+            self.wake.set()
 
     def write_forever(self) -> None:
         """Write the notes while there are any."""
@@ -105,25 +150,31 @@ class Recorder:
                 if not self.running:
                     self.wake.clear()
             self.write()
+            # A busy worker keeps the connection.
+            if not self.wake.is_set():
+                connection.close()
 
     def write(self) -> None:
-        """Write the notes; close the connection, which this thread alone uses."""
+        """Write the notes."""
         with self.lock:
             ended, self.ended = self.ended, []
             limit = time.monotonic() - INTERVAL
-            running = [run for run, start in self.running.values() if start < limit and not run.pk]
+            running = [note for note in self.running.values() if note.start < limit]
         try:
-            written = [run for run in ended if run.pk]
-            ended.sort(key=lambda run: (run.status != TaskRun.Status.FAILED, not run.schedule_id))
-            new = [run for run in ended if not run.pk][:MAX_RUNS]
+            connection.close_if_unusable_or_obsolete()
+            written = [note for note in ended if note.is_stored]
+            ended.sort(
+                key=lambda note: (note.status != TaskRun.Status.FAILED, not note.schedule_id)
+            )
+            new = [note for note in ended if not note.is_stored][:MAX_RUNS]
             if written:
-                TaskRun.objects.bulk_update(written, ["status", "duration", "error"])
-            TaskRun.objects.bulk_create(new)
-            for run in running[:MAX_RUNS]:
-                run.save()
-        except (DatabaseError, InterfaceError) as error:
+                fields = ["status", "duration", "error"]
+                TaskRun.objects.bulk_update([note.make_row() for note in written], fields)
+            TaskRun.objects.bulk_create([note.make_row() for note in new])
+            for note in [note for note in running if not note.is_stored][:MAX_RUNS]:
+                note.make_row().save()
+        except (DatabaseError, InterfaceError, ValueError) as error:
             logger.warning("Runs of tasks are not recorded: %s", type(error).__name__)
-        finally:
             connection.close()
 
 
@@ -131,7 +182,7 @@ def dump(args: Any, kwargs: Any) -> str:
     """Return the arguments of a task as JSON, or an empty text if they are too long."""
     try:
         text = json.dumps([args, kwargs])
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RecursionError):
         return ""
     return text if len(text) <= MAX_ARGUMENTS else ""
 

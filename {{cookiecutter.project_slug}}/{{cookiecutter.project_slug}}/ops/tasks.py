@@ -98,15 +98,14 @@ def start_digest(name: str, due: datetime) -> None:
 
 def queue_chunks(run: DigestRun) -> None:
     """Queue a task for each chunk with remaining recipients; finish the run if there is none."""
-    queued = 0
-    for chunk in deliveries.remaining_chunks(run):
-        # Another one is queued after this time as long as recipients are left.
-        send_digest_chunk.apply_async((run.pk, chunk), expires=STALE_AFTER.total_seconds())
-        queued += 1
+    task: Any = send_digest_chunk
+    chunks = list(deliveries.remaining_chunks(run))
+    # Another one is queued after this time as long as recipients are left.
+    task.apply_many([(run.pk, chunk) for chunk in chunks], expires=STALE_AFTER.total_seconds())
     run.queued_at = timezone.now()
-    run.finished_at = None if queued else run.queued_at
+    run.finished_at = None if chunks else run.queued_at
     run.save(update_fields=["queued_at", "finished_at"])
-    logger.info("Digest %s: chunks queued: %d", run, queued)
+    logger.info("Digest %s: chunks queued: %d", run, len(chunks))
 
 
 def notify_on_commit(name: str, pk: Any) -> None:
@@ -194,8 +193,10 @@ def resume_runs(now: datetime) -> None:
             if run.queued_at is None or run.queued_at < now - STALE_AFTER:
                 queue_chunks(run)
                 continue
-            for chunk in deliveries.due_chunks(run):
-                send_digest_chunk.apply_async((run.pk, chunk), expires=RESUME_SECONDS)
+            task: Any = send_digest_chunk
+            task.apply_many(
+                [(run.pk, chunk) for chunk in deliveries.due_chunks(run)], expires=RESUME_SECONDS
+            )
 
 
 def resume_notifications(now: datetime) -> None:
@@ -204,8 +205,9 @@ def resume_notifications(now: datetime) -> None:
         due = Attempt.objects.filter(
             message_id__startswith=f"{name}.", next_at__lt=now - NOTIFICATION_GRACE
         )
-        for message_id in due.order_by("next_at").values_list("message_id", flat=True)[
-            :RESUME_LIMIT
-        ]:
-            pk = message_id.partition(".")[2]
-            send_notification.apply_async((name, pk), expires=RESUME_SECONDS)
+        message_ids = due.order_by("next_at").values_list("message_id", flat=True)
+        task: Any = send_notification
+        task.apply_many(
+            [(name, key.partition(".")[2]) for key in message_ids[:RESUME_LIMIT]],
+            expires=RESUME_SECONDS,
+        )
