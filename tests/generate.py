@@ -2,9 +2,12 @@
 
 import atexit
 import functools
+import io
 import os
+import re
 import shutil
 import subprocess
+import tarfile
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,15 +18,36 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 @functools.cache
-def get_template():
+def get_template(release=None):
     """Return a copy of the template without what git ignores, such as virtual environments.
 
-    Cookiecutter copies a template as a whole before it runs its first hook.
+    Cookiecutter copies a template as a whole before it runs its first hook. ``release`` is the
+    version of a release, such as ``"1.0.0"``; otherwise the copy has the files as they are now.
     """
     folder = Path(tempfile.mkdtemp(prefix="template-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    copy_template(folder)
+    if release is None:
+        copy_template(folder)
+    else:
+        extract_release(release, folder)
     return folder
+
+
+def get_releases():
+    """Return the commits of the releases, by version, from the history alone."""
+    command = ["git", "log", "--reverse", "--format=%H %s"]
+    log = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return {
+        match[2]: match[1] for match in re.finditer(r"^(\w+) Release (\d+\.\d+\.\d+)$", log, re.M)
+    }
+
+
+def extract_release(release, folder):
+    """Extract the files of a release, which is a commit of the history."""
+    command = ["git", "archive", get_releases()[release]]
+    archive = subprocess.run(command, cwd=ROOT, capture_output=True, check=True).stdout
+    with tarfile.open(fileobj=io.BytesIO(archive)) as file:
+        file.extractall(folder, filter="data")
 
 
 def copy_template(folder):
@@ -39,12 +63,15 @@ def copy_template(folder):
 
 
 @contextmanager
-def generated_project(**answers):
-    """Yield the folder of a new service, without setup; it is deleted after."""
+def generated_project(release=None, **answers):
+    """Yield the folder of a new service, without setup; it is deleted after.
+
+    ``release`` is the version of the template's release, if it is not the template of now.
+    """
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         # No defaults of the user
         os.environ["COOKIECUTTER_CONFIG"] = f"{folder}/none"
         (Path(folder) / "none").touch()
         context = {"setup": False} | answers
-        template = str(get_template())
+        template = str(get_template(release))
         yield Path(cookiecutter(template, no_input=True, extra_context=context, output_dir=folder))

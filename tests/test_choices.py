@@ -15,7 +15,7 @@ from tests.test_output import texts
 WORDS = [
     ({"web_server": "granian"}, r"granian"),
     ({"web_server": "uvicorn"}, r"uvicorn"),
-    ({"web_server": "gunicorn"}, r"gunicorn|gthread|wsgi"),
+    ({"web_server": "gunicorn"}, r"gunicorn|\bgthread|wsgi"),
     ({"task_results": "database"}, r"django.celery.results"),
     ({"monitoring": "flower"}, r"\bflower"),
     ({"realtime": "channels", "web_server": "uvicorn"}, r"channels|websocket|redis"),

@@ -60,6 +60,11 @@ def test_relative_links_lead_to_files(default_project):
         assert documents
         for document in documents:
             for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", document.read_text()):
+                # GitHub's pages about a workflow are relative to the repository too.
+                if page := re.match(
+                    r"\.\./\.\./actions/workflows/([\w.]+?)(/badge\.svg)?$", target
+                ):
+                    target = f".github/workflows/{page[1]}"
                 assert (document.parent / target).exists(), f"{document.name}: {target}"
 
 

@@ -19,16 +19,17 @@ DOMAIN_WORDS = ("submission", "moderator", "author", "answer", "approve", "flagg
 IMPORTS_IN_FUNCTIONS = {
     # They need loaded models.
     ("ops/apps.py", "adoption"),
-    ("ops/apps.py", "beat"),
     ("ops/apps.py", "checks"),
-    ("ops/apps.py", "failed_tasks"),
     ("ops/apps.py", "overlaps"),
     ("ops/apps.py", "heartbeats"),
+    ("ops/celery.py", "beat"),
     ("ops/celery.py", "beat.Beat"),
-    ("ops/celery.py", "celery.bin.celery.celery"),  # It takes half of the start of web.
+    ("ops/celery.py", "celery.bin.base.CLIContext"),  # Web needs neither a command line
+    ("ops/celery.py", "celery.worker.state"),  # nor the parts of a worker.
     ("ops/checks.py", "processes"),  # So do the command lines that it parses.
     ("ops/apps.py", "sentry"),  # It is not needed without SENTRY_DSN.
     ("ops/celery.py", "runs.start_run"),
+    ("ops/database.py", "psycopg"),  # SQLite does not need it.
     ("ops/locks.py", "fcntl"),  # Available only on Unix.
 }
 

@@ -28,7 +28,7 @@ def run_trial(uv, name, *arguments):
 def test_three_beats_that_are_disturbed(request, uv):
     require_server(request, "PostgreSQL", 5432, "docker run -d -p 5432:5432 postgres:16")
     require_server(request, "RabbitMQ", 5672, "docker run -d -p 5672:5672 rabbitmq:4")
-    run_trial(uv, "beats", 20)
+    run_trial(uv, "beats", 12)
 
 
 def test_ten_years_in_one_time_zone(uv):

@@ -8,7 +8,8 @@ import subprocess
 import pytest
 
 from tests.conftest import GIT_IDENTITY, ROOT, clean_environment
-from trials.time_travel import PACKAGE, Template, get_releases, run
+from tests.generate import get_releases
+from trials.time_travel import PACKAGE, Template, run
 
 pytestmark = pytest.mark.slow
 

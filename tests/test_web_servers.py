@@ -116,6 +116,18 @@ def test_health_checks_respond_while_all_threads_are_busy(service):
         assert [response.result()[0] for response in responses] == [200] * 12
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_gunicorn_stops_while_its_workers_start(bake, make_service, tmp_path, number):
+    config = tmp_path / "gunicorn_config.py"
+    config.write_text("import time\n\n\ndef post_fork(server, worker):\n    time.sleep(2)\n")
+    service = make_service(bake(), DEBUG="true", GUNICORN_CMD_ARGS=f"--config {config}")
+    service.deploy()
+    web = service.start("web")
+    web.wait_for_text("Booting worker")
+    assert web.stop(number, seconds=15) == 0
+    assert "SIGKILL" not in web.text()
+
+
 def test_connections_to_the_database_stay_few(service):
     with ThreadPoolExecutor(12) as pool:
         for response in [pool.submit(get, service, "/slow/") for _ in range(12)]:

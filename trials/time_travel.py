@@ -31,11 +31,15 @@ import psycopg
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tests.conftest import GIT_IDENTITY, clean_environment
-from tests.generate import ROOT, copy_template
+from tests.generate import ROOT, copy_template, get_releases
 from tests.test_replace_domain import CHANGED, NEW_FILES, files_to_delete
 
 PACKAGE = "{{cookiecutter.project_slug}}"
 SERVER = "postgres://postgres@127.0.0.1:5432"
+
+#: Files of the example that a release added: the changelog tells teams with another domain to
+#: delete them.
+ADDED_EXAMPLE_FILES = ["tests/test_schedules.py"]
 
 #: Answers, and whether another domain replaces the example.
 CASES = {
@@ -204,14 +208,6 @@ class Template:
         )
 
 
-def get_releases():
-    """Return the commits of the releases, by version, from the history alone."""
-    log = run(["git", "log", "--reverse", "--format=%H %s"], ROOT)
-    return {
-        match[2]: match[1] for match in re.finditer(r"^(\w+) Release (\d+\.\d+\.\d+)$", log, re.M)
-    }
-
-
 # A service and its team
 
 
@@ -312,6 +308,13 @@ class Service:
         self.commit("Update")
         return conflicts
 
+    def delete(self, paths):
+        """Delete files of the example that an update added."""
+        found = [path for path in paths if (self.folder / path).exists()]
+        if found:
+            run(["git", "rm", "--quiet", *found], self.folder)
+            self.commit("Not our domain")
+
     def check(self, before, *, with_tests):
         """Raise Failed unless the service works and has what it had before."""
         self.manage("migrate", "--verbosity=0")
@@ -359,6 +362,8 @@ def travel(template, start, case, path, *, with_tests):
             for version in path:
                 template.check_out(version)
                 result.conflicts += service.update()
+                if replaces_domain:
+                    service.delete(ADDED_EXAMPLE_FILES)
             # A team keeps its version of the files that it replaced.
             expected = {"Procfile"} | (CHANGED if replaces_domain else set())
             unexpected = set(result.conflicts) - expected
