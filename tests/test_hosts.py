@@ -6,6 +6,7 @@ import shlex
 import socket
 import subprocess
 import threading
+import time
 import urllib.request
 
 import pytest
@@ -34,7 +35,6 @@ for number in range({start}, {end}):
 TASK = """
 
 from celery import shared_task
-from django.core.cache import caches
 
 
 @shared_task
@@ -42,16 +42,31 @@ def note_host(number):
     import socket
     import time
 
+    from django.db import connection
+
     time.sleep(0.05)
-    caches["limits"].set(f"task-{number}", socket.gethostname(), None)
+    with connection.cursor() as cursor:
+        row = [number, socket.gethostname()]
+        cursor.execute("INSERT INTO ran VALUES (%s, %s) ON CONFLICT DO NOTHING", row)
+"""
+
+#: The table of the tasks that ran, and where.
+CREATE_TABLE = """
+from django.db import connection
+connection.cursor().execute("CREATE TABLE ran (number integer PRIMARY KEY, host text)")
 """
 
 #: Prints which host ran each of them.
 GET_HOSTS = """
-from django.core.cache import caches
-keys = [f"task-{{number}}" for number in range({start}, {end})]
-print(*caches["limits"].get_many(keys).values())
+from django.db import connection
+with connection.cursor() as cursor:
+    cursor.execute("SELECT host FROM ran WHERE number >= {start} AND number < {end}")
+    print(*[host for (host,) in cursor])
 """
+
+#: How long the second host is cut off, in seconds. Its task gets an error of the database after
+#: 10 seconds, and one of RabbitMQ 5 seconds later.
+CUT_SECONDS = 25
 
 
 def run(*command):
@@ -136,6 +151,7 @@ def test_two_hosts_share_the_work_and_one_that_is_cut_off_loses_none(
             ),
         )
         service.deploy()
+        service.shell(CREATE_TABLE)
 
         def start(host, process):
             command = shlex.split(service.procfile()[process])
@@ -176,11 +192,13 @@ def test_two_hosts_share_the_work_and_one_that_is_cut_off_loses_none(
         # The second host is cut off while tasks are queued, and comes back.
         timer = threading.Timer(1, run, ["ip", "link", "set", cables["second"], "down"])
         timer.start()
+        reconnect_at = time.monotonic() + CUT_SECONDS
         queue(100, 300)
         # It may hold two messages: one that runs, and one that it has received.
         wait_for(lambda: len(get_hosts(100, 300)) >= 198, 60, workers["first"].text)
         assert is_ready("first")
         assert not is_ready("second")
+        time.sleep(max(0, reconnect_at - time.monotonic()))
         run("ip", "link", "set", cables["second"], "up")
         # RabbitMQ notices a lost connection by missing heartbeats, after up to three minutes.
         wait_for(lambda: is_ready("second"), 60, workers["second"].text)

@@ -8,6 +8,7 @@ from datetime import timedelta
 from multiprocessing import get_context
 from queue import Empty, Queue
 from threading import Barrier, Event
+from unittest.mock import Mock
 
 import pytest
 from celery import current_app
@@ -16,8 +17,10 @@ from celery.bin.worker import worker as command
 from celery.contrib.testing.worker import start_worker
 from celery.exceptions import Reject
 from celery.worker import state
+from django.db import InterfaceError, OperationalError
 from django.utils import timezone
 from kombu import Connection
+from kombu.exceptions import OperationalError as BrokerError
 from kombu.transport import resolve_transport
 
 from {{ cookiecutter.project_slug }}.ops import celery
@@ -58,6 +61,41 @@ def test_worker_runs_many_tasks_that_were_queued_together():
     assert sorted(number for number, _, _ in results) == list(range(100))
     assert all(abs(queued_at - now) < timedelta(seconds=30) for _, queued_at, _ in results)
     assert all(expires for _, _, expires in results)
+
+
+@pytest.mark.parametrize("error", [InterfaceError, OperationalError])
+def test_task_is_tried_again_if_the_database_is_unavailable(error):
+    attempts = []
+
+    def query():
+        attempts.append(1)
+        raise error("the connection is closed")
+
+    name = f"tests.query_{error.__name__}"
+    task = current_app.task(query, name=name, shared=False)
+    assert (task.apply().state, len(attempts)) == ("FAILURE", 4)
+    attempts.clear()
+    task = current_app.task(query, name=f"{name}_once", shared=False, autoretry_for=())
+    assert (task.apply().state, len(attempts)) == ("FAILURE", 1)
+
+
+@pytest.mark.django_db(transaction=True, serialized_rollback=True)
+def test_message_stays_if_neither_database_nor_broker_is_available(monkeypatch):
+    attempts = Queue()
+
+    @current_app.task(name="tests.cut_off", shared=False)
+    def cut_off():
+        attempts.put(1)
+        if not apply_async.called:
+            raise OperationalError("the connection is closed")
+
+    cut_off.delay()
+    apply_async = Mock(side_effect=BrokerError("the broker does not respond"))
+    monkeypatch.setattr(celery.Task, "apply_async", apply_async)
+    with start_worker(current_app, perform_ping_check=False, shutdown_timeout=30):
+        for _ in range(2):
+            attempts.get(timeout=30)
+    assert apply_async.call_count == 1
 
 
 NUMBERS = range(1500)

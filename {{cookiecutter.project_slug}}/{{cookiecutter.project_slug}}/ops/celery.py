@@ -18,7 +18,7 @@ from celery import Celery, signals
 from celery.contrib.django.task import DjangoTask
 from celery.exceptions import Reject
 from django.conf import settings
-from django.db import transaction
+from django.db import InterfaceError, OperationalError, transaction
 from django.utils import timezone
 from django.utils.module_loading import import_string
 from kombu import Queue
@@ -52,9 +52,16 @@ def make_failed_queue(app: Celery) -> Queue:
 
 
 class Task(DjangoTask[Any, Any]):
-    """The base class of every task of the service."""
+    """The base class of every task of the service.
+
+    A task is tried again, up to three times, if the database is unavailable or ends its query;
+    ``@shared_task(autoretry_for=())`` turns that off.
+    https://docs.celeryq.dev/en/stable/userguide/tasks.html#automatic-retry-for-known-exceptions
+    """
 
     coalesces = False
+    autoretry_for = (OperationalError, InterfaceError)
+    retry_backoff = 20  # Wait up to 20, 40 and 80 seconds.
 
     def before_start(self, task_id: str, args: Any, kwargs: Any) -> None:
         """Ignore a second message of the same run of a schedule, which beat may have sent.
@@ -118,6 +125,16 @@ class Task(DjangoTask[Any, Any]):
             try_to_publish(self.name, partial(self.delay, *args, **kwargs))
 
         transaction.on_commit(queue, robust=True)
+
+    def retry(self, *args: Any, **kwargs: Any) -> Any:
+        """Queue the task again, as Celery does; return its message if the broker is unavailable.
+
+        Celery would drop the message.
+        """
+        try:
+            return super().retry(*args, **kwargs)
+        except Reject as error:
+            raise Reject(error.args[0], requeue=True) from error
 
     @property
     def queued_at(self) -> datetime:
