@@ -1,8 +1,9 @@
 """Compare the processes of a generated service with those of another Django project.
 
     uv run bench/compare.py PATH [options]
+    uv run bench/compare.py --release VERSION [--runs N]
 
-Generates the default service, and measures both in turns: the size of the installed packages,
+The other project is in a folder, or the default service of an earlier release. Generates the default service, and measures both in turns: the size of the installed packages,
 `manage.py check`, migrations of an empty database, the time from the start of web until the first
 response, the memory of all processes (PSS), and requests per second with 32 clients. Prints a
 table in Markdown with medians.
@@ -31,7 +32,7 @@ import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from digest import SERVER, generate_service
+from digest import ROOT, SERVER, generate_service
 
 #: How long processes run before their memory is measured, in seconds.
 SETTLE_SECONDS = 12
@@ -325,9 +326,13 @@ def format_table(medians, first, second):
 
 
 @contextlib.contextmanager
-def generated_project(name="this template", **variables):
-    """Yield the default service as a project, with a view that says "ok"."""
-    with generate_service() as service:
+def generated_project(release=None, **variables):
+    """Yield the default service as a project, with a view that says "ok".
+
+    ``release`` is the version of the template's release, if it is not the template of now.
+    """
+    name = f"release {release}" if release else "this template"
+    with generate_service(release) as service:
         python = f"{service.project}/.venv/bin/python"
         with Path(service.project, "prayer_room_api", "urls.py").open("a") as urls:
             urls.write(VIEW)
@@ -363,10 +368,18 @@ def bare_project(python):
 
 def main():
     """Measure the project that the arguments describe, and print the table."""
+    sys.path.insert(0, str(ROOT))
+    from tests.generate import get_releases
+
     parser = argparse.ArgumentParser(
         description=__doc__.partition("\n")[0], formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("path", metavar="PATH", type=Path, help="the folder of the project")
+    parser.add_argument(
+        "path", metavar="PATH", type=Path, nargs="?", help="the folder of the project"
+    )
+    parser.add_argument(
+        "--release", metavar="VERSION", choices=get_releases(), help="an earlier release instead"
+    )
     parser.add_argument("--name", default="the other project", help="its name in the table")
     parser.add_argument("--python", default=".venv/bin/python", help="its Python interpreter")
     parser.add_argument("--manage", default="manage.py", help="the script with its commands")
@@ -381,12 +394,26 @@ def main():
     options = parser.parse_args()
     if not shutil.which("wrk"):
         parser.error("wrk is missing: install it with the package manager of the system")
+    if bool(options.path) == bool(options.release):
+        parser.error("give either PATH or --release")
+    project = other_project(parser, options)
+    with generated_project() as ours, project as other:
+        projects = [ours, other]
+        names = {project.name: set(MEASUREMENTS) for project in projects}
+        medians = compare(projects, names, options.runs)
+        print(format_table(medians, ours.name, other.name))
+
+
+def other_project(parser, options):
+    """Return the context manager of the project that the arguments describe."""
+    if options.release:
+        return generated_project(options.release)
     folder = options.path.resolve()
     # Not resolved further: the link tells Python which environment it is in.
     python = str(folder / options.python)
     if not Path(python).exists():
         parser.error(f"{python} does not exist: install the project, or name its --python")
-    other = Project(
+    project = Project(
         options.name,
         folder,
         python,
@@ -398,11 +425,7 @@ def main():
         options.url,
         dict(pair.split("=", 1) for pair in options.env),
     )
-    with generated_project() as ours:
-        projects = [ours, other]
-        names = {project.name: set(MEASUREMENTS) for project in projects}
-        medians = compare(projects, names, options.runs)
-        print(format_table(medians, ours.name, other.name))
+    return contextlib.nullcontext(project)
 
 
 if __name__ == "__main__":

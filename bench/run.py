@@ -33,6 +33,9 @@ START, END = "<!-- figures: bench/run.py -->", "<!-- end of figures -->"
 #: The parts, each with a heading there
 PARTS = ["processes", "tasks", "beat", "digests"]
 
+#: The release whose processes are measured beside those of now
+FIRST_RELEASE = "1.0.0"
+
 #: How many tasks, digests and recipients are measured: as a rule, and with --quick
 SIZES = {
     "tasks": (4_000, 1_000),
@@ -112,14 +115,17 @@ def describe_machine(runs):
 
 def measure_processes(runs):
     """Yield the tables of the processes."""
-    with compare.generated_project() as ours, compare.bare_project(ours.python) as bare:
+    with (
+        compare.generated_project() as ours,
+        compare.generated_project(FIRST_RELEASE) as first,
+        compare.bare_project(ours.python) as bare,
+    ):
         requests = next(name for name in compare.MEASUREMENTS if name.startswith("requests"))
-        names = {ours.name: set(compare.MEASUREMENTS), bare.name: {requests}}
-        medians = compare.compare([ours, bare], names, runs)
-    lines = ["### Processes of the default service", "", "| figure | |", "|---|---|"]
-    for name, (_, text) in compare.MEASUREMENTS.items():
-        lines.append(f"| {name} | {text.format(medians[name, ours.name])} |")
-    yield "\n".join(lines)
+        everything = set(compare.MEASUREMENTS)
+        names = {ours.name: everything, first.name: everything, bare.name: {requests}}
+        medians = compare.compare([ours, first, bare], names, runs)
+    yield "### Processes of the default service"
+    yield compare.format_table(medians, ours.name, first.name)
     ratio = medians[requests, ours.name] / medians[requests, bare.name]
     yield (
         f"Django alone, one view and no middleware, with the same gunicorn: "

@@ -213,10 +213,10 @@ def keep_django_logging(**kwargs: Any) -> None:
 def share_memory(**kwargs: Any) -> None:
     """Keep what is loaded in memory that a worker and its child processes share.
 
-    The garbage collector would write to it, and each process would get a copy.
+    The garbage collector would write to it, and each process would get a copy; so would what it
+    frees and is used again.
     https://docs.python.org/3/library/gc.html#gc.freeze
     """
-    gc.collect()
     gc.freeze()
 
 
