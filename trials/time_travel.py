@@ -131,10 +131,11 @@ class Template:
             if name:
                 (folder / name).unlink()
         copy_template(folder)
-        latest = run(["git", "rev-parse", f"{[*self.versions.values()][-1]}^{{tree}}"], folder)
+        latest = [*self.versions][-1]
+        released = run(["git", "rev-parse", f"{self.versions[latest]}^{{tree}}"], folder)
         self.commit("now")
-        if run(["git", "rev-parse", "HEAD^{tree}"], folder) == latest:
-            del self.versions["now"]  # Cruft has nothing to do between equal versions.
+        if run(["git", "rev-parse", "HEAD^{tree}"], folder) == released:
+            del self.versions[latest]  # Cruft has nothing to do between equal versions.
         self.add_first_version()
         self.commit("now + 1")
         self.add_second_version()
