@@ -34,7 +34,7 @@ class OpsConfig(AppConfig):
         request_started.connect(publishing.start_request)
         request_finished.connect(publishing.finish_request)
         atexit.register(publishing.publisher.flush, publishing.EXIT_TIMEOUT)
-        # A process that ends need not look for garbage: it takes a third of a short command.
+        # A process that ends need not look for garbage, which delays a short command.
         atexit.register(gc.freeze)
         connection_created.connect(database.limit_connection)
         pre_migrate.connect(database.lift_limit, sender=self)
