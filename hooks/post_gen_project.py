@@ -38,8 +38,8 @@ IGNORED_VARIABLES = {
 }
 
 
-def run(command):
-    """Run a command, printing a dot each second. Return its status and the lines it printed."""
+def run(command, progress=False):
+    """Run a command. Return its status and the lines it printed. Progress is a dot each second."""
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as output:
         try:
             process = subprocess.Popen(
@@ -56,7 +56,8 @@ def run(command):
                 status = process.wait(timeout=1)
                 break
             except subprocess.TimeoutExpired:
-                print(".", end="", flush=True)
+                if progress:
+                    print(".", end="", flush=True)
             except KeyboardInterrupt:
                 process.wait()
                 return 130, ["interrupted"]
@@ -92,7 +93,7 @@ def install():
         return False
     choose_python()
     print("Install:", end="", flush=True)
-    status, lines = run([UV, "sync", "--compile-bytecode"])
+    status, lines = run([UV, "sync", "--compile-bytecode"], progress=True)
     print(f" failed: {get_summary(lines)}" if status else " done", flush=True)
     return status == 0
 
@@ -101,7 +102,7 @@ def prove(title, *arguments):
     """Run a management command, which prints what it proved; exit if it fails."""
     print(f"{title}:", end="", flush=True)
     start = time.monotonic()
-    status, lines = run([UV, "run", "--quiet", "manage.py", *arguments])
+    status, lines = run([UV, "run", "--quiet", "manage.py", *arguments], progress=True)
     if status == 130:
         sys.exit("\ninterrupted")
     if status:

@@ -7,7 +7,7 @@ import signal
 from urllib.request import Request, urlopen
 
 import pytest
-from playwright.sync_api import sync_playwright
+from playwright.sync_api import expect, sync_playwright
 from websockets.asyncio.client import connect
 from websockets.exceptions import InvalidStatus
 
@@ -91,8 +91,31 @@ def test_new_submission_appears_at_once_and_keeps_the_selection(service, page):
     rows = page.locator("#result_list tbody tr th").all_inner_texts()
     assert rows == ["The third one", "The second one", "The first one"]
     assert page.locator("input.action-select:checked").count() == 1
-    assert "3 submissions" in page.inner_text(".paginator")
+    # A list that is loaded while a submission is posted may have it, and not count it yet.
+    expect(page.locator(".paginator")).to_contain_text("3 submissions", timeout=10_000)
     assert page.evaluate("window.loaded") is True
+    assert page.errors == []
+
+
+def test_an_older_answer_does_not_replace_a_newer_one(service, page):
+    held = []
+
+    def hold_the_first(route):
+        if held:
+            route.continue_()
+        else:
+            held.append((route, route.fetch()))
+
+    page.route("**/submission/", hold_the_first)
+    post_submission(service, "The first one")
+    wait_for(lambda: page.wait_for_timeout(100) or held, 10, service.web.text)
+    post_submission(service, "The second one")
+    page.wait_for_timeout(2_000)
+    ((route, answer),) = held
+    route.fulfill(response=answer)
+    page.get_by_role("link", name="The second one").wait_for(timeout=10_000)
+    page.wait_for_timeout(500)
+    assert "2 submissions" in page.inner_text(".paginator")
     assert page.errors == []
 
 
@@ -104,6 +127,16 @@ def test_list_connects_again_after_a_restart_and_shows_what_it_missed(service, p
     service.web = service.start("web")
     page.get_by_role("link", name="Posted meanwhile").wait_for(timeout=30_000)
     assert page.errors == []
+
+
+def test_connection_lasts_while_nothing_is_posted(service, page):
+    others = []
+    page.on("websocket", lambda socket: others.append(socket.url))
+    # Redis ends a consumer's read after 5 seconds, and redis-py one without an answer after 10.
+    page.wait_for_timeout(12_000)
+    assert others == []
+    levels = {json.loads(line)["level"] for line in service.web.text().splitlines()}
+    assert levels == {"INFO"}
 
 
 def test_strangers_are_refused(service):

@@ -20,14 +20,14 @@ COMMIT = "git add . && git commit -m 'Start from cookiecutter-prodserver'"
 
 @pytest.fixture
 def generate(run_cookiecutter, uv, uv_cache):
-    """Generate the default service with setup; return its folder and the printed lines."""
+    """Generate the default service with setup; return its folder and the lines without dots."""
 
     def generate(*arguments, status=0, **environment):
         defaults = {"UV": uv, "UV_CACHE_DIR": uv_cache, "GIT_CONFIG_GLOBAL": os.devnull}
         environment = GIT_IDENTITY | defaults | environment
         folder, done = run_cookiecutter("--no-input", *arguments, environment=environment)
         assert done.returncode == status, done.stdout
-        return folder / "prayer_room_api", done.stdout.splitlines()
+        return folder / "prayer_room_api", re.sub(r":\.+ ", ": ", done.stdout).splitlines()
 
     return generate
 
@@ -59,7 +59,7 @@ def git(project, *arguments):
 
 
 def get_titles(lines):
-    """Return the results of the steps, without dots, seconds and figures."""
+    """Return the results of the steps, without seconds and figures."""
     return [re.sub(r"[\d.]+( s(econds)?\b)?", "", line).strip() for line in lines]
 
 
