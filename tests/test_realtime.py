@@ -70,10 +70,9 @@ def page(service):
         page.goto(path)
         page.fill("#id_username", "admin")
         page.fill("#id_password", "secret")
-        with page.expect_websocket():
+        # The list is loaded again once the connection is open.
+        with page.expect_response(lambda response: response.request.resource_type == "fetch"):
             page.click("[type=submit]")
-        page.wait_for_timeout(500)
-        page.wait_for_timeout(500)
         yield page
         browser.close()
 
