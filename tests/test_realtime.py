@@ -1,6 +1,7 @@
 """WebSockets: a moderator's open list shows a new submission without being loaded again."""
 
 import asyncio
+import contextlib
 import json
 import shutil
 import signal
@@ -12,7 +13,7 @@ from websockets.asyncio.client import connect
 from websockets.exceptions import InvalidStatus
 
 from tests.conftest import production_variables
-from tests.servers import free_port, wait_for
+from tests.servers import Wire, free_port, wait_for
 from tests.test_web_servers import is_ready
 
 pytestmark = pytest.mark.slow
@@ -136,6 +137,29 @@ def test_connection_lasts_while_nothing_is_posted(service, page):
     assert others == []
     levels = {json.loads(line)["level"] for line in service.web.text().splitlines()}
     assert levels == {"INFO"}
+
+
+@pytest.mark.parametrize("service", ["uvicorn"], indirect=True)
+def test_list_shows_what_was_posted_while_redis_did_not_answer(service, page):
+    service.web.stop(signal.SIGTERM, seconds=20)
+    with contextlib.closing(Wire(6379)) as wire:
+        service.environment["REDIS_URL"] = f"redis://127.0.0.1:{wire.port}"
+        service.web = service.start("web")
+        with page.expect_response(lambda response: response.request.resource_type == "fetch"):
+            wait_for(lambda: is_ready(service), 30, service.web.text)
+        wire.cut()
+        post_submission(service, "Posted meanwhile")
+        page.wait_for_timeout(15_000)  # Reads of Redis end after 10 seconds.
+        wire.mend()
+        page.get_by_role("link", name="Posted meanwhile").wait_for(timeout=30_000)
+        post_submission(service, "Posted later")
+        page.get_by_role("link", name="Posted later").wait_for(timeout=10_000)
+        assert service.web.stop(signal.SIGTERM, seconds=20) == 0
+    events = [json.loads(line) for line in service.web.text().splitlines()]
+    problems = {event["message"] for event in events if event["level"] != "INFO"}
+    error = "No message is sent to moderators: TimeoutError"
+    assert problems == {error, "A WebSocket closes without Redis: TimeoutError"}
+    assert page.errors == []
 
 
 def test_strangers_are_refused(service):
