@@ -63,6 +63,10 @@ def test_flower_shows_workers_and_tasks_to_its_account_only(service):
             assert get(service, path, account)[0] == 401
     # Other users of the host can read the arguments of a process.
     assert "a-password" not in Path(f"/proc/{flower.popen.pid}/cmdline").read_text()
+    other = service.start("flower")
+    assert other.popen.wait(timeout=30) == 1
+    assert "is already in use. " in other.text().splitlines()[-1]
+    assert "Traceback" not in other.text()
     worker = service.start("worker")
     worker.wait_for_text(" ready.")
     service.shell(
