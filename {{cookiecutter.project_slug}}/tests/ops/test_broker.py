@@ -181,6 +181,16 @@ class TestPoison:
         assert options["queue"].name == get_failed_queue()
         assert f"tests.poison was delivered {MAX_DELIVERIES} times" in caplog.text
 
+    def test_stays_in_its_queue_if_it_cannot_be_moved(self, task, monkeypatch):
+        def refuse(*args, **kwargs):
+            raise BrokerError
+
+        monkeypatch.setattr(celery.Task, "apply_async", refuse)
+        task.request_stack.push(Context(**{"x-delivery-count": MAX_DELIVERIES}))
+        with pytest.raises(Reject) as caught:
+            task.before_start("id", [1], {})
+        assert caught.value.requeue
+
 
 @pytest.mark.parametrize("status", [0, 1])
 def test_a_worker_that_fails_exits_with_its_status(monkeypatch, status):

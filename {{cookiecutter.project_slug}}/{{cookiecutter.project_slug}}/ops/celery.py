@@ -78,7 +78,10 @@ class Task(DjangoTask[Any, Any]):
         if int(self.request.get("x-delivery-count") or 0) < MAX_DELIVERIES:
             return
         logger.error("%s was delivered %d times and is given up", self.name, MAX_DELIVERIES)
-        self.apply_async(args, kwargs, queue=make_failed_queue(self.app))
+        try:
+            self.apply_async(args, kwargs, queue=make_failed_queue(self.app))
+        except Exception as error:
+            raise Reject(error, requeue=True) from error
         raise Reject("delivered too often", requeue=False)
 
     def apply_async(  # type: ignore[override]
