@@ -10,6 +10,9 @@ from tests.servers import wait_for
 
 pytestmark = pytest.mark.slow
 
+#: An event above INFO, other than Celery's about tests that root runs.
+LOUD = re.compile(r"^(?!.*superuser privileges).*\b(WARNING|ERROR|CRITICAL)\b.*", re.MULTILINE)
+
 #: Creates a moderator and a submission that is due for the moderator digest.
 CREATE_DATA = """
 from datetime import timedelta
@@ -61,6 +64,7 @@ def check_processes(service, smtp, **headers):
 
     statuses = {process: process.stop() for process in (beat, web, worker)}
     assert list(statuses.values()) == [0, 0, 0], [process.text() for process in statuses]
+    assert [LOUD.findall(process.text()) for process in statuses] == [[], [], []]
 
 
 def test_processes_run_schedules_with_the_embedded_defaults(bake, make_service, smtp):
