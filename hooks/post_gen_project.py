@@ -39,7 +39,7 @@ IGNORED_VARIABLES = {
 
 
 def run(command, progress=False):
-    """Run a command. Return its status and the lines it printed. Progress is a dot each second."""
+    """Run a command, with a dot each second if wanted. Return its status and printed lines."""
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as output:
         try:
             process = subprocess.Popen(

@@ -81,6 +81,7 @@ class Task(DjangoTask[Any, Any]):
         try:
             self.apply_async(args, kwargs, queue=make_failed_queue(self.app))
         except Exception as error:
+            # Any other exception would drop the message.
             raise Reject(error, requeue=True) from error
         raise Reject("delivered too often", requeue=False)
 
