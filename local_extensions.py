@@ -26,6 +26,7 @@ from pathlib import Path
 with contextlib.suppress(ImportError):
     import readline  # noqa: F401 makes the arrow keys edit an answer
 
+import yaml as pyyaml
 from cookiecutter import prompt
 from cookiecutter.exceptions import FailedHookException
 from cookiecutter.generate import generate_context
@@ -420,6 +421,11 @@ def python_value(text):
     return python_string(text) if text else "None"
 
 
+def yaml(value):
+    """Return the value as YAML, formatted as drf-spectacular formats a schema."""
+    return pyyaml.safe_dump(value, default_flow_style=False, sort_keys=False, allow_unicode=True)
+
+
 def one_line(text):
     """Collapse each run of whitespace into one space."""
     return " ".join(text.split())
@@ -453,6 +459,7 @@ class Filters(Extension):
             quoted,
             python_string,
             python_value,
+            yaml,
             one_line,
             markdown,
             shell_word,

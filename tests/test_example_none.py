@@ -15,6 +15,7 @@ from tests.test_output import FILES, files
 #: Files of the example, which this choice leaves out.
 EXAMPLE_FILES = """
 SLUG/digests.py
+SLUG/openapi.py
 SLUG/migrations/0002_seed_schedules.py
 SLUG/migrations/0003_moderators.py
 SLUG/templates/answer.html

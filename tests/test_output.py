@@ -36,6 +36,7 @@ SLUG/migrations/0002_seed_schedules.py
 SLUG/migrations/0003_moderators.py
 SLUG/migrations/__init__.py
 SLUG/models.py
+SLUG/openapi.py
 SLUG/ops/__init__.py
 SLUG/ops/admin.py
 SLUG/ops/adoption.py
@@ -71,6 +72,7 @@ SLUG/ops/management/commands/__init__.py
 SLUG/ops/management/commands/adopt.py
 SLUG/ops/management/commands/doctor.py
 SLUG/ops/management/commands/heartbeat.py
+SLUG/ops/management/commands/openapi.py
 SLUG/ops/management/commands/prodserver.py
 SLUG/ops/management/commands/requeue.py
 SLUG/ops/management/commands/schedules.py
@@ -84,6 +86,7 @@ SLUG/ops/migrations/0003_admin_history.py
 SLUG/ops/migrations/0004_task_runs.py
 SLUG/ops/migrations/__init__.py
 SLUG/ops/models.py
+SLUG/ops/openapi.py
 SLUG/ops/operations.py
 SLUG/ops/overlaps.py
 SLUG/ops/parsers.py
@@ -93,6 +96,7 @@ SLUG/ops/publishing.py
 SLUG/ops/runs.py
 SLUG/ops/scheduler.py
 SLUG/ops/schedules.py
+SLUG/ops/schema.py
 SLUG/ops/sentry.py
 SLUG/ops/settings.py
 SLUG/ops/static/ops/operations.css
@@ -137,6 +141,7 @@ app.json
 docs/deploy.md
 docs/move.md
 manage.py
+openapi.yaml
 pyproject.toml
 tests/conftest.py
 tests/ops/conftest.py
@@ -162,6 +167,7 @@ tests/ops/test_leases.py
 tests/ops/test_locks.py
 tests/ops/test_logging.py
 tests/ops/test_logins.py
+tests/ops/test_openapi.py
 tests/ops/test_operations.py
 tests/ops/test_overlaps.py
 tests/ops/test_processes.py

@@ -18,6 +18,7 @@ DOMAIN_WORDS = ("submission", "moderator", "author", "answer", "approve", "flagg
 #: Imports inside functions, by file, with the reason for each.
 IMPORTS_IN_FUNCTIONS = {
     # They need loaded models.
+    ("ops/schema.py", "openapi.generate_schema"),  # Production does not have drf-spectacular.
     ("ops/apps.py", "adoption"),
     ("ops/apps.py", "checks"),
     ("ops/apps.py", "overlaps"),

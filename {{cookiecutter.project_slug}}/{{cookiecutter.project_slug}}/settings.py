@@ -31,7 +31,6 @@ class Settings({{ cookiecutter.__modules.split(", ") | select | each("{0}.Defaul
         "django.contrib.staticfiles",
         "{{ (["django_celery_beat"] + cookiecutter._task_results[cookiecutter.task_results].apps) | join('",\n        "') }}",
         "django_prodserver",
-        "drf_spectacular",
         "drf_spectacular_sidecar",
         "rest_framework",
     ]
@@ -92,7 +91,6 @@ class Settings({{ cookiecutter.__modules.split(", ") | select | each("{0}.Defaul
             "DEFAULT_PERMISSION_CLASSES": ["rest_framework.permissions.IsAuthenticated"],
             "DEFAULT_RENDERER_CLASSES": ["rest_framework.renderers.JSONRenderer"],
             "EXCEPTION_HANDLER": "{{ cookiecutter.project_slug }}.ops.api.exception_handler",
-            "DEFAULT_SCHEMA_CLASS": "drf_spectacular.openapi.AutoSchema",
             "DEFAULT_THROTTLE_CLASSES": [
                 "{{ cookiecutter.project_slug }}.ops.throttles.AnonymousThrottle",
                 "{{ cookiecutter.project_slug }}.ops.throttles.UserThrottle",
@@ -105,9 +103,7 @@ class Settings({{ cookiecutter.__modules.split(", ") | select | each("{0}.Defaul
         "TITLE": SITE_NAME,
         "DESCRIPTION": {{ cookiecutter.description | python_string }},
         "VERSION": "1.0.0",
-        "SERVE_INCLUDE_SCHEMA": False,
-        "SWAGGER_UI_DIST": "SIDECAR",
-        "SWAGGER_UI_FAVICON_HREF": "SIDECAR",
+        "SCHEMA_PATH_PREFIX": "/api",
     }
 
     # Language, and the time zone that schedules run in

@@ -4,11 +4,10 @@ from django.conf import settings
 from django.contrib import admin
 from django.urls import include, path
 from django.views.generic import TemplateView
-from drf_spectacular.views import SpectacularSwaggerSplitView
 
 from .api import router
-from .ops import email_preview, unsubscribe
-from .ops.api import SchemaView, TokenView
+from .ops import email_preview, schema, unsubscribe
+from .ops.api import TokenView
 
 home = TemplateView.as_view(
     template_name="home.html",
@@ -19,7 +18,9 @@ home = TemplateView.as_view(
     },
 )
 
-docs = SpectacularSwaggerSplitView.as_view(template_name="docs.html")
+docs = TemplateView.as_view(
+    template_name="docs.html", extra_context={"site_name": settings.SITE_NAME}
+)
 
 urlpatterns = [
     path("", home, name="home"),
@@ -27,7 +28,7 @@ urlpatterns = [
     path("unsubscribe/<token>/", unsubscribe.view, name="unsubscribe"),
     path("api/", include(router.urls)),
     path("api/token/", TokenView.as_view(), name="token"),
-    path("api/schema/", SchemaView.as_view(), name="schema"),
+    path("api/schema/", schema.view, name="schema"),
     path("api/docs/", docs, name="docs"),
     path(settings.ADMIN_PATH, admin.site.urls),
 ]

@@ -1,15 +1,13 @@
-"""Parts for the service's API: a throttled login, pagination, and errors for the schema."""
+"""Parts for the service's API: pagination, errors in JSON, and a throttled login."""
 
 from typing import Any
 
 from django.core.exceptions import RequestDataTooBig, ValidationError
 from django.db import DataError
-from drf_spectacular.utils import OpenApiResponse, extend_schema
-from drf_spectacular.views import SpectacularAPIView
 from rest_framework import pagination, permissions, serializers, status
 from rest_framework.authentication import BaseAuthentication
 from rest_framework.authtoken.serializers import AuthTokenSerializer
-from rest_framework.exceptions import NotFound, ParseError
+from rest_framework.exceptions import NotFound
 from rest_framework.request import Request
 from rest_framework.response import Response
 from rest_framework.throttling import BaseThrottle
@@ -37,31 +35,6 @@ class CursorPagination(pagination.CursorPagination):
             # The position in a forged cursor may not be a valid value of the field, or be one
             # that only the database refuses.
             raise NotFound(self.invalid_cursor_message) from error
-
-
-# Errors, as the schema describes them
-
-
-class ErrorSerializer(serializers.Serializer[Any]):
-    """Why a request failed."""
-
-    detail = serializers.CharField()
-
-
-INVALID = OpenApiResponse(
-    {
-        "type": "object",
-        "additionalProperties": {
-            "oneOf": [{"type": "array", "items": {"type": "string"}}, {"type": "string"}]
-        },
-    },
-    description="The problems by field; `detail` if the request is not valid JSON.",
-)
-
-
-def errors(*statuses: int) -> dict[int, type[ErrorSerializer]]:
-    """Return the responses of an operation that fails with one of these statuses."""
-    return dict.fromkeys(statuses, ErrorSerializer)
 
 
 def exception_handler(error: Exception, context: dict[str, Any]) -> Response | None:
@@ -109,12 +82,6 @@ class TokenView(APIView):
         """Limit the attempts to guess a password."""
         return [LoginThrottle()] if self.request.method == "POST" else super().get_throttles()
 
-    @extend_schema(
-        summary="Get a token for a user name and a password",
-        auth=[],
-        request=AuthTokenSerializer,
-        responses={200: TokenSerializer, 400: INVALID} | errors(413, 415, 429),
-    )
     def post(self, request: Request, *args: Any, **kwargs: Any) -> Response:
         """Create a token."""
         serializer = AuthTokenSerializer(data=request.data, context={"request": request})
@@ -122,26 +89,8 @@ class TokenView(APIView):
         text, token = create_token(serializer.validated_data["user"])
         return Response(TokenSerializer({"token": text, "expires_at": token.expires_at}).data)
 
-    @extend_schema(
-        summary="End the token of this request", responses={204: None} | errors(401, 429)
-    )
     def delete(self, request: Request, *args: Any, **kwargs: Any) -> Response:
         """Delete the token that authenticates the request."""
         assert isinstance(request.auth, Token)
         request.auth.delete()
         return Response(status=status.HTTP_204_NO_CONTENT)
-
-
-# Schema
-
-
-class SchemaView(SpectacularAPIView):
-    """The OpenAPI schema."""
-
-    @extend_schema(exclude=True)
-    def get(self, request: Request, *args: Any, **kwargs: Any) -> Response:
-        """Return the schema; raise ParseError for a version that no header can contain."""
-        if not request.GET.get("version", "").isprintable():
-            raise ParseError("Invalid version.")
-        response: Response = super().get(request, *args, **kwargs)  # type: ignore[no-untyped-call]
-        return response

@@ -7,3 +7,19 @@
     dark.addEventListener("change", update);
     update();
 }
+
+addEventListener("DOMContentLoaded", () => {
+    const { schema, csrfToken } = document.getElementById("swagger-ui").dataset;
+    SwaggerUIBundle({
+        dom_id: "#swagger-ui",
+        url: schema,
+        deepLinking: true,
+        requestInterceptor: (request) => {
+            // Users who are logged in need it; no other site may learn it.
+            if (new URL(request.url, location).origin === location.origin) {
+                request.headers["X-CSRFToken"] = csrfToken;
+            }
+            return request;
+        },
+    });
+});
