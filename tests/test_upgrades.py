@@ -109,6 +109,25 @@ def test_upgrade_reports_what_changed(create, template, make_service, tmp_path):
     assert "Conflicts" not in report
 
 
+def test_schema_is_written_not_merged(create, template, make_service):
+    service = make_service(create(setup=False), UV=os.environ.get("UV", "uv"))
+    project = service.folder
+    service.install()
+    initialize(project)
+    # The same line as in the new version.
+    schema = project / "openapi.yaml"
+    schema.write_text(schema.read_text().replace("A token of the HTTP", "Our token of the HTTP"))
+    api = project / project.name / "api.py"
+    api.write_text(api.read_text().replace("A submission, as its author", "A post, as its author"))
+    commit(project)
+    template.check_out("newest")
+    assert "Conflicts" not in service.run("python manage.py upgrade --no-tests")
+    assert service.run("python manage.py openapi --check") == "openapi.yaml is current.\n"
+    assert "A later token" in schema.read_text()
+    assert "A post, as its author" in schema.read_text()
+    assert not run(["git", "diff", "--name-only", "--diff-filter=U"], project)
+
+
 def test_conflicts_are_reported_and_marked(create, template, make_service):
     service = make_service(create(setup=False), UV=os.environ.get("UV", "uv"))
     project = service.folder

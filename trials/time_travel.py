@@ -39,7 +39,7 @@ SERVER = "postgres://postgres@127.0.0.1:5432"
 
 #: Files of the example that a release added: the changelog tells teams with another domain to
 #: delete them.
-ADDED_EXAMPLE_FILES = ["tests/test_schedules.py"]
+ADDED_EXAMPLE_FILES = ["tests/test_schedules.py", "helpdesk/openapi.py"]
 
 #: Answers, and whether another domain replaces the example.
 CASES = {
@@ -166,6 +166,8 @@ class Template:
         extension = folder / "local_extensions.py"
         replace(extension, "CHECKS = {\n", 'CHECKS = {\n    "city": text_check(20),\n')
         replace(extension, 'return " ".join(text.split())', 'return " ".join([*text.split(), "1"])')
+        for path in (package / "ops" / "api.py", folder / PACKAGE / "openapi.yaml"):
+            replace(path, "A token of the HTTP", "A later token of the HTTP")
         settings = package / "settings.py"
         replace(
             settings,
@@ -316,6 +318,12 @@ class Service:
             run(["git", "rm", "--quiet", *found], self.folder)
             self.commit("Not our domain")
 
+    def write_schema(self):
+        """Write the schema of an API that is not the example's, as the upgrade command does."""
+        if (self.folder / "openapi.yaml").exists():
+            self.run("python", "manage.py", "openapi")
+            self.commit("Our schema")
+
     def check(self, before, *, with_tests):
         """Raise Failed unless the service works and has what it had before."""
         self.manage("migrate", "--verbosity=0")
@@ -365,8 +373,9 @@ def travel(template, start, case, path, *, with_tests):
                 result.conflicts += service.update()
                 if replaces_domain:
                     service.delete(ADDED_EXAMPLE_FILES)
+                    service.write_schema()
             # A team keeps its version of the files that it replaced.
-            expected = {"Procfile"} | (CHANGED if replaces_domain else set())
+            expected = {"Procfile"} | (CHANGED | {"openapi.yaml"} if replaces_domain else set())
             unexpected = set(result.conflicts) - expected
             if unexpected:
                 raise Failed(f"conflicts in {unexpected}")

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 from argparse import ArgumentParser
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,9 @@ CRUFT = ["tool", "run", "--from", "cruft>=2.16,<3", "--with", "cookiecutter>=2.7
 SHOWN_LINES = 30
 
 RECORD = ".cruft.json"
+
+#: A file that is written from the code, so that it is not merged.
+SCHEMA = "openapi.yaml"
 
 #: Finds the environment variables that settings read.
 VARIABLE = re.compile(
@@ -64,6 +68,8 @@ class Command(BaseCommand):
             self.stdout.write(f"The template is up to date ({before['version']})")
             return
         conflicts = find_conflicts()
+        if conflicts == [SCHEMA]:
+            conflicts = []
         sections = [
             f"# Template {before['version']} → {after['version']}",
             get_changelog(after, before["version"]),
@@ -74,6 +80,9 @@ class Command(BaseCommand):
             sections.append("The rest was not looked at because of the conflicts.")
         else:
             run([uv, "sync", "--quiet"])
+            with suppress(CommandError):  # A test tells why the schema cannot be written.
+                run([uv, "run", "--quiet", "manage.py", "openapi"])
+                run(["git", "add", SCHEMA])
             sections += [
                 list_section("New migrations", minus(after, before, "migrations")),
                 list_section("New environment variables", minus(after, before, "variables")),
