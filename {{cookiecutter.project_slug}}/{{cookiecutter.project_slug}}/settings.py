@@ -91,6 +91,7 @@ class Settings({{ cookiecutter.__modules.split(", ") | select | each("{0}.Defaul
             "DEFAULT_PERMISSION_CLASSES": ["rest_framework.permissions.IsAuthenticated"],
             "DEFAULT_RENDERER_CLASSES": ["rest_framework.renderers.JSONRenderer"],
             "EXCEPTION_HANDLER": "{{ cookiecutter.project_slug }}.ops.api.exception_handler",
+            "DEFAULT_SCHEMA_CLASS": ops.SCHEMA_CLASS,
             "DEFAULT_THROTTLE_CLASSES": [
                 "{{ cookiecutter.project_slug }}.ops.throttles.AnonymousThrottle",
                 "{{ cookiecutter.project_slug }}.ops.throttles.UserThrottle",

@@ -1,10 +1,13 @@
 """The OpenAPI schema: a file that describes the API as it is."""
 
+import sys
+
 import pytest
 from django.conf import settings
 from django.core.management import CommandError, call_command
 from django.urls import reverse
 
+from {{ cookiecutter.project_slug }}.ops.checks import check_schema
 from {{ cookiecutter.project_slug }}.ops.openapi import generate_schema
 
 
@@ -30,9 +33,28 @@ def test_openapi_yaml_is_written(folder, capsys):
 def test_a_check_writes_nothing_and_names_the_command(folder, text):
     if text:
         (folder / "openapi.yaml").write_text(text)
-    with pytest.raises(CommandError, match=r"^openapi\.yaml does not .* manage\.py openapi$"):
+    with pytest.raises(CommandError, match=r"^openapi\.yaml is not .* manage\.py openapi$"):
         call_command("openapi", "--check")
     assert [path.read_text() for path in folder.iterdir()] == ([text] if text else [])
+
+
+def test_a_folder_that_cannot_be_written_is_named(folder):
+    (folder / "openapi.yaml").mkdir()
+    with pytest.raises(CommandError, match=r"openapi\.yaml cannot be written: Is a directory$"):
+        call_command("openapi")
+
+
+def test_production_has_no_generator(monkeypatch):
+    monkeypatch.setitem(sys.modules, f"{generate_schema.__module__}", None)
+    with pytest.raises(CommandError, match=r"; install the packages for development: uv sync$"):
+        call_command("openapi")
+
+
+def test_a_deploy_without_the_file_is_refused(folder):
+    (error,) = check_schema(None)
+    assert (error.id, error.msg) == ("openapi.E001", "openapi.yaml is missing.")
+    (folder / "openapi.yaml").touch()
+    assert check_schema(None) == []
 
 
 def test_the_service_serves_the_file(client):

@@ -11,6 +11,7 @@ from django.core.exceptions import ImproperlyConfigured
 from django.db.migrations.exceptions import CircularDependencyError, NodeNotFoundError
 from django.db.migrations.loader import MigrationLoader
 
+from . import schema
 from .database import find_pooler
 from .schedules import REQUIRED_MIGRATION, CreateSchedule, DeleteSchedule, get_migrations
 
@@ -93,6 +94,18 @@ def check_email(
         hint = "Set EMAIL_USE_TLS=on for STARTTLS, or EMAIL_USE_SSL=on."
         return [checks.Error(problem, hint=hint, id="email.E001")]
     return []
+
+
+@checks.register(deploy=True)
+def check_schema(
+    app_configs: Sequence[AppConfig] | None, **kwargs: Any
+) -> list[checks.CheckMessage]:
+    """Report that the file with the schema of the API is missing."""
+    path = schema.get_path()
+    if path.exists():
+        return []
+    hint = "Run uv run manage.py openapi, and commit the file."
+    return [checks.Error(f"{path.name} is missing.", hint=hint, id="openapi.E001")]
 
 
 @checks.register

@@ -1,10 +1,15 @@
-"""The view that returns the OpenAPI schema of the API."""
+"""The OpenAPI schema of the API: the file, and the view that returns it."""
 
 from pathlib import Path
 
 from django.conf import settings
 from django.http import HttpRequest, HttpResponse
 from django.views.decorators.http import require_safe
+
+
+def get_path() -> Path:
+    """Return the path of the file that ``python manage.py openapi`` writes."""
+    return Path(settings.BASE_DIR, "openapi.yaml")
 
 
 @require_safe
@@ -15,5 +20,5 @@ def view(request: HttpRequest) -> HttpResponse:
 
         text = generate_schema()
     else:
-        text = Path(settings.BASE_DIR, "openapi.yaml").read_text(encoding="utf-8")
+        text = get_path().read_text(encoding="utf-8")
     return HttpResponse(text, content_type="application/vnd.oai.openapi; charset=utf-8")

@@ -8,6 +8,7 @@ https://django-classy-settings.readthedocs.io/
 
 import os
 from datetime import timedelta
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import gettempdir
 from typing import Any
@@ -61,6 +62,13 @@ def limit_database(database: dict[str, Any]) -> dict[str, Any]:
 
 #: The schemes that the URL of a broker may have, other than those of the embedded one.
 BROKER_SCHEMES = tuple(production_broker.PORTS)
+
+#: What describes a view in the schema of the API: production need not have drf-spectacular.
+SCHEMA_CLASS = (
+    "drf_spectacular.openapi.AutoSchema"
+    if find_spec("drf_spectacular")
+    else "rest_framework.schemas.openapi.AutoSchema"
+)
 
 #: The queue of tasks that send e-mail.
 MAIL_QUEUE = PACKAGE + ".mail"
