@@ -154,6 +154,7 @@ def test_image_contains_only_runtime_files_and_no_secrets(project, image):
             "Procfile",
             "app.json",
             "manage.py",
+            "openapi.yaml",
             "pyproject.toml",
             "staticfiles",
             "uv.lock",
