@@ -421,9 +421,19 @@ def python_value(text):
     return python_string(text) if text else "None"
 
 
+class SchemaDumper(getattr(pyyaml, "CSafeDumper", pyyaml.SafeDumper)):
+    """Writes text with line breaks as a block, as drf-spectacular does."""
+
+    def represent_text(self, text):
+        return self.represent_scalar("tag:yaml.org,2002:str", text, "|" if "\n" in text else None)
+
+
+SchemaDumper.add_representer(str, SchemaDumper.represent_text)
+
+
 def yaml(value):
     """Return the value as YAML, formatted as drf-spectacular formats a schema."""
-    return pyyaml.safe_dump(value, default_flow_style=False, sort_keys=False, allow_unicode=True)
+    return pyyaml.dump(value, Dumper=SchemaDumper, sort_keys=False, allow_unicode=True)
 
 
 def one_line(text):

@@ -1,4 +1,4 @@
-"""API: Schemathesis tests the running service against its OpenAPI schema."""
+"""API: its OpenAPI schema is current, and Schemathesis tests the running service against it."""
 
 import subprocess
 import sys
@@ -45,6 +45,22 @@ CHECKS = ",".join(
         "response_schema_conformance",
     ]
 )
+
+
+@pytest.mark.parametrize(
+    ("name", "description"),
+    [
+        ('  Zeta\'s\t  "Café" & co: #1 ', "Yes"),
+        ("1.0", "Long: " + "words that go on " * 20 + "and \U0001f64f."),
+        ("null", "Two lines,\nthe second: with 'quotes'.\n\nAnd \ttabs "),
+        ("- x", " \n@ leading and trailing\n"),
+    ],
+)
+def test_schema_of_a_new_service_is_current(bake, make_service, name, description):
+    project = bake(project_name=name, project_slug="described", description=description)
+    service = make_service(project)
+    service.install()
+    assert service.run("python manage.py openapi --check") == "openapi.yaml is current.\n"
 
 
 def test_responses_conform_to_the_openapi_schema(bake, make_service, postgres_url, rabbitmq_url):
