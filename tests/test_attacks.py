@@ -51,6 +51,7 @@ ATTACKS = {
         None,
         {404},
     ),
+    "version": ("GET", "/api/schema/?version=%0d%0a", {}, None, {200}),
     "host": ("GET", "/", {"Host": "evil.example"}, None, {400}),
     "token": ("GET", "/api/submissions/", {"Authorization": "Token " + "9" * 4000}, None, {401}),
     "link": ("GET", f"/unsubscribe/{'x' * 3000}/", {}, None, {404}),

@@ -51,6 +51,15 @@ def initialize(project):
     commit(project)
 
 
+@pytest.fixture
+def service(create, make_service):
+    """A service of the template as it is now, installed and committed."""
+    service = make_service(create(setup=False), UV=os.environ.get("UV", "uv"))
+    service.install()
+    initialize(service.folder)
+    return service
+
+
 def test_new_service_is_clean_and_equals_the_template(create):
     """The set-up ran, and neither its files nor the record of cruft are in the way."""
     project = create()
@@ -76,11 +85,8 @@ def test_answers_can_be_changed_later(create, template, tmp_path):
     run(["diff", "-r", *exclude, str(project), str(other / project.name)], tmp_path)
 
 
-def test_upgrade_reports_what_changed(create, template, make_service, tmp_path):
-    service = make_service(create(setup=False), UV=os.environ.get("UV", "uv"))
+def test_upgrade_reports_what_changed(service, template):
     project = service.folder
-    service.install()
-    initialize(project)
     command = "python manage.py upgrade --no-tests --report report.md"
     assert "The template is up to date (" in service.run(command)
     template.check_out("newest")
@@ -109,11 +115,8 @@ def test_upgrade_reports_what_changed(create, template, make_service, tmp_path):
     assert "Conflicts" not in report
 
 
-def test_schema_is_written_not_merged(create, template, make_service):
-    service = make_service(create(setup=False), UV=os.environ.get("UV", "uv"))
+def test_schema_is_written_not_merged(service, template):
     project = service.folder
-    service.install()
-    initialize(project)
     # The same line as in the new version.
     schema = project / "openapi.yaml"
     schema.write_text(schema.read_text().replace("A token of the HTTP", "Our token of the HTTP"))
@@ -128,11 +131,19 @@ def test_schema_is_written_not_merged(create, template, make_service):
     assert not run(["git", "diff", "--name-only", "--diff-filter=U"], project)
 
 
-def test_conflicts_are_reported_and_marked(create, template, make_service):
-    service = make_service(create(setup=False), UV=os.environ.get("UV", "uv"))
+def test_schema_that_cannot_be_written_is_a_conflict(service, template):
+    schema = service.folder / "openapi.yaml"
+    schema.write_text(schema.read_text().replace("A token of the HTTP", "Our token of the HTTP"))
+    (service.folder / service.folder.name / "openapi.py").write_text("1 / 0\n")
+    commit(service.folder)
+    template.check_out("newest")
+    output = service.run("python manage.py upgrade --no-tests")
+    assert "## Conflicts\n\nResolve the marked lines of these files:\n\n- `openapi.yaml`" in output
+    assert "<<<<<<<" in schema.read_text()
+
+
+def test_conflicts_are_reported_and_marked(service, template):
     project = service.folder
-    service.install()
-    initialize(project)
     procfile = project / "Procfile"
     procfile.write_text(procfile.read_text().replace("migrate --noinput", "migrate"))
     commit(project)

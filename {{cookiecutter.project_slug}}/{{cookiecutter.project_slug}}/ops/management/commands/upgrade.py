@@ -16,6 +16,8 @@ from django.conf import settings
 from django.core.management import CommandError
 from django.core.management.base import BaseCommand
 
+from ...schema import get_path
+
 #: Runs cruft, which renders both versions and applies the difference.
 CRUFT = ["tool", "run", "--from", "cruft>=2.16,<3", "--with", "cookiecutter>=2.7.1,<2.8", "cruft"]
 
@@ -23,9 +25,6 @@ CRUFT = ["tool", "run", "--from", "cruft>=2.16,<3", "--with", "cookiecutter>=2.7
 SHOWN_LINES = 30
 
 RECORD = ".cruft.json"
-
-#: A file that is written from the code, so that it is not merged.
-SCHEMA = "openapi.yaml"
 
 #: Finds the environment variables that settings read.
 VARIABLE = re.compile(
@@ -68,8 +67,14 @@ class Command(BaseCommand):
             self.stdout.write(f"The template is up to date ({before['version']})")
             return
         conflicts = find_conflicts()
-        if conflicts == [SCHEMA]:
-            conflicts = []
+        schema = get_path().name
+        if set(conflicts) <= {schema}:
+            run([uv, "sync", "--quiet"])
+            # It is written, not merged. If that fails, a test says why.
+            with suppress(CommandError):
+                run([uv, "run", "--quiet", "manage.py", "openapi"])
+                run(["git", "add", schema])
+                conflicts = []
         sections = [
             f"# Template {before['version']} → {after['version']}",
             get_changelog(after, before["version"]),
@@ -79,10 +84,6 @@ class Command(BaseCommand):
         if conflicts:
             sections.append("The rest was not looked at because of the conflicts.")
         else:
-            run([uv, "sync", "--quiet"])
-            with suppress(CommandError):  # A test tells why the schema cannot be written.
-                run([uv, "run", "--quiet", "manage.py", "openapi"])
-                run(["git", "add", SCHEMA])
             sections += [
                 list_section("New migrations", minus(after, before, "migrations")),
                 list_section("New environment variables", minus(after, before, "variables")),
