@@ -38,6 +38,9 @@ import local_schedules
 
 ROOT = Path(__file__).resolve().parent
 
+#: Where the command was started. Cookiecutter changes the folder before it renders files.
+START = Path.cwd()
+
 #: The files that may contain the questions.
 QUESTIONS = "questions.json", "cookiecutter.json"
 
@@ -381,8 +384,8 @@ def cruft_state(context):
 
 def get_template_url(template):
     """Return where git finds a template that cookiecutter found."""
-    if Path(template).exists():
-        return str(Path(template).absolute())
+    if (START / template).exists():
+        return os.path.abspath(START / template)
     return git("remote", "get-url", "origin") or template
 
 

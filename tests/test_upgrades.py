@@ -70,6 +70,19 @@ def test_new_service_is_clean_and_equals_the_template(create):
     assert run(["cruft", "diff"], project) == ""
 
 
+@pytest.mark.parametrize("path", [".", "../template", "template"])
+def test_service_of_a_relative_path_finds_its_template(template, tmp_path, path):
+    template.check_out("now")
+    start = template.folder.parent if path == "template" else template.folder
+    command = ["cookiecutter", path, "--no-input", "setup=false", "--output-dir", str(tmp_path)]
+    run(command, start, HOME=str(tmp_path))
+    project = tmp_path / "prayer_room_api"
+    record = json.loads((project / ".cruft.json").read_text())
+    assert record["template"] == str(template.folder)
+    initialize(project)
+    assert "SUCCESS" in run(["cruft", "check"], project)
+
+
 def test_answers_can_be_changed_later(create, template, tmp_path):
     project = create(setup=False)
     initialize(project)
