@@ -3,6 +3,7 @@
 The test starts real processes from the service's Procfile and app.json, in Dokku's order:
 run predeploy and release, start the new web process and wait for its health check, start
 the new worker and beat beside the old ones, switch the proxy, send SIGTERM to the old ones.
+Requests that the old web has accepted, or that wait for it, are in test_web_servers.py.
 https://dokku.com/docs/deployment/zero-downtime-deploys/
 """
 
@@ -84,6 +85,8 @@ class Visitors(threading.Thread):
         self.port = port
         self.responses = collections.Counter()
         self.stopped = threading.Event()
+        # Held during a request, and by the proxy when it switches to another port.
+        self.lock = threading.Lock()
 
     def run(self):
         while not self.stopped.is_set():
@@ -94,16 +97,21 @@ class Visitors(threading.Thread):
                     "X-Forwarded-For": f"192.0.2.{visitor}",
                     "X-Forwarded-Proto": "https",
                 }
-                url = f"http://127.0.0.1:{self.port}{path}"
-                try:
-                    request = urllib.request.Request(url, headers=headers)
-                    with urllib.request.urlopen(request, timeout=10) as response:
-                        self.responses[response.status] += 1
-                except urllib.error.HTTPError as error:
-                    self.responses[f"{path} {error.code}"] += 1
-                except OSError as error:
-                    self.responses[f"{path} {error!r}"] += 1
+                with self.lock:
+                    self.responses[self.get(path, headers)] += 1
                 time.sleep(0.02)
+
+    def get(self, path, headers):
+        """Return the status of the response; with the path, if the request failed."""
+        url = f"http://127.0.0.1:{self.port}{path}"
+        request = urllib.request.Request(url, headers=headers)
+        try:
+            with urllib.request.urlopen(request, timeout=10) as response:
+                return response.status
+        except urllib.error.HTTPError as error:
+            return f"{path} {error.code}"
+        except OSError as error:
+            return f"{path} {error!r}"
 
 
 class Dokku:
@@ -136,7 +144,9 @@ class Dokku:
         if self.visitors is None:
             self.visitors = Visitors(self.service.port)
             self.visitors.start()
-        self.visitors.port = self.service.port
+        # Dokku stops the old web 60 seconds later: no request is still on its way to it.
+        with self.visitors.lock:
+            self.visitors.port = self.service.port
         for process in old.values():
             process.popen.terminate()
         for name, process in old.items():

@@ -1,6 +1,7 @@
 """Web servers: each honours port, processes, proxies and the access log, and stops gracefully."""
 
 import json
+import os
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -69,16 +70,16 @@ def get(service, path):
         return response.status, response.read().decode()
 
 
-def count_processes(service):
-    """Return how many processes serve, besides the one that started them."""
+def get_processes(service):
+    """Return the numbers of the processes that serve, besides the one that started them."""
     pid = service.web.popen.pid
     children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    commands = [Path(f"/proc/{child}/cmdline").read_text() for child in children]
-    return sum("resource_tracker" not in command for command in commands)
+    commands = {int(child): Path(f"/proc/{child}/cmdline").read_text() for child in children}
+    return [child for child, command in commands.items() if "resource_tracker" not in command]
 
 
 def test_processes_proxy_and_log_are_as_set(service):
-    wait_for(lambda: count_processes(service) == 2, 20, service.web.text)
+    wait_for(lambda: len(get_processes(service)) == 2, 20, service.web.text)
     with pytest.raises(OSError):
         service.get("/", Host="localhost")  # No proxy says that this is HTTPS.
     assert get(service, "/")[0] == 200
@@ -96,6 +97,24 @@ def test_sigterm_completes_requests(service):
         assert [response.result() for response in responses] == [(200, "done")] * 4
     for line in service.web.text().splitlines():
         assert json.loads(line)["level"] in ("INFO", "WARNING"), line
+
+
+# granian resets some of them; a service cannot change that.
+@pytest.mark.parametrize("service", ["gunicorn", "uvicorn"], indirect=True)
+def test_sigterm_completes_requests_of_connections_that_wait(service):
+    wait_for(lambda: len(get_processes(service)) == 2, 20, service.web.text)
+    processes = get_processes(service)
+    for process in processes:
+        os.kill(process, signal.SIGSTOP)
+    with ThreadPoolExecutor(20) as pool:
+        responses = [pool.submit(get, service, "/health/live") for _ in range(20)]
+        time.sleep(0.5)
+        service.web.popen.send_signal(signal.SIGTERM)
+        time.sleep(0.5)
+        for process in processes:
+            os.kill(process, signal.SIGCONT)
+        assert [response.result()[0] for response in responses] == [200] * 20
+    assert service.web.popen.wait(timeout=20) == 0
 
 
 def test_sigint_stops(service):
