@@ -63,8 +63,7 @@ class TestCommand:
                 "migrations",
                 "broker",
                 "queue",
-                "worker",
-                "beat",
+                *doctor.PROCESSES,
                 "schedules",
                 "e-mail",
                 "deliveries",
@@ -89,7 +88,8 @@ class TestCommand:
             {"name": "bad", "next_run": None, "problem": "it has no task", "next": "do something"},
         ]
         _, output = run(schedules=Result("2 enabled", ERROR, schedules=schedules))
-        assert [line.strip() for line in output.splitlines()[8:11]] == [
+        first = 1 + list(doctor.CHECKS).index("schedules")
+        assert [line.strip() for line in output.splitlines()[first : first + 3]] == [
             "good: Fri 02 Jan 08:00:00",
             "bad: it has no task",
             "run      do something",
@@ -239,7 +239,7 @@ class TestQueue:
 
 @pytest.mark.django_db
 class TestProcesses:
-    @pytest.mark.parametrize("process", ["worker", "beat"])
+    @pytest.mark.parametrize("process", doctor.PROCESSES)
     def test_heartbeat_or_the_command_that_starts_them(self, process):
         check = doctor.CHECKS[process]
         start = f"python manage.py prodserver {process}"

@@ -3,6 +3,7 @@
 import os
 import socket
 from datetime import timedelta
+from queue import SimpleQueue
 
 import pytest
 from django.core.management import call_command
@@ -67,6 +68,32 @@ def test_process_that_ends_deletes_its_own():
     Heartbeat.objects.create(process="worker", host=HOST, pid=1, seen_at=timezone.now())
     heartbeats.forget()
     assert Heartbeat.objects.get().pid == 1
+
+
+def test_workers_are_found_in_the_processes(settings):
+    celery = "django_prodserver.backends.workers.celery"
+    settings.PRODUCTION_PROCESSES = {
+        "web": {"BACKEND": "no.such.Server"},
+        "worker": {"BACKEND": f"{celery}.CeleryWorker", "APP": "app"},
+        "mailer": {"BACKEND": f"{celery}.CeleryWorker", "APP": "app"},
+        "beat": {"BACKEND": f"{celery}.CeleryBeat", "APP": "app"},
+        "misspelled": {"BACKEND": f"{celery}.CeleryWorkers", "APP": "app"},
+        "incomplete": {"APP": "app"},
+        "strange": {"BACKEND": "os.path", "APP": "app"},
+    }
+    assert heartbeats.get_workers() == ["worker", "mailer"]
+
+
+@pytest.mark.parametrize(
+    ("process", "name"), [("mailer", "mailer"), ("worker", "worker"), ("command", "worker")]
+)
+def test_worker_records_it_under_the_name_of_its_process(monkeypatch, process, name):
+    monkeypatch.setattr(heartbeats, "get_workers", lambda: ["worker", "mailer"])
+    monkeypatch.setattr(heartbeats.logs, "_process", process)
+    names = SimpleQueue()
+    monkeypatch.setattr(heartbeats, "record_forever", lambda name, works: names.put(name))
+    heartbeats.start_worker_heartbeat()
+    assert names.get(timeout=5) == name
 
 
 class Stop(BaseException):

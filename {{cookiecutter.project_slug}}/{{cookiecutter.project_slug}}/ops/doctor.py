@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -36,6 +37,9 @@ CHECK_TIMEOUT = 6
 REPLY_TIMEOUT = 4
 
 OK, ERROR, SKIPPED = "ok", "error", "skipped"
+
+#: The processes that must record heartbeats, other than web.
+PROCESSES = [*heartbeats.get_workers(), "beat"]
 
 
 @dataclass
@@ -110,16 +114,6 @@ def check_queue() -> Result:
     )
 
 
-def check_worker() -> Result:
-    """Look for the heartbeat of a worker."""
-    return check_heartbeat("worker")
-
-
-def check_beat() -> Result:
-    """Look for the heartbeat of a beat."""
-    return check_heartbeat("beat")
-
-
 def check_heartbeat(process: str) -> Result:
     """Look for processes that recorded a heartbeat lately."""
     # Not .seconds, which is the rest of a day.
@@ -182,8 +176,7 @@ CHECKS: dict[str, Callable[[], Result]] = {
     "migrations": check_migrations,
     "broker": check_broker,
     "queue": check_queue,
-    "worker": check_worker,
-    "beat": check_beat,
+    **{name: partial(check_heartbeat, name) for name in PROCESSES},
     "schedules": check_schedules,
     "e-mail": check_email,
     "deliveries": check_deliveries,
@@ -195,8 +188,7 @@ REQUIREMENTS = {
     "migrations": "database",
     "schedules": "database",
     "queue": "broker",
-    "worker": "database",
-    "beat": "database",
+    **dict.fromkeys(PROCESSES, "database"),
     "deliveries": "database",
 }
 
@@ -252,7 +244,7 @@ def get_next_command(name: str) -> str | None:
             return "nc -zv {1} {2}".format(*get_broker_address())
         case "queue":
             return "python manage.py requeue"
-        case "worker" | "beat":
+        case _ if name in PROCESSES:
             return f"python manage.py prodserver {name}"
         case "e-mail" | "deliveries":
             return "python manage.py sendtestemail ADDRESS"

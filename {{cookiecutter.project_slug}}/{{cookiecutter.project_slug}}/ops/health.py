@@ -2,13 +2,14 @@
 
 ``GET /health/live`` returns 200 while the process responds. ``GET /health/ready`` returns
 200 if the database and the broker are available, otherwise 503; its JSON names what is not.
-``GET /health/ready?deep`` also wants a worker and a beat that recorded a heartbeat lately.
+``GET /health/ready?deep`` also wants each worker and beat to have recorded a heartbeat lately.
 Either takes about ``READY_TIMEOUT`` at most, also if a server does not respond.
 """
 
 import logging
 import time
 from collections.abc import Callable
+from functools import partial
 from threading import Thread
 
 # The service's app: creating it with Django settings makes it the default in all threads.
@@ -39,16 +40,6 @@ def check_broker() -> None:
         broker.ensure_connection(max_retries=1, timeout=BROKER_TIMEOUT)
 
 
-def check_worker() -> None:
-    """Raise an exception if no worker is at work."""
-    check_heartbeat("worker")
-
-
-def check_beat() -> None:
-    """Raise an exception if no beat is at work."""
-    check_heartbeat("beat")
-
-
 def check_heartbeat(process: str) -> None:
     """Raise an exception if no process of that kind recorded a heartbeat lately."""
     if not heartbeats.is_alive(process):
@@ -61,7 +52,11 @@ class NoHeartbeat(Exception):
 
 CHECKS: dict[str, Callable[[], None]] = {"database": check_database, "broker": check_broker}
 
-DEEP_CHECKS = CHECKS | {"worker": check_worker, "beat": check_beat}
+
+def get_deep_checks() -> dict[str, Callable[[], None]]:
+    """Return the checks of ``/health/ready?deep`` by name."""
+    processes = [*heartbeats.get_workers(), "beat"]
+    return CHECKS | {name: partial(check_heartbeat, name) for name in processes}
 
 
 #: The running check of each name: one that hangs is not started again.
@@ -110,7 +105,7 @@ class HealthMiddleware:
         if request.path == "/health/live":
             return JsonResponse({"status": "ok"})
         if request.path == "/health/ready":
-            results = get_readiness(DEEP_CHECKS if "deep" in request.GET else CHECKS)
+            results = get_readiness(get_deep_checks() if "deep" in request.GET else CHECKS)
             ready = set(results.values()) == {"ok"}
             return JsonResponse(
                 {"status": "ok" if ready else "unavailable", "checks": results},

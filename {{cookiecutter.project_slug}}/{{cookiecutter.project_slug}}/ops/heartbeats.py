@@ -17,10 +17,14 @@ from datetime import timedelta
 from typing import Any
 
 from celery import signals
+from django.conf import settings
 from django.db import DatabaseError, InterfaceError, connections
 from django.db.models import ExpressionWrapper, F, fields
 from django.db.models.functions import Now
+from django.utils.module_loading import import_string
+from django_prodserver.backends.workers.celery import CeleryBeat, CeleryWorker
 
+from . import logs
 from .models import Heartbeat
 
 logger = logging.getLogger(__name__)
@@ -36,6 +40,23 @@ LOOP_AGE = 20
 
 _recorded_at: float | None = None
 _loop_at: float = 0
+
+
+def get_workers() -> list[str]:
+    """Return the names of the processes in ``PRODUCTION_PROCESSES`` that are workers."""
+    return [name for name, process in settings.PRODUCTION_PROCESSES.items() if is_worker(process)]
+
+
+def is_worker(process: dict[str, Any]) -> bool:
+    """Return whether a process is a worker. An invalid one, which ``check`` reports, is none."""
+    # Only those of Celery have an app; the others need not be imported.
+    if "APP" not in process:
+        return False
+    try:
+        backend = import_string(process["BACKEND"])
+        return issubclass(backend, CeleryWorker) and not issubclass(backend, CeleryBeat)
+    except (KeyError, ImportError, TypeError):
+        return False
 
 
 def record(process: str) -> None:
@@ -105,7 +126,9 @@ def note_loop(**kwargs: Any) -> None:
 @signals.worker_ready.connect
 def start_worker_heartbeat(**kwargs: Any) -> None:
     """Start the thread that records a worker's heartbeats: the database may hold it up."""
-    threading.Thread(target=record_forever, args=["worker", loop_runs], daemon=True).start()
+    # Celery's own command has no name of a process.
+    name = logs.get_process() if logs.get_process() in get_workers() else "worker"
+    threading.Thread(target=record_forever, args=[name, loop_runs], daemon=True).start()
 
 
 def loop_runs() -> bool:

@@ -89,6 +89,11 @@ def configure(process: str) -> None:
         sys.stdout = sys.__stdout__ = stdout  # type: ignore[misc]
 
 
+def get_process() -> str:
+    """Return the name that ``configure()`` was given, or ``command``."""
+    return _process
+
+
 def make_handler() -> logging.Handler:
     """Return the handler of all events: stdout for a process, stderr for a command."""
     return logging.StreamHandler(_stream)

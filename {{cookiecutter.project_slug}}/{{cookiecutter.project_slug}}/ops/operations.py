@@ -132,7 +132,7 @@ def get_summary() -> dict[str, Any]:
     return {
         "schedules": PeriodicTask.objects.filter(enabled=True).count(),
         "failures": failures[:100].count(),
-        "missing": [process for process in ("worker", "beat") if process not in at_work],
+        "missing": [process for process in doctor.PROCESSES if process not in at_work],
     }
 
 

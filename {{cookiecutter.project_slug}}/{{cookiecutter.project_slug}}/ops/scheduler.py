@@ -196,7 +196,9 @@ class Scheduler(DatabaseScheduler):  # type: ignore[misc]
             schedule=row, published_at__isnull=False, started_at=None
         )
         lately = waiting.filter(published_at__gt=Now() - MAX_WAIT)
-        return lately.exists() or (waiting.exists() and not heartbeats.is_alive("worker"))
+        if lately.exists():
+            return True
+        return waiting.exists() and not any(map(heartbeats.is_alive, heartbeats.get_workers()))
 
     def publish_runs(self, now: datetime) -> bool:
         """Publish what is not published yet; return whether the broker is available."""

@@ -1,4 +1,4 @@
-"""``python manage.py heartbeat PROCESS``: tell whether the worker or beat of this host works."""
+"""``python manage.py heartbeat PROCESS``: tell whether a worker or beat of this host works."""
 
 import socket
 import sys
@@ -16,12 +16,12 @@ class Command(BaseCommand):
     Health checks of containers run it.
     """
 
-    help = "Exit with status 0 if the worker or beat of this host is at work, otherwise with 1."
+    help = "Exit with status 0 if a worker or beat of this host is at work, otherwise with 1."
     requires_system_checks = ()
 
     def add_arguments(self, parser: ArgumentParser) -> None:
         """Add the name of the process."""
-        parser.add_argument("process", choices=["worker", "beat"])
+        parser.add_argument("process", choices=[*heartbeats.get_workers(), "beat"])
 
     def handle(self, *args: Any, **options: Any) -> None:
         """Print the age of the newest heartbeat, and exit."""
