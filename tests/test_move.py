@@ -26,7 +26,7 @@ import os
 from celery import Celery
 os.environ.setdefault("DJANGO_SETTINGS_MODULE", "oldproject.settings")
 app = Celery("oldproject", broker=os.environ["RABBITMQ_URL"])
-app.conf.update(task_ignore_result=True, beat_schedule={
+app.conf.update(task_ignore_result=True, task_default_queue="QUEUE", beat_schedule={
     "count": {"task": "OLDAPP.tasks.count", "schedule": 1.0, "args": ["scheduled"]},
 })
 app.autodiscover_tasks(["OLDAPP"])
@@ -112,6 +112,8 @@ class Room(models.Model):
 
     class Meta:
         db_table = "OLDAPP_room"
+        indexes = [models.Index(fields=["floor"], name="room_floor")]
+        constraints = [models.CheckConstraint(condition=models.Q(floor__gt=0), name="no_cellar")]
 """
 
 NEW_TASK = '''
@@ -151,6 +153,7 @@ class Migration(migrations.Migration):
 
 CHECK = """
 from django.contrib.auth import authenticate, get_user_model
+from django.db import connection
 from SLUG.models import Room
 assert authenticate(username="boss", password="secret").is_superuser
 users = [authenticate(username=f"user{n}", password=f"secret{n}") for n in range(3)]
@@ -161,6 +164,9 @@ assert set(room.guests.all()) == set(users[1:])
 label, name = users[0]._meta.app_label, users[0]._meta.model_name
 assert users[0].has_perm(f"{label}.change_{name}"), users[0].get_all_permissions()
 from rest_framework.settings import api_settings
+with connection.cursor() as cursor:
+    found = connection.introspection.get_constraints(cursor, Room._meta.db_table)
+assert {"room_floor", "no_cellar"} <= set(found), found
 (method,) = [
     each for each in api_settings.DEFAULT_AUTHENTICATION_CLASSES if each.__name__.startswith("Token")
 ]
@@ -169,12 +175,13 @@ print("all there")
 """
 
 
-def write_old_project(folder, app, custom_user):
-    """Write the old project; return the label of its user model."""
+def write_old_project(folder, app, custom_user, queue):
+    """Write the old project."""
     for name, text in OLD_PROJECT.items():
         path = folder / name.replace("OLDAPP", app)
         path.parent.mkdir(parents=True, exist_ok=True)
         text = text.replace("OLDAPP", app).replace("USER_CLASS", USER_CLASS if custom_user else "")
+        text = text.replace("QUEUE", queue)
         path.write_text(text.replace("THE_USER", f"{app}.Member" if custom_user else "auth.User"))
 
 
@@ -219,17 +226,18 @@ def get_document_command(project, start):
     return line.removeprefix("uv run ").replace("manage.py", "python manage.py", 1)
 
 
+# Each has a queue of its own: they run at the same time. "celery" is Celery's default.
 @pytest.mark.parametrize(
-    ("slug", "app", "custom_user"),
+    ("slug", "app", "custom_user", "queue"),
     [
-        ("rooms", "rooms", False),
-        pytest.param("guesthouse", "oldapp", False, marks=pytest.mark.long),
-        ("guesthouse", "oldapp", True),
+        ("rooms", "rooms", False, "celery"),
+        pytest.param("lodge", "oldapp", False, "old", marks=pytest.mark.long),
+        ("guesthouse", "oldapp", True, "older"),
     ],
     ids=["same name", "other name", "custom user"],
 )
 def test_old_service_moves_here_and_back(
-    bake, make_service, postgres_url, rabbitmq_url, tmp_path, slug, app, custom_user
+    bake, make_service, postgres_url, rabbitmq_url, tmp_path, slug, app, custom_user, queue
 ):
     counts = tmp_path / "counts"
     counts.touch()
@@ -240,9 +248,9 @@ def test_old_service_moves_here_and_back(
     )
     service.install()
     with amqp.Connection("127.0.0.1:5672", virtual_host=urlsplit(RABBITMQ_URL).path[1:]) as broker:
-        broker.channel().queue_delete("celery")
+        broker.channel().queue_delete(queue)
     old = tmp_path / "old"
-    write_old_project(old, app, custom_user)
+    write_old_project(old, app, custom_user, queue)
     environment = service.environment | {"DJANGO_SETTINGS_MODULE": "oldproject.settings"}
 
     def run_old(command):
@@ -272,8 +280,8 @@ def test_old_service_moves_here_and_back(
     run_old(f"python manage.py makemigrations {app}")
     run_old("python manage.py migrate --verbosity=0")
     run_old("python manage.py shell -v0 -c " + FILL.replace("OLDAPP", app))
-    queue = f"from {app}.tasks import count\nfor n in range(5): count.delay(f'queued{{}}')"
-    run_old("python manage.py shell -v0 -c " + queue.format("{n}"))
+    publish = f"from {app}.tasks import count\nfor n in range(5): count.delay(f'queued{{}}')"
+    run_old("python manage.py shell -v0 -c " + publish.format("{n}"))
 
     bring_code(service.folder, app, custom_user)
     for start in (f"rm {slug}", f"uv run manage.py makemigrations {slug}"):
@@ -298,7 +306,8 @@ def test_old_service_moves_here_and_back(
 
     # The processes: the worker also consumes the old queue.
     command = get_document_command(service.folder, "export EXTRA_QUEUES=")
-    service.environment["EXTRA_QUEUES"] = command.partition("=")[2]
+    assert command.endswith("=celery")
+    service.environment["EXTRA_QUEUES"] = queue
     service.run("python manage.py collectstatic --noinput")
     running = [service.start(name) for name in ("web", "worker", "beat")]
     expected = {f"queued{number}": 1 for number in range(5)}

@@ -80,9 +80,9 @@ def {name}(number):
 class Visitors(threading.Thread):
     """Sends requests to the port that the proxy routes to, and counts the responses."""
 
-    def __init__(self, port):
+    def __init__(self, port, host):
         super().__init__(daemon=True)
-        self.port = port
+        self.port, self.host = port, host
         self.responses = collections.Counter()
         self.stopped = threading.Event()
         # Held during a request, and by the proxy when it switches to another port.
@@ -93,7 +93,7 @@ class Visitors(threading.Thread):
             for path in ("/", "/admin/login/", "/api/submissions/", "/health/ready"):
                 visitor = sum(self.responses.values()) % 250
                 headers = {
-                    "Host": "rehearsal.example.com",
+                    "Host": self.host,
                     "X-Forwarded-For": f"192.0.2.{visitor}",
                     "X-Forwarded-Proto": "https",
                 }
@@ -142,7 +142,8 @@ class Dokku:
         during_overlap()
         assert all(process.popen.poll() is None for process in self.running.values())
         if self.visitors is None:
-            self.visitors = Visitors(self.service.port)
+            host = f"{self.service.folder.name}.example.com"
+            self.visitors = Visitors(self.service.port, host)
             self.visitors.start()
         # Dokku stops the old web 60 seconds later: no request is still on its way to it.
         with self.visitors.lock:
@@ -258,10 +259,10 @@ def dispatch_times(log):
 def test_another_version_and_its_rollback_fail_no_request_and_lose_no_task(
     bake, make_service, postgres_url, rabbitmq_url, tmp_path
 ):
-    old_project = bake(project_slug="rehearsal")
-    shorten = old_project / "rehearsal" / "ops" / "failed_tasks.py"
+    old_project = bake(project_slug="versions")
+    shorten = old_project / "versions" / "ops" / "failed_tasks.py"
     shorten.write_text(shorten.read_text().replace("UNKNOWN_SECONDS = 120", "UNKNOWN_SECONDS = 5"))
-    new_project = tmp_path / "new" / "rehearsal"
+    new_project = tmp_path / "new" / "versions"
     shutil.copytree(old_project, new_project)
     variables = production_variables(postgres_url, rabbitmq_url)
     old, new = (make_service(project, **variables) for project in (old_project, new_project))
@@ -273,14 +274,14 @@ def test_another_version_and_its_rollback_fail_no_request_and_lose_no_task(
     dokku.deploy()
     new.install("--no-dev")
     new.run("python manage.py collectstatic --noinput")
-    new.run("python manage.py makemigrations rehearsal", DJANGO_MODE="")
+    new.run("python manage.py makemigrations versions", DJANGO_MODE="")
 
     queued = collections.Counter()
 
     def queue(service, name, count):
         first = queued[name]
         numbers = f"range({first}, {first + count})"
-        service.shell(f"from rehearsal.tasks import {name}\nfor n in {numbers}: {name}.delay(n)")
+        service.shell(f"from versions.tasks import {name}\nfor n in {numbers}: {name}.delay(n)")
         queued[name] += count
 
     # Both workers run; the old one does not know the new task.
@@ -312,13 +313,13 @@ def test_another_version_and_its_rollback_fail_no_request_and_lose_no_task(
 
 def add_task(service, name, folder):
     """Give a version a task."""
-    with (service.folder / "rehearsal" / "tasks.py").open("a") as file:
+    with (service.folder / "versions" / "tasks.py").open("a") as file:
         file.write(TASK_OF_ONE_VERSION.format(name=name, folder=folder))
 
 
 def add_field(service):
     """Give a version a required field that the other one can live with."""
-    models = service.folder / "rehearsal" / "models.py"
+    models = service.folder / "versions" / "models.py"
     text = models.read_text()
     body = "    body = models.TextField(max_length=5000)\n"
     assert text.count(body) == 1

@@ -2,7 +2,8 @@
 
 An earlier service may have used ``auth.User``, or an app of the same name, so that its recorded
 migrations are not those of this service. ``python manage.py adopt`` keeps each table that exists,
-adds the columns that it lacks, and creates the rest. docs/move.md leads through a move.
+adds the columns, indexes and constraints that it lacks, and creates the rest. docs/move.md leads
+through a move.
 """
 
 from collections.abc import Iterable, Sequence
@@ -142,6 +143,12 @@ def _fit(
                 names = connection.introspection.table_names()
                 if through._meta.auto_created and through._meta.db_table not in names:
                     editor.create_model(through)
+            for index in model._meta.indexes:
+                if index.name not in constraints:
+                    editor.add_index(model, index)
+            for constraint in model._meta.constraints:
+                if constraint.name not in constraints:
+                    editor.add_constraint(model, constraint)
             new = ", ".join(field.column for field in added) or "nothing"
             yield f"{table} is kept for {label}.{operation.name}; added to it: {new}"
         case migrations.AddField():
