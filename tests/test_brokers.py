@@ -2,9 +2,12 @@
 
 import json
 import re
+import shutil
 import signal
+import subprocess
 import urllib.error
 
+import psycopg
 import pytest
 
 from tests.conftest import production_variables
@@ -113,3 +116,70 @@ def test_health_check_and_doctor_name_a_broker_that_is_away(service):
     assert doctor.popen.wait(timeout=30) == 1
     assert re.search(r"broker +error", doctor.text())
     assert re.search(r"run +nc -zv 127\.0\.0\.1 \d+", doctor.text())
+
+
+def test_connections_to_postgresql_as_the_broker_verify_the_server(
+    bake, make_service, dedicated_postgres
+):
+    authorities = {name: make_certificate(dedicated_postgres, name) for name in ("own", "other")}
+    use_tls(dedicated_postgres)
+    project = bake(project_slug="broker_tls", broker="postgresql")
+    with (project / project.name / "tasks.py").open("a") as file:
+        file.write(TASK)
+    variables = production_variables(dedicated_postgres.url, "")
+    service = make_service(project, WORKER_CONCURRENCY=1, **variables)
+
+    def trust(authority):
+        query = f"sslmode=verify-full&sslrootcert={authorities[authority]}"
+        service.environment["DATABASE_URL"] = f"{dedicated_postgres.url}?{query}"
+
+    trust("own")
+    service.deploy()
+    worker = service.start("worker")
+    queue(service, [1])
+    wait_for(lambda: read(service, "done") == [1], 30, worker.text)
+    with psycopg.connect(dedicated_postgres.url) as connection:
+        rows = connection.execute("SELECT ssl, count(*) FROM pg_stat_ssl GROUP BY ssl").fetchall()
+    # This connection, the worker's two and those of its pool
+    assert dict(rows).keys() == {True}, rows
+    assert dict(rows)[True] >= 4, rows
+    assert worker.stop(seconds=20) == 0
+
+    trust("other")
+    check = service.spawn(
+        "check",
+        *("python", "manage.py", "shell", "-v0", "-c"),
+        f"from {project.name}.ops import health; health.check_broker()",
+    )
+    assert check.popen.wait(timeout=60) == 1
+    assert "OperationalError" in check.text()
+
+
+def make_certificate(server, name):
+    """Write a certificate for 127.0.0.1, and its key, to the server's folder; return its path."""
+    certificate, key = server.folder / f"{name}.crt", server.folder / f"{name}.key"
+    subprocess.run(
+        [
+            *("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"),
+            *("-subj", f"/CN={name}", "-addext", "subjectAltName=IP:127.0.0.1"),
+            *("-out", certificate, "-keyout", key),
+        ],
+        check=True,
+        capture_output=True,
+    )
+    key.chmod(0o600)
+    if server.user:
+        shutil.chown(key, "postgres")
+    return certificate
+
+
+def use_tls(server):
+    """Restart a PostgreSQL server so that it accepts connections with TLS only."""
+    data = server.folder / "data"
+    with (data / "postgresql.conf").open("a") as file:
+        file.write("ssl = on\n")
+        file.write(f"ssl_cert_file = '{server.folder}/own.crt'\n")
+        file.write(f"ssl_key_file = '{server.folder}/own.key'\n")
+    (data / "pg_hba.conf").write_text("hostssl all all 127.0.0.1/32 trust\n")
+    server.stop()
+    server.start()
