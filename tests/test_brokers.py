@@ -6,12 +6,13 @@ import shutil
 import signal
 import subprocess
 import urllib.error
+from pathlib import Path
 
 import psycopg
 import pytest
 
 from tests.conftest import production_variables
-from tests.servers import free_port, wait_for
+from tests.servers import free_port, reachable, wait_for
 
 pytestmark = pytest.mark.slow
 
@@ -118,46 +119,109 @@ def test_health_check_and_doctor_name_a_broker_that_is_away(service):
     assert re.search(r"run +nc -zv 127\.0\.0\.1 \d+", doctor.text())
 
 
-def test_connections_to_postgresql_as_the_broker_verify_the_server(
-    bake, make_service, dedicated_postgres
-):
-    authorities = {name: make_certificate(dedicated_postgres, name) for name in ("own", "other")}
-    use_tls(dedicated_postgres)
-    project = bake(project_slug="broker_tls", broker="postgresql")
-    with (project / project.name / "tasks.py").open("a") as file:
-        file.write(TASK)
-    variables = production_variables(dedicated_postgres.url, "")
-    service = make_service(project, WORKER_CONCURRENCY=1, **variables)
+class TestTls:
+    """A broker that accepts connections with TLS only. Its certificate is for 127.0.0.1."""
 
-    def trust(authority):
-        query = f"sslmode=verify-full&sslrootcert={authorities[authority]}"
-        service.environment["DATABASE_URL"] = f"{dedicated_postgres.url}?{query}"
+    @pytest.fixture
+    def certificates(self, tmp_path_factory):
+        """The certificates of the server and of somebody else, by name."""
+        folder = tmp_path_factory.mktemp("certificates")
+        return {name: make_certificate(folder, name) for name in ("own", "other")}
 
-    trust("own")
-    service.deploy()
-    worker = service.start("worker")
-    queue(service, [1])
-    wait_for(lambda: read(service, "done") == [1], 30, worker.text)
-    with psycopg.connect(dedicated_postgres.url) as connection:
-        rows = connection.execute("SELECT ssl, count(*) FROM pg_stat_ssl GROUP BY ssl").fetchall()
-    # This connection, the worker's two and those of its pool
-    assert dict(rows).keys() == {True}, rows
-    assert dict(rows)[True] >= 4, rows
-    assert worker.stop(seconds=20) == 0
+    def test_postgresql_is_verified(self, bake, make_service, dedicated_postgres, certificates):
+        use_tls(dedicated_postgres, certificates["own"])
 
-    trust("other")
-    check = service.spawn(
-        "check",
-        *("python", "manage.py", "shell", "-v0", "-c"),
-        f"from {project.name}.ops import health; health.check_broker()",
-    )
-    assert check.popen.wait(timeout=60) == 1
-    assert "OperationalError" in check.text()
+        def get_variables(host, certificate):
+            url = dedicated_postgres.url.replace("127.0.0.1", host)
+            return {"DATABASE_URL": f"{url}?sslmode=verify-full&sslrootcert={certificate}"}
+
+        variables = production_variables("", "")
+        self.verify(bake, make_service, "postgresql", variables, get_variables, certificates)
+        with psycopg.connect(dedicated_postgres.url) as connection:
+            query = "SELECT DISTINCT ssl FROM pg_stat_ssl JOIN pg_stat_activity USING (pid)"
+            assert connection.execute(query + " WHERE client_addr IS NOT NULL").fetchall() == [
+                (True,)
+            ]
+
+    def test_rabbitmq_is_verified(
+        self, bake, make_service, postgres_url, dedicated_rabbitmq, certificates
+    ):
+        dedicated_rabbitmq.stop()
+        port = free_port()
+        with (dedicated_rabbitmq.folder / "rabbitmq.conf").open("a") as file:
+            file.write(f"listeners.ssl.1 = 0.0.0.0:{port}\n")
+            file.write(f"ssl_options.certfile = {certificates['own']}\n")
+            file.write(f"ssl_options.keyfile = {certificates['own'].with_suffix('.key')}\n")
+        dedicated_rabbitmq.start()
+        wait_for(lambda: reachable(port), 30, lambda: "no port for TLS")
+
+        def get_variables(host, certificate):
+            return {
+                "RABBITMQ_URL": f"amqps://guest:guest@{host}:{port}//?ssl_ca_certs={certificate}"
+            }
+
+        variables = production_variables(postgres_url, "")
+        self.verify(bake, make_service, "rabbitmq", variables, get_variables, certificates)
+
+    def test_redis_is_verified(self, bake, make_service, postgres_url, tmp_path, certificates):
+        if shutil.which("redis-server") is None:
+            pytest.skip("redis-server is not installed; install its server package")
+        port = free_port()
+        server = subprocess.Popen(
+            [
+                *("redis-server", "--bind", "0.0.0.0", "--save", "", "--port", "0"),
+                *("--tls-port", str(port), "--tls-auth-clients", "no", "--protected-mode", "no"),
+                *(
+                    "--tls-cert-file",
+                    certificates["own"],
+                    "--tls-ca-cert-file",
+                    certificates["own"],
+                ),
+                *("--tls-key-file", certificates["own"].with_suffix(".key")),
+            ],
+            cwd=tmp_path,
+            stdout=subprocess.DEVNULL,
+        )
+
+        def get_variables(host, certificate):
+            return {"REDIS_URL": f"rediss://{host}:{port}/1?ssl_ca_certs={certificate}"}
+
+        try:
+            wait_for(lambda: reachable(port), 30, lambda: "no port for TLS")
+            variables = production_variables(postgres_url, "")
+            self.verify(bake, make_service, "redis", variables, get_variables, certificates)
+        finally:
+            server.kill()
+            server.wait()
+
+    def verify(self, bake, make_service, broker, variables, get_variables, certificates):
+        """Run a task; then connect under another name, and with another certificate."""
+        project = bake(project_slug=f"tls_{broker}", broker=broker)
+        with (project / project.name / "tasks.py").open("a") as file:
+            file.write(TASK)
+        variables |= get_variables("127.0.0.1", certificates["own"])
+        service = make_service(project, WORKER_CONCURRENCY=1, **variables)
+        service.deploy()
+        worker = service.start("worker")
+        queue(service, [1])
+        wait_for(lambda: read(service, "done") == [1], 30, worker.text)
+
+        code = f"from {project.name}.ops import health; health.check_broker()"
+        service.shell(code)
+        other_name = "localhost" if broker == "postgresql" else "127.0.0.2"
+        for host, authority in ((other_name, "own"), ("127.0.0.1", "other")):
+            check = service.spawn(
+                "check",
+                *("python", "manage.py", "shell", "-v0", "-c", code),
+                **get_variables(host, certificates[authority]),
+            )
+            assert check.popen.wait(timeout=60) == 1, (host, authority)
+            assert "OperationalError" in check.text()
 
 
-def make_certificate(server, name):
-    """Write a certificate for 127.0.0.1, and its key, to the server's folder; return its path."""
-    certificate, key = server.folder / f"{name}.crt", server.folder / f"{name}.key"
+def make_certificate(folder, name):
+    """Write a certificate for 127.0.0.1, and its key, to a folder; return its path."""
+    certificate, key = folder / f"{name}.crt", folder / f"{name}.key"
     subprocess.run(
         [
             *("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"),
@@ -167,19 +231,19 @@ def make_certificate(server, name):
         check=True,
         capture_output=True,
     )
-    key.chmod(0o600)
-    if server.user:
-        shutil.chown(key, "postgres")
     return certificate
 
 
-def use_tls(server):
+def use_tls(server, certificate):
     """Restart a PostgreSQL server so that it accepts connections with TLS only."""
     data = server.folder / "data"
+    for path in (certificate, certificate.with_suffix(".key")):
+        copy = Path(shutil.copy(path, data))
+        copy.chmod(0o600)
+        if server.user:
+            shutil.chown(copy, "postgres")
     with (data / "postgresql.conf").open("a") as file:
-        file.write("ssl = on\n")
-        file.write(f"ssl_cert_file = '{server.folder}/own.crt'\n")
-        file.write(f"ssl_key_file = '{server.folder}/own.key'\n")
+        file.write("ssl = on\nssl_cert_file = 'own.crt'\nssl_key_file = 'own.key'\n")
     (data / "pg_hba.conf").write_text("hostssl all all 127.0.0.1/32 trust\n")
     server.stop()
     server.start()
