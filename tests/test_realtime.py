@@ -184,7 +184,8 @@ def test_strangers_are_refused(service):
 
 
 def test_post_succeeds_without_redis(service):
-    service.web.stop(signal.SIGTERM, seconds=20)
+    # Granian kills a worker that was still starting after 25 seconds.
+    service.web.stop(signal.SIGTERM, seconds=40)
     service.environment["REDIS_URL"] = f"redis://127.0.0.1:{free_port()}"
     service.web = service.start("web")
     wait_for(lambda: is_ready(service), 30, service.web.text)
