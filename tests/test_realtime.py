@@ -14,7 +14,7 @@ from websockets.exceptions import InvalidStatus
 
 from tests.conftest import production_variables
 from tests.servers import Wire, free_port, wait_for
-from tests.test_web_servers import is_ready
+from tests.test_web_servers import STOP_SECONDS, is_ready
 
 pytestmark = pytest.mark.slow
 
@@ -122,7 +122,7 @@ def test_an_older_answer_does_not_replace_a_newer_one(service, page):
 def test_list_connects_again_after_a_restart_and_shows_what_it_missed(service, page):
     post_submission(service, "Before")
     page.get_by_role("link", name="Before").wait_for(timeout=10_000)
-    assert service.web.stop(signal.SIGTERM, seconds=20) == 0
+    assert service.web.stop(signal.SIGTERM, seconds=STOP_SECONDS) == 0
     service.shell('Submission.objects.create(author=User.objects.get(), body="Posted meanwhile")')
     service.web = service.start("web")
     page.get_by_role("link", name="Posted meanwhile").wait_for(timeout=30_000)
@@ -141,7 +141,7 @@ def test_connection_lasts_while_nothing_is_posted(service, page):
 
 @pytest.mark.parametrize("service", ["uvicorn"], indirect=True)
 def test_list_shows_what_was_posted_while_redis_did_not_answer(service, page):
-    service.web.stop(signal.SIGTERM, seconds=20)
+    service.web.stop(signal.SIGTERM, seconds=STOP_SECONDS)
     with contextlib.closing(Wire(6379)) as wire:
         service.environment["REDIS_URL"] = f"redis://127.0.0.1:{wire.port}"
         service.web = service.start("web")
@@ -154,7 +154,7 @@ def test_list_shows_what_was_posted_while_redis_did_not_answer(service, page):
         page.get_by_role("link", name="Posted meanwhile").wait_for(timeout=30_000)
         post_submission(service, "Posted later")
         page.get_by_role("link", name="Posted later").wait_for(timeout=10_000)
-        assert service.web.stop(signal.SIGTERM, seconds=20) == 0
+        assert service.web.stop(signal.SIGTERM, seconds=STOP_SECONDS) == 0
     events = [json.loads(line) for line in service.web.text().splitlines()]
     problems = {event["message"] for event in events if event["level"] != "INFO"}
     assert problems == {
@@ -184,8 +184,7 @@ def test_strangers_are_refused(service):
 
 
 def test_post_succeeds_without_redis(service):
-    # Granian kills a worker that was still starting after 25 seconds.
-    service.web.stop(signal.SIGTERM, seconds=40)
+    service.web.stop(signal.SIGTERM, seconds=STOP_SECONDS)
     service.environment["REDIS_URL"] = f"redis://127.0.0.1:{free_port()}"
     service.web = service.start("web")
     wait_for(lambda: is_ready(service), 30, service.web.text)

@@ -33,6 +33,10 @@ def slow(request):
 urlpatterns.append(path("slow/", slow))
 """
 
+#: How long a web process may take to stop, in seconds. Granian kills a worker that was still
+#: starting after 25.
+STOP_SECONDS = 40
+
 #: The headers of a proxy that terminates HTTPS.
 PROXY = {"X-Forwarded-Proto": "https", "X-Forwarded-For": "203.0.113.9", "Host": "localhost"}
 
@@ -93,7 +97,7 @@ def test_sigterm_completes_requests(service):
     with ThreadPoolExecutor() as pool:
         responses = [pool.submit(get, service, "/slow/") for _ in range(4)]
         time.sleep(1)
-        assert service.web.stop(signal.SIGTERM, seconds=20) == 0
+        assert service.web.stop(signal.SIGTERM, seconds=STOP_SECONDS) == 0
         assert [response.result() for response in responses] == [(200, "done")] * 4
     for line in service.web.text().splitlines():
         assert json.loads(line)["level"] in ("INFO", "WARNING"), line
@@ -118,7 +122,7 @@ def test_sigterm_completes_requests_of_connections_that_wait(service):
 
 
 def test_sigint_stops(service):
-    assert service.web.stop(signal.SIGINT, seconds=20) in (0, -signal.SIGINT)
+    assert service.web.stop(signal.SIGINT, seconds=STOP_SECONDS) in (0, -signal.SIGINT)
 
 
 def test_health_checks_respond_while_all_threads_are_busy(service):
