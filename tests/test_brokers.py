@@ -133,7 +133,8 @@ class TestTls:
 
         def get_variables(host, certificate):
             url = dedicated_postgres.url.replace("127.0.0.1", host)
-            return {"DATABASE_URL": f"{url}?sslmode=verify-full&sslrootcert={certificate}"}
+            authority = f"&sslrootcert={certificate}" if certificate else ""
+            return {"DATABASE_URL": f"{url}?sslmode=verify-full{authority}"}
 
         variables = production_variables("", "")
         self.verify(bake, make_service, "postgresql", variables, get_variables, certificates)
@@ -156,9 +157,8 @@ class TestTls:
         wait_for(lambda: reachable(port), 30, lambda: "no port for TLS")
 
         def get_variables(host, certificate):
-            return {
-                "RABBITMQ_URL": f"amqps://guest:guest@{host}:{port}//?ssl_ca_certs={certificate}"
-            }
+            authority = f"?ssl_ca_certs={certificate}" if certificate else ""
+            return {"RABBITMQ_URL": f"amqps://guest:guest@{host}:{port}//{authority}"}
 
         variables = production_variables(postgres_url, "")
         self.verify(bake, make_service, "rabbitmq", variables, get_variables, certificates)
@@ -184,7 +184,8 @@ class TestTls:
         )
 
         def get_variables(host, certificate):
-            return {"REDIS_URL": f"rediss://{host}:{port}/1?ssl_ca_certs={certificate}"}
+            authority = f"?ssl_ca_certs={certificate}" if certificate else ""
+            return {"REDIS_URL": f"rediss://{host}:{port}/1{authority}"}
 
         try:
             wait_for(lambda: reachable(port), 30, lambda: "no port for TLS")
@@ -195,7 +196,7 @@ class TestTls:
             server.wait()
 
     def verify(self, bake, make_service, broker, variables, get_variables, certificates):
-        """Run a task; then connect under another name, and with another certificate."""
+        """Run a task; then connect under another name, and with another certificate or none."""
         project = bake(project_slug=f"tls_{broker}", broker=broker)
         with (project / project.name / "tasks.py").open("a") as file:
             file.write(TASK)
@@ -209,11 +210,15 @@ class TestTls:
         code = f"from {project.name}.ops import health; health.check_broker()"
         service.shell(code)
         other_name = "localhost" if broker == "postgresql" else "127.0.0.2"
-        for host, authority in ((other_name, "own"), ("127.0.0.1", "other")):
+        for host, authority in (
+            (other_name, certificates["own"]),
+            ("127.0.0.1", certificates["other"]),
+            ("127.0.0.1", None),
+        ):
             check = service.spawn(
                 "check",
                 *("python", "manage.py", "shell", "-v0", "-c", code),
-                **get_variables(host, certificates[authority]),
+                **get_variables(host, authority),
             )
             assert check.popen.wait(timeout=60) == 1, (host, authority)
             assert "OperationalError" in check.text()
