@@ -55,6 +55,7 @@ class TestCommand:
     def test_each_part_has_a_line(self, run):
         status, output = run()
         assert status == 0
+        assert {"worker", "beat"} <= set(doctor.PROCESSES)
         assert [line.split() for line in output.splitlines()] == [
             [name, "ok", "fine"]
             for name in (

@@ -82,6 +82,7 @@ def test_workers_are_found_in_the_processes(settings):
         "strange": {"BACKEND": "os.path", "APP": "app"},
     }
     assert heartbeats.get_workers() == ["worker", "mailer"]
+    assert heartbeats.get_processes() == ["worker", "mailer", "beat"]
 
 
 @pytest.mark.parametrize(

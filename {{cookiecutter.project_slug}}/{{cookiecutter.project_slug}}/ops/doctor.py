@@ -39,7 +39,7 @@ REPLY_TIMEOUT = 4
 OK, ERROR, SKIPPED = "ok", "error", "skipped"
 
 #: The processes that must record heartbeats, other than web.
-PROCESSES = [*heartbeats.get_workers(), "beat"]
+PROCESSES = heartbeats.get_processes()
 
 
 @dataclass

@@ -55,7 +55,7 @@ CHECKS: dict[str, Callable[[], None]] = {"database": check_database, "broker": c
 
 def get_deep_checks() -> dict[str, Callable[[], None]]:
     """Return the checks of ``/health/ready?deep`` by name."""
-    processes = [*heartbeats.get_workers(), "beat"]
+    processes = heartbeats.get_processes()
     return CHECKS | {name: partial(check_heartbeat, name) for name in processes}
 
 

@@ -47,6 +47,11 @@ def get_workers() -> list[str]:
     return [name for name, process in settings.PRODUCTION_PROCESSES.items() if is_worker(process)]
 
 
+def get_processes() -> list[str]:
+    """Return the names of the processes that are to be at work, besides web: workers and beat."""
+    return [*get_workers(), "beat"]
+
+
 def is_worker(process: dict[str, Any]) -> bool:
     """Return whether a process is a worker. An invalid one, which ``check`` reports, is none."""
     # Only those of Celery have an app; the others need not be imported.

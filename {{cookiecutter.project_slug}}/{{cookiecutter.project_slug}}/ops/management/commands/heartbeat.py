@@ -21,7 +21,7 @@ class Command(BaseCommand):
 
     def add_arguments(self, parser: ArgumentParser) -> None:
         """Add the name of the process."""
-        parser.add_argument("process", choices=[*heartbeats.get_workers(), "beat"])
+        parser.add_argument("process", choices=heartbeats.get_processes())
 
     def handle(self, *args: Any, **options: Any) -> None:
         """Print the age of the newest heartbeat, and exit."""
