@@ -1,0 +1,15 @@
+from django.conf import settings
+from django.contrib import admin
+from django.urls import include, path
+
+from prodserver_ops.api import schema
+from prodserver_ops.api.views import TokenView
+from prodserver_ops.mail import preview, unsubscribe
+
+urlpatterns = [
+    path("emails/", include(preview)),
+    path("unsubscribe/<token>/", unsubscribe.view, name="unsubscribe"),
+    path("api/token/", TokenView.as_view(), name="token"),
+    path("api/schema/", schema.view, name="schema"),
+    path(settings.ADMIN_PATH, admin.site.urls),
+]

@@ -1,0 +1,353 @@
+"""Doctor: reports each part, its problems and the next command, within a time limit."""
+
+import json
+import socket
+import time
+from datetime import datetime, timedelta
+
+import pytest
+import time_machine
+from celery import current_app
+from django.core import checks
+from django.core.management import call_command
+from django.db import connection
+from django.db.migrations.loader import MigrationLoader
+from django.db.migrations.recorder import MigrationRecorder
+from django.utils import timezone
+from django_celery_beat.models import CrontabSchedule, IntervalSchedule, PeriodicTask
+
+from prodserver_ops.console import doctor
+from prodserver_ops import broker
+from prodserver_ops.worker.app import make_failed_queue
+from prodserver_ops.console.doctor import ERROR, OK, SKIPPED, Result
+from prodserver_ops.management.commands import doctor as command
+from prodserver_ops.models import Heartbeat
+
+#: A task that every Celery app has.
+TASK = "celery.backend_cleanup"
+
+
+@pytest.fixture
+def silent_server():
+    """The port of a server that accepts connections and sends nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield server.getsockname()[1]
+
+
+class TestCommand:
+    @pytest.fixture
+    def run(self, monkeypatch, capsys):
+        """Return a function that runs the command with these results of the checks.
+
+        It returns the exit status and the output.
+        """
+
+        def run(*arguments, **results):
+            all_results = dict.fromkeys(doctor.CHECKS, Result("fine")) | results
+            monkeypatch.setattr(command, "run_all", all_results.copy)
+            try:
+                call_command("doctor", *arguments)
+            except SystemExit as exit:
+                return exit.code, capsys.readouterr().out
+            return 0, capsys.readouterr().out
+
+        return run
+
+    def test_each_part_has_a_line(self, run):
+        status, output = run()
+        assert status == 0
+        assert {"worker", "beat"} <= set(doctor.PROCESSES)
+        assert [line.split() for line in output.splitlines()] == [
+            [name, "ok", "fine"]
+            for name in (
+                "settings",
+                "database",
+                "migrations",
+                "broker",
+                "queue",
+                *doctor.PROCESSES,
+                "schedules",
+                "e-mail",
+                "deliveries",
+                "template",
+            )
+        ]
+
+    @pytest.mark.parametrize("status", [ERROR, SKIPPED])
+    def test_any_problem_ends_with_status_1(self, run, status):
+        assert run(worker=Result("no reply", status))[0] == 1
+
+    def test_next_command_follows_a_problem(self, run):
+        _, output = run(worker=Result("no reply", ERROR, "python manage.py prodserver worker"))
+        assert [line.split(maxsplit=2) for line in output.splitlines()[5:7]] == [
+            ["worker", "error", "no reply"],
+            ["run", "python", "manage.py prodserver worker"],
+        ]
+
+    def test_each_schedule_has_its_next_run_or_its_problem(self, run):
+        schedules = [
+            {"name": "good", "next_run": datetime(2026, 1, 2, 8, 0), "problem": None, "next": None},
+            {"name": "bad", "next_run": None, "problem": "it has no task", "next": "do something"},
+        ]
+        _, output = run(schedules=Result("2 enabled", ERROR, schedules=schedules))
+        first = 1 + list(doctor.CHECKS).index("schedules")
+        assert [line.strip() for line in output.splitlines()[first : first + 3]] == [
+            "good: Fri 02 Jan 08:00:00",
+            "bad: it has no task",
+            "run      do something",
+        ]
+
+    def test_json_has_the_same_report(self, run):
+        status, output = run("--json", beat=Result("no reply", ERROR, "do something"))
+        report = json.loads(output)
+        assert status == 1
+        assert report["ok"] is False
+        assert list(report["checks"]) == list(doctor.CHECKS)
+        assert report["checks"]["beat"] == {
+            "status": "error",
+            "message": "no reply",
+            "next": "do something",
+        }
+        assert report["schedules"] == []
+
+
+class TestRun:
+    def test_check_that_hangs_times_out(self, monkeypatch):
+        monkeypatch.setattr(doctor, "CHECK_TIMEOUT", 0.2)
+        start = time.monotonic()
+        results = doctor.run({"beat": lambda: time.sleep(5), "worker": lambda: Result("fine")})
+        assert time.monotonic() - start < 1
+        assert (results["beat"].status, results["worker"].status) == (ERROR, OK)
+        assert results["beat"].message == "no result within 0.2 seconds"
+
+    def test_error_has_the_next_command_and_no_secrets(self, settings):
+        settings.EMAIL_HOST_PASSWORD = "hunter2"
+
+        def check():
+            raise OSError("refused bob@example.com,\nwith hunter2")
+
+        result = doctor.run({"e-mail": check})["e-mail"]
+        assert result.status == ERROR
+        assert result.message == "OSError: refused ***@***, with ***"
+        assert result.next == "python manage.py sendtestemail ADDRESS"
+
+    def test_checks_that_require_a_failed_one_are_skipped(self, monkeypatch):
+        def refuse():
+            raise ConnectionRefusedError
+
+        sample = dict.fromkeys(doctor.CHECKS, lambda: Result("fine")) | {"broker": refuse}
+        monkeypatch.setattr(doctor, "CHECKS", sample)
+        results = doctor.run_all()
+        assert list(results) == list(sample)
+        assert [name for name, result in results.items() if result.status == SKIPPED] == ["queue"]
+        assert results["queue"] == Result("skipped because the broker check failed", SKIPPED)
+
+
+class TestSettings:
+    @pytest.fixture
+    def report(self, monkeypatch):
+        """Return a function that returns the result with these messages of Django's checks."""
+
+        def report(*messages):
+            monkeypatch.setattr(doctor.checks, "run_checks", lambda **options: [*messages])
+            return doctor.check_settings()
+
+        return report
+
+    def test_are_ok_without_warnings(self, report):
+        assert report(checks.Info("good to know")) == Result("no problems")
+
+    def test_silenced_warning_is_ok(self, report, settings):
+        settings.SILENCED_SYSTEM_CHECKS = ["sample.W001"]
+        assert report(checks.Warning("unusual", id="sample.W001")).status == OK
+
+    @pytest.mark.parametrize(
+        ("debug", "command"),
+        [(True, "python manage.py check"), (False, "python manage.py check --deploy")],
+    )
+    def test_warning_is_an_error_with_the_next_command_and_no_secrets(
+        self, report, settings, debug, command
+    ):
+        settings.DEBUG = debug
+        settings.EMAIL_HOST_PASSWORD = "hunter2"
+        messages = [checks.Warning("bad hunter2", id="sample.W001"), checks.Error("worse")]
+        assert report(*messages) == Result("bad *** (sample.W001), and 1 more", ERROR, command)
+
+    @pytest.mark.parametrize("debug", [True, False])
+    def test_production_includes_the_checks_for_deployment(self, monkeypatch, settings, debug):
+        settings.DEBUG = debug
+        calls = []
+        monkeypatch.setattr(
+            doctor.checks, "run_checks", lambda **options: calls.append(options) or []
+        )
+        doctor.check_settings()
+        assert calls == [{"include_deployment_checks": not debug}]
+
+
+@pytest.mark.django_db
+class TestDatabase:
+    def test_is_ok_if_available(self):
+        assert doctor.check_database().status == OK
+
+    def test_address_has_no_password(self, monkeypatch):
+        monkeypatch.setattr(connection, "vendor", "postgresql")
+        monkeypatch.setitem(connection.settings_dict, "HOST", "db.example.com")
+        monkeypatch.setitem(connection.settings_dict, "PORT", "")
+        assert doctor.check_database().message.endswith(" on db.example.com:5432")
+        assert doctor.get_next_command("database") == "pg_isready --host=db.example.com --port=5432"
+
+    def test_is_ok_if_all_migrations_are_applied(self):
+        assert doctor.check_migrations() == Result("all applied")
+
+    def test_unapplied_migration_is_an_error(self):
+        ((label, name),) = MigrationLoader(connection).graph.leaf_nodes("ops")
+        MigrationRecorder(connection).record_unapplied(label, name)
+        results = doctor.check_migrations()
+        assert results.status == ERROR
+        assert results.message == f"1 not applied, first: {label}.{name}"
+        assert results.next == "python manage.py migrate"
+
+
+class TestBroker:
+    def test_is_ok_if_available(self):
+        assert doctor.check_broker().status == OK
+
+    def test_address_has_no_password(self, settings, monkeypatch):
+        monkeypatch.setattr(doctor.health, "check_broker", lambda: None)
+        scheme, port = next(iter(broker.PORTS.items()))
+        settings.CELERY_BROKER_URL = f"{scheme}://user:hunter2@mq.example.com/1"
+        assert doctor.check_broker() == Result(f"{scheme} on mq.example.com:{port}")
+        assert doctor.get_next_command("broker") == f"nc -zv mq.example.com {port}"
+
+
+class TestQueue:
+    def test_is_ok_without_failed_tasks(self):
+        assert doctor.check_queue() == Result("no task was given up")
+
+    def test_counts_failed_tasks(self):
+        with current_app.connection_for_write() as broker:
+            queue = make_failed_queue(current_app)(broker.default_channel)
+            queue.declare()
+            queue.purge()
+            try:
+                current_app.send_task(TASK, queue=make_failed_queue(current_app))
+                results = doctor.check_queue()
+            finally:
+                queue.purge()
+        assert results.status == ERROR
+        assert results.message.startswith("1 tasks were given up: they killed workers")
+        assert results.next.endswith("manage.py requeue")
+
+
+@pytest.mark.django_db
+class TestProcesses:
+    @pytest.mark.parametrize("process", doctor.PROCESSES)
+    def test_heartbeat_or_the_command_that_starts_them(self, process):
+        check = doctor.CHECKS[process]
+        start = f"python manage.py prodserver {process}"
+        assert check() == Result("no heartbeat", ERROR, start)
+        now = timezone.now()
+        for pid, age in ((1, 80), (2, 70.5)):
+            seen_at = now - timedelta(seconds=age)
+            Heartbeat.objects.create(process=process, host="a", pid=pid, seen_at=seen_at)
+        assert check().message.startswith("the last heartbeat was 7")
+        assert check().next == start
+        Heartbeat.objects.update(seen_at=now - timedelta(days=2, seconds=5.5))
+        assert check().message.startswith("the last heartbeat was 17280")
+        Heartbeat.objects.update(seen_at=now)
+        assert check().status == OK
+        assert check().message.startswith("2 running, the last heartbeat was ")
+
+
+@pytest.mark.django_db
+class TestSchedules:
+    @pytest.fixture(autouse=True)
+    def no_other_schedules(self):
+        PeriodicTask.objects.all().delete()
+
+    def make(self, zone="UTC", **fields):
+        if "interval" not in fields:
+            eight = {"minute": "0", "hour": "8", "timezone": zone}
+            fields["crontab"] = CrontabSchedule.objects.create(**eight)
+        return PeriodicTask.objects.create(**{"name": "sample", "task": TASK} | fields)
+
+    @time_machine.travel("2026-01-02 07:00:30+00:00", tick=False)
+    @pytest.mark.parametrize(
+        ("zone", "run"),
+        [("UTC", "2026-01-02T08:00:00+00:00"), ("Asia/Tokyo", "2026-01-03T08:00:00+09:00")],
+    )
+    def test_next_run_is_in_the_time_zone_of_the_service(self, settings, zone, run):
+        settings.TIME_ZONE = zone
+        self.make(zone=zone)
+        results = doctor.check_schedules()
+        assert (results.status, results.message) == (OK, f"1 enabled, 0 disabled; times in {zone}")
+        assert results.schedules[0]["next_run"].isoformat() == run
+
+    @time_machine.travel("2026-01-02 07:00:30+00:00", tick=False)
+    def test_overdue_schedule_runs_now(self):
+        every = IntervalSchedule.objects.create(every=5, period="minutes")
+        row = self.make(interval=every)
+        PeriodicTask.objects.filter(pk=row.pk).update(
+            date_changed=timezone.now() - timedelta(hours=1)
+        )
+        (schedule,) = doctor.check_schedules().schedules
+        assert schedule["next_run"] == timezone.now()
+
+    def test_disabled_schedule_is_only_counted(self):
+        self.make(enabled=False, task="no.such.task")
+        results = doctor.check_schedules()
+        assert (results.status, results.schedules) == (OK, [])
+        assert results.message.startswith("0 enabled, 1 disabled")
+
+    @pytest.mark.parametrize(
+        ("fields", "problem"),
+        [
+            ({"task": "no.such.task"}, "its task does not exist: no.such.task"),
+            ({"crontab": None}, "it has neither a crontab nor an interval"),
+            ({"args": "["}, "JSONDecodeError"),
+        ],
+    )
+    def test_schedule_that_beat_cannot_run_is_an_error(self, fields, problem):
+        row = self.make()
+        PeriodicTask.objects.filter(pk=row.pk).update(**fields)
+        results = doctor.check_schedules()
+        (schedule,) = results.schedules
+        assert results.status == ERROR
+        assert schedule["problem"].startswith(problem)
+        assert f"get(pk={row.pk})" in schedule["next"]
+        assert schedule["next"].startswith("python manage.py shell --command '")
+
+
+class TestEmail:
+    @pytest.fixture
+    def smtp(self, settings, monkeypatch):
+        monkeypatch.setattr(doctor, "REPLY_TIMEOUT", 0.2)
+        settings.EMAIL_BACKEND = "django.core.mail.backends.smtp.EmailBackend"
+        settings.EMAIL_HOST = "127.0.0.1"
+        return settings
+
+    def test_is_ok_without_a_server(self):
+        assert doctor.check_email().status == OK
+
+    def test_unresponsive_server_is_an_error(self, smtp, silent_server):
+        smtp.EMAIL_PORT = silent_server
+        assert doctor.run({"e-mail": doctor.check_email})["e-mail"].status == ERROR
+
+    def test_unavailable_server_is_an_error(self, smtp):
+        smtp.EMAIL_PORT = 1
+        results = doctor.run({"e-mail": doctor.check_email})["e-mail"]
+        assert results.message.startswith("ConnectionRefusedError")
+
+
+class TestTemplate:
+    def test_version_and_commit_are_those_of_the_record(self, settings, tmp_path):
+        settings.BASE_DIR = tmp_path
+        context = {"cookiecutter": {"_version": "1.2.3"}}
+        for commit, shown in (("0123456789abcdef", "0123456789ab"), (None, "unknown")):
+            record = {"commit": commit, "context": context}
+            (tmp_path / ".cruft.json").write_text(json.dumps(record))
+            assert doctor.check_template() == Result(f"1.2.3, commit {shown}")
+
+    def test_service_without_a_record_is_ok(self, settings, tmp_path):
+        settings.BASE_DIR = tmp_path
+        assert doctor.check_template().status == OK

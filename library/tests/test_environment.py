@@ -1,0 +1,216 @@
+"""Environment variables: an invalid one ends every process with one line and no secret."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from django.conf import settings
+
+from prodserver_ops import broker
+from prodserver_ops.conf.environment import EnvironmentVariableError, use
+from prodserver_ops.conf.defaults import Defaults, ProductionDefaults
+
+PRODUCTION = {
+    "DJANGO_MODE": "sampleprod",
+    "SECRET_KEY": "a-key-for-this-test-alone-of-more-than-fifty-characters",
+    "DATABASE_URL": "postgres://user:hunter2@db.example.com:5432/name",
+}
+
+#: The URL of the broker in production, if that is not the database.
+SCHEME = next(iter(broker.PORTS))
+BROKER_URL = f"{SCHEME}://user:hunter2@mq.example.com:5672/vhost"
+PRODUCTION.setdefault(broker.VARIABLE, BROKER_URL)
+
+
+class SampleSettings(Defaults):
+    """Development of another service."""
+
+    DOMAIN = "sample.example.com"
+    TIME_ZONE = "UTC"
+
+
+class SampleprodSettings(ProductionDefaults, SampleSettings):
+    """Production of another service."""
+
+
+@pytest.fixture
+def read(monkeypatch):
+    """Return a function that reads the settings with only these variables set."""
+
+    def read(**variables):
+        monkeypatch.setattr(os, "environ", {"DJANGO_MODE": "sample"} | variables)
+        return use(SampleSettings)[0]
+
+    return read
+
+
+@pytest.fixture
+def problem(read):
+    """Return a function that returns the message that ends a process."""
+
+    def problem(**variables):
+        with pytest.raises(EnvironmentVariableError) as caught:
+            read(**variables)
+        return str(caught.value)
+
+    return problem
+
+
+class TestValidVariables:
+    def test_development_requires_none(self, read):
+        assert read()("DEBUG") is True
+
+    def test_development_may_use_another_sqlite_database(self, read):
+        database = read(DATABASE_URL="sqlite:///data/other.sqlite3")("DATABASES")["default"]
+        assert (database["ENGINE"], database["NAME"]) == (
+            "django.db.backends.sqlite3",
+            "data/other.sqlite3",
+        )
+
+    def test_production_requires_three(self, read):
+        value = read(**PRODUCTION)
+        assert value("DATABASES")["default"]["HOST"] == "db.example.com"
+        url = PRODUCTION[broker.VARIABLE]
+        assert value("CELERY_BROKER_URL") == broker.get_url(url)
+
+    def test_celery_broker_url_replaces_the_url_of_the_broker(self, read):
+        variables = PRODUCTION | {"CELERY_BROKER_URL": BROKER_URL}
+        if broker.VARIABLE != "DATABASE_URL":
+            del variables[broker.VARIABLE]
+        assert read(**variables)("CELERY_BROKER_URL") == broker.get_url(BROKER_URL)
+
+    @pytest.mark.parametrize(
+        ("name", "text", "value"),
+        [
+            ("ADMIN_PATH", "/back/office", "back/office/"),
+            ("ALLOWED_HOSTS", "one.example.com, .example.org,[::1]", None),
+            ("DEBUG", "Off", False),
+            ("LOG_LEVEL", "warning", "WARNING"),
+            ("PORT", "5000", 5000),
+            ("PORT", "", 8000),
+            ("SITE_URL", "https://example.com:8443/", "https://example.com:8443"),
+            ("WEB_CONCURRENCY", "8", 8),
+        ],
+    )
+    def test_value_is_cast(self, read, name, text, value):
+        expected = text.replace(" ", "").split(",") if value is None else value
+        assert read(**{name: text})(name) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "line"),
+    [
+        ("ADMIN_PATH", "/", 'got "/", expected a path such as admin/, of letters, digits, - and _'),
+        (
+            "ALLOWED_HOSTS",
+            "https://example.com",
+            'got "https://example.com", expected host names such as api.example.com, '
+            "separated by commas, without https:// or a port",
+        ),
+        ("BIND_HOST", "", 'got "", expected a host name or an IP address, without a port'),
+        ("DEBUG", "maybe", 'got "maybe", expected on or off'),
+        (
+            "DEFAULT_FROM_EMAIL",
+            "nobody",
+            'got "nobody", expected an e-mail address such as noreply@example.com',
+        ),
+        ("DJANGO_MODE", "production", None),
+        (
+            "EMAIL_HOST",
+            "smtp:25",
+            'got "smtp:25", expected a host name or an IP address, without a port',
+        ),
+        ("EMAIL_PORT", "0", 'got "0", expected an integer from 1 to 65535'),
+        ("EMAIL_USE_TLS", "", 'got "", expected on or off'),
+        ("LOG_FORMAT", "xml", 'got "xml", expected text or json'),
+        ("LOG_LEVEL", "loud", 'got "loud", expected DEBUG, INFO, WARNING or ERROR'),
+        ("PORT", "80a", 'got "80a", expected an integer from 1 to 65535'),
+        ("PORT", "65536", 'got "65536", expected an integer from 1 to 65535'),
+        ("SITE_URL", "example.com", None),
+        ("WEB_CONCURRENCY", "-1", 'got "-1", expected an integer from 1'),
+        ("WEB_THREADS", "0", 'got "0", expected an integer from 1'),
+        ("WORKER_CONCURRENCY", "two\nlines", 'got "two\\nlines", expected an integer from 1'),
+    ],
+)
+def test_invalid_value_is_reported_with_what_was_expected(problem, name, text, line):
+    message = problem(**{name: text})
+    assert (
+        message == f"{name}: {line}"
+        if line
+        else message.startswith(f'{name}: got "{text}", expected ')
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "got"),
+    [
+        ("SECRET_KEY", None, "nothing"),
+        ("SECRET_KEY", "", "0 characters, 0 of them distinct"),
+        ("SECRET_KEY", "hunter2", "7 characters, 7 of them distinct"),
+        ("SECRET_KEY", "ab" * 30, "60 characters, 2 of them distinct"),
+        (
+            "SECRET_KEY",
+            f"django-insecure-{'hunter2' * 9}",
+            "an insecure key that starts with django-insecure-",
+        ),
+        ("DATABASE_URL", None, "nothing"),
+        ("DATABASE_URL", "", '""'),
+        ("DATABASE_URL", "hunter2", "not a URL"),
+        ("DATABASE_URL", "mysql://user:hunter2@db/name", "a URL that starts with mysql://"),
+        ("DATABASE_URL", "postgres://user:hunter2@/name", "a URL without a host"),
+        (
+            "DATABASE_URL",
+            "postgres://user:hunter2@db",
+            "a URL without a database name",
+        ),
+        (
+            "DATABASE_URL",
+            "postgres://user:hunter2/@db/name",
+            "a URL with an invalid port, or a password that is not percent-encoded",
+        ),
+        (
+            "DATABASE_URL",
+            "postgres://user:hunter2@db/name?conn_max_age=long",
+            "a URL with an invalid option after the ?",
+        ),
+        (broker.VARIABLE, None, "nothing"),
+        (broker.VARIABLE, "sqs://user:hunter2@mq", "a URL that starts with sqs://"),
+        ("CELERY_BROKER_URL", "user:hunter2@mq", "not a URL"),
+        ("SENTRY_DSN", "https://hunter2@sentry.example.com", "an incomplete DSN"),
+    ],
+)
+def test_invalid_secret_is_reported_without_its_value(problem, name, text, got):
+    variables = PRODUCTION | {name: text}
+    message = problem(**{name: text for name, text in variables.items() if text is not None})
+    assert message.startswith(f"{name}: got {got}, expected ")
+    assert "hunter2" not in message
+    assert "\n" not in message
+
+
+def test_password_in_another_variable_is_redacted(problem):
+    message = problem(EMAIL_HOST="smtp://user:hunter2@mail.example.com")
+    assert message.startswith('EMAIL_HOST: got "***@mail.example.com", expected ')
+
+
+def test_all_invalid_variables_are_reported_at_once(problem):
+    message = problem(PORT="80a", DEBUG="maybe")
+    assert [line.partition(":")[0] for line in message.splitlines()] == ["DEBUG", "PORT"]
+
+
+def test_unknown_mode_is_reported_with_the_known_ones(problem):
+    assert problem(DJANGO_MODE="production") == (
+        'DJANGO_MODE: got "production", expected one of sampleprod, or unset for development'
+    )
+
+
+def test_command_exits_with_that_line_and_status_1():
+    result = subprocess.run(
+        [sys.executable, "manage.py", "check"],
+        cwd=settings.BASE_DIR,
+        env=os.environ | {"PORT": "80a"},
+        capture_output=True,
+        text=True,
+    )
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr == 'PORT: got "80a", expected an integer from 1 to 65535\n'

@@ -1,0 +1,154 @@
+"""Failed tasks: no message of an unknown task is lost, and each can run again."""
+
+import time
+from contextlib import suppress
+from queue import Empty, Queue
+from types import SimpleNamespace
+
+import pytest
+from celery import current_app
+from celery.contrib.testing.worker import start_worker
+from django.core.management import call_command
+
+from prodserver_ops.worker import failed
+from prodserver_ops.worker.app import get_failed_queue, make_failed_queue
+
+NAME = "ops-test.new"
+
+pytestmark = pytest.mark.django_db(transaction=True, serialized_rollback=True)
+
+
+@pytest.fixture(autouse=True)
+def short_times(monkeypatch):
+    monkeypatch.setattr(failed, "UNKNOWN_SECONDS", 1)
+    monkeypatch.setattr(failed, "HOLD_SECONDS", 0.1)
+    monkeypatch.setattr("kombu.transport.memory.Transport.polling_interval", 0.05)
+    # As brokers do that are servers: a worker that stops returns what it has not acknowledged.
+    monkeypatch.setattr("kombu.transport.memory.Channel.do_restore", True)
+
+
+@pytest.fixture(autouse=True)
+def no_failed_tasks():
+    def purge():
+        with current_app.connection_for_write() as connection:
+            queue = make_failed_queue(current_app)(connection.default_channel)
+            queue.declare()
+            queue.purge()
+
+    purge()
+    yield
+    purge()
+
+
+@pytest.fixture
+def learn():
+    """A function with which the app learns the task; returns the queue of its arguments."""
+    done = Queue()
+
+    def learn():
+        @current_app.task(name=NAME, shared=False)
+        def new(number):
+            done.put(number)
+
+        return done
+
+    yield learn
+    current_app.tasks.pop(NAME, None)
+
+
+def run_worker():
+    return start_worker(current_app, perform_ping_check=False, shutdown_timeout=30)
+
+
+def count_failed():
+    with current_app.connection_for_read() as connection:
+        channel = connection.default_channel
+        with suppress(*connection.channel_errors):
+            return channel.queue_declare(get_failed_queue(), passive=True).message_count
+        return 0
+
+
+def wait_for_failed(number):
+    deadline = time.monotonic() + 20
+    while count_failed() != number:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def give_up(numbers):
+    """Queue tasks as a worker gives them up that does not know them."""
+    queue = make_failed_queue(current_app)
+    own = current_app.amqp.queues[current_app.conf.task_default_queue]
+    source = [own.exchange.name, own.routing_key]
+    for number in numbers:
+        headers = {"unknown_since": 1, "unknown_from": source}
+        current_app.send_task(NAME, [number], queue=queue, headers=headers)
+    wait_for_failed(len(numbers))
+
+
+def get_all(done, count):
+    return sorted(done.get(timeout=20) for _ in range(count))
+
+
+def test_message_goes_back_until_a_worker_knows_its_task(learn, monkeypatch):
+    monkeypatch.setattr(failed, "UNKNOWN_SECONDS", 1000)
+    for number in range(3):
+        current_app.send_task(NAME, [number])
+    with run_worker():
+        time.sleep(1)
+    done = learn()
+    with run_worker():
+        assert get_all(done, 3) == [0, 1, 2]
+    assert count_failed() == 0
+
+
+def test_unknown_task_is_given_up_and_kept(caplog):
+    for number in range(2):
+        current_app.send_task(NAME, [number])
+    with run_worker():
+        wait_for_failed(2)
+    assert f"{NAME} is unknown to all workers and is given up" in caplog.text
+
+
+def test_worker_that_knows_the_task_returns_it_when_it_starts(learn):
+    give_up([1, 2])
+    done = learn()
+    failed.return_known_tasks(SimpleNamespace(app=current_app))
+    with run_worker():
+        assert get_all(done, 2) == [1, 2]
+    assert count_failed() == 0
+
+
+def test_worker_that_does_not_know_the_task_leaves_it():
+    give_up([1])
+    failed.return_known_tasks(SimpleNamespace(app=current_app))
+    time.sleep(0.5)
+    assert count_failed() == 1
+
+
+def test_requeue_runs_all_or_some_again(learn, capsys):
+    give_up([1, 2])
+    call_command("requeue", "another.task")
+    assert "0 tasks queued again" in capsys.readouterr().out
+    assert count_failed() == 2
+    call_command("requeue")
+    assert "2 tasks queued again" in capsys.readouterr().out
+    assert count_failed() == 0
+    done = learn()
+    with run_worker():
+        assert get_all(done, 2) == [1, 2]
+    with pytest.raises(Empty):
+        done.get_nowait()
+
+
+def test_task_that_was_given_up_for_another_reason_is_returned_by_command_alone(learn):
+    learn()
+    queue = make_failed_queue(current_app)
+    current_app.tasks[NAME].apply_async([7], queue=queue)
+    failed.return_known_tasks(SimpleNamespace(app=current_app))
+    time.sleep(0.5)
+    assert count_failed() == 1
+    assert failed.requeue(current_app, lambda message: True) == 1
+    assert count_failed() == 0
+    with current_app.connection_for_write() as connection:
+        current_app.amqp.queues[current_app.conf.task_default_queue](connection).purge()

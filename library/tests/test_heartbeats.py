@@ -1,0 +1,158 @@
+"""Heartbeats: which processes are at work, on this host or any."""
+
+import os
+import socket
+from datetime import timedelta
+from queue import SimpleQueue
+
+import pytest
+from django.core.management import call_command
+from django.db import OperationalError
+from django.db.models import F
+from django.utils import timezone
+
+from prodserver_ops.scheduling import heartbeats
+from prodserver_ops.models import Heartbeat
+
+pytestmark = pytest.mark.django_db
+
+HOST = socket.gethostname()
+
+
+@pytest.fixture(autouse=True)
+def _no_earlier_heartbeat(monkeypatch):
+    monkeypatch.setattr(heartbeats, "_recorded_at", None)
+
+
+def test_is_recorded_once_for_each_process():
+    for _ in range(2):
+        heartbeats.record("worker")
+        heartbeats._recorded_at = None
+    row = Heartbeat.objects.get()
+    assert (row.process, row.host, row.pid) == ("worker", HOST, os.getpid())
+    assert heartbeats.is_alive("worker")
+    assert heartbeats.is_alive("worker", HOST)
+    assert not heartbeats.is_alive("worker", "another-host")
+    assert not heartbeats.is_alive("beat")
+
+
+def test_is_recorded_every_ten_seconds_at_most(monkeypatch):
+    now = 0
+    monkeypatch.setattr(heartbeats.time, "monotonic", lambda: now)
+    recorded = []
+    for now in range(31):
+        Heartbeat.objects.all().delete()
+        heartbeats.record("beat")
+        if Heartbeat.objects.exists():
+            recorded.append(now)
+    assert recorded == [0, 10, 20, 30]
+
+
+def test_old_one_means_nothing():
+    heartbeats.record("beat")
+    Heartbeat.objects.update(seen_at=F("seen_at") - timedelta(seconds=55))
+    assert heartbeats.is_alive("beat")
+    Heartbeat.objects.update(seen_at=F("seen_at") - timedelta(seconds=6))
+    assert not heartbeats.is_alive("beat")
+
+
+def test_ages_are_in_order():
+    for pid, seconds in enumerate([50, 10, 30]):
+        seen_at = timezone.now() - timedelta(seconds=seconds)
+        Heartbeat.objects.create(process="beat", host="a", pid=pid, seen_at=seen_at)
+    assert [round(age.total_seconds(), -1) for age in heartbeats.get_ages("beat")] == [10, 30, 50]
+
+
+def test_process_that_ends_deletes_its_own():
+    heartbeats.record("worker")
+    Heartbeat.objects.create(process="worker", host=HOST, pid=1, seen_at=timezone.now())
+    heartbeats.forget()
+    assert Heartbeat.objects.get().pid == 1
+
+
+def test_workers_are_found_in_the_processes(settings):
+    celery = "django_prodserver.backends.workers.celery"
+    settings.PRODUCTION_PROCESSES = {
+        "web": {"BACKEND": "no.such.Server"},
+        "worker": {"BACKEND": f"{celery}.CeleryWorker", "APP": "app"},
+        "mailer": {"BACKEND": f"{celery}.CeleryWorker", "APP": "app"},
+        "beat": {"BACKEND": f"{celery}.CeleryBeat", "APP": "app"},
+        "misspelled": {"BACKEND": f"{celery}.CeleryWorkers", "APP": "app"},
+        "incomplete": {"APP": "app"},
+        "strange": {"BACKEND": "os.path", "APP": "app"},
+    }
+    assert heartbeats.get_workers() == ["worker", "mailer"]
+    assert heartbeats.get_processes() == ["worker", "mailer", "beat"]
+
+
+@pytest.mark.parametrize(
+    ("process", "name"), [("mailer", "mailer"), ("worker", "worker"), ("command", "worker")]
+)
+def test_worker_records_it_under_the_name_of_its_process(monkeypatch, process, name):
+    monkeypatch.setattr(heartbeats, "get_workers", lambda: ["worker", "mailer"])
+    monkeypatch.setattr(heartbeats.logs, "_process", process)
+    names = SimpleQueue()
+    monkeypatch.setattr(heartbeats, "record_forever", lambda name, works: names.put(name))
+    heartbeats.start_worker_heartbeat()
+    assert names.get(timeout=5) == name
+
+
+class Stop(BaseException):
+    """Ends the thread."""
+
+
+@pytest.mark.parametrize(("loop_age", "alive"), [(5, True), (25, False)])
+def test_worker_records_it_while_its_loop_runs(monkeypatch, loop_age, alive):
+    def stop(seconds):
+        raise Stop
+
+    monkeypatch.setattr(heartbeats.time, "sleep", stop)
+    monkeypatch.setattr(heartbeats.time, "monotonic", lambda: 1000)
+    heartbeats.note_loop()
+    monkeypatch.setattr(heartbeats.time, "monotonic", lambda: 1000 + loop_age)
+    monkeypatch.setattr(heartbeats.connections, "close_all", lambda: None)
+    with pytest.raises(Stop):
+        heartbeats.record_forever("worker", heartbeats.loop_runs)
+    assert heartbeats.is_alive("worker") is alive
+
+
+def test_worker_survives_a_database_that_is_away(monkeypatch, caplog):
+    waits = []
+
+    def stop(seconds):
+        waits.append(seconds)
+        if len(waits) == 2:
+            raise Stop
+
+    def fail(process):
+        raise OperationalError("password=hunter2")
+
+    monkeypatch.setattr(heartbeats.time, "sleep", stop)
+    monkeypatch.setattr(heartbeats, "record", fail)
+    monkeypatch.setattr(heartbeats.connections, "close_all", lambda: None)
+    heartbeats.note_loop()
+    with pytest.raises(Stop):
+        heartbeats.record_forever("worker", heartbeats.loop_runs)
+    assert [record.getMessage() for record in caplog.records] == [
+        "No heartbeat is recorded: OperationalError"
+    ] * 2
+
+
+class TestCommand:
+    def test_succeeds_while_the_process_works(self, capsys):
+        heartbeats.record("worker")
+        call_command("heartbeat", "worker")
+        assert capsys.readouterr().out == f"worker on {HOST}: heartbeat 0 seconds ago\n"
+
+    @pytest.mark.parametrize("seconds", [None, 100, 86_405])
+    def test_fails_without_a_heartbeat_of_this_host(self, seconds, capsys):
+        now = timezone.now()
+        Heartbeat.objects.create(process="worker", host="another-host", pid=1, seen_at=now)
+        if seconds:
+            seen_at = now - timedelta(seconds=seconds + 0.5)
+            Heartbeat.objects.create(process="worker", host=HOST, pid=1, seen_at=seen_at)
+        with pytest.raises(SystemExit) as error:
+            call_command("heartbeat", "worker")
+        assert error.value.code == 1
+        expected = f"heartbeat {seconds} seconds ago" if seconds else "no heartbeat"
+        assert capsys.readouterr().out == f"worker on {HOST}: {expected}\n"

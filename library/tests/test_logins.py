@@ -1,0 +1,262 @@
+"""Logins: guessing passwords is throttled, in the admin and in the API."""
+
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+
+import pytest
+import time_machine
+from django.contrib.auth import authenticate
+from django.core.cache import caches
+from django.core.cache.backends.db import DatabaseCache
+from django.core.management import call_command
+from django.db import connection
+from django.urls import reverse
+from rest_framework.test import APIRequestFactory
+
+from prodserver_ops.web import logins
+from prodserver_ops.api.views import TokenView
+
+pytestmark = pytest.mark.django_db
+
+
+@pytest.fixture(autouse=True)
+def few_slots(monkeypatch):
+    monkeypatch.setattr(logins, "ADDRESS", replace(logins.ADDRESS, slots=3))
+    monkeypatch.setattr(logins, "NAME", replace(logins.NAME, slots=5))
+
+
+@pytest.fixture
+def user(make_user):
+    return make_user("anna", is_staff=True)
+
+
+@pytest.fixture
+def log_in(client, user):
+    """Return a function that logs in to the admin; it returns the error message, or None."""
+
+    def log_in(password="wrong", username=None, address="203.0.113.1"):
+        response = client.post(
+            reverse("admin:login"),
+            {"username": username or user.get_username(), "password": password},
+            REMOTE_ADDR=address,
+        )
+        if response.status_code == 302:
+            client.logout()
+            return None
+        (error,) = response.context["form"].non_field_errors()
+        return error
+
+    return log_in
+
+
+def fail(log_in, times, **options):
+    for _ in range(times):
+        assert log_in(**options)
+
+
+def get_token(user, password):
+    data = {"username": user.get_username(), "password": password}
+    request = APIRequestFactory().post("/", data, format="json", REMOTE_ADDR="203.0.113.1")
+    return TokenView.as_view()(request)
+
+
+def test_correct_password_logs_in(log_in):
+    assert log_in("secret") is None
+
+
+def test_login_works_after_a_few_failures(log_in):
+    fail(log_in, 2)
+    assert log_in("secret") is None
+
+
+def test_address_is_locked_after_too_many_failures(log_in):
+    fail(log_in, 3)
+    assert log_in("secret") == "Too many failed logins. Try again in 15 minutes."
+    assert log_in("secret", address="203.0.113.2") is None
+
+
+def test_address_is_locked_whichever_user_names_fail(log_in):
+    for name in ("one", "two", "three"):
+        fail(log_in, 1, username=name)
+    assert log_in("secret")
+
+
+def test_the_network_of_an_ipv6_address_is_one_address(log_in):
+    for number in range(3):
+        fail(log_in, 1, username=f"user{number}", address=f"2001:db8::{number}")
+    assert log_in("secret", address="2001:db8::ffff:1")
+    assert log_in("secret", address="2001:db8:0:1::1") is None
+
+
+@pytest.fixture
+def attack(log_in, user):
+    """Reach the limit of the user name, from many addresses."""
+    for number in range(5):
+        name = user.get_username().title()
+        fail(log_in, 1, username=name, address=f"198.51.100.{number}")
+
+
+def test_a_name_under_attack_has_one_attempt_from_a_new_address(attack, log_in):
+    fail(log_in, 1, address="203.0.113.99")
+    assert "Too many" in log_in("secret", address="203.0.113.99")
+    assert log_in("secret", address="203.0.113.98") is None
+
+
+def test_a_name_under_attack_keeps_all_attempts_where_it_logged_in_before(log_in, request):
+    assert log_in("secret") is None
+    request.getfixturevalue("attack")
+    fail(log_in, 2)
+    assert log_in("secret") is None
+    fail(log_in, 1)
+    assert "Too many" in log_in("secret")
+
+
+def test_an_address_is_known_only_for_the_name_that_logged_in(log_in, make_user, request):
+    make_user("eve")
+    assert log_in("secret", username="eve", address="203.0.113.66")
+    request.getfixturevalue("attack")
+    fail(log_in, 1, address="203.0.113.66")
+    assert "Too many" in log_in("secret", address="203.0.113.66")
+
+
+@pytest.mark.parametrize("name", ["ANNA", "203.0.113.1", "2001:db8::2"])
+def test_unlock_ends_a_lock(log_in, user, name, capsys):
+    if name == "ANNA":
+        for number in range(5):
+            fail(log_in, 1, address=f"198.51.100.{number}")
+        fail(log_in, 1)
+    else:
+        fail(log_in, 3, address=name.replace("::2", "::1"))
+    address = "203.0.113.1" if name == "ANNA" else name
+    assert "Too many" in log_in("secret", address=address)
+    call_command("unlock", user.get_username().upper() if name == "ANNA" else name)
+    assert " failed logins forgotten" in capsys.readouterr().out
+    assert log_in("secret", address=address) is None
+
+
+def test_lock_ends_after_a_time(log_in):
+    now = datetime.now(UTC)
+    with time_machine.travel(now) as clock:
+        fail(log_in, 3)
+        assert log_in("secret")
+        clock.move_to(now + timedelta(minutes=logins.LOCKOUT_MINUTES, seconds=2))
+        assert log_in("secret") is None
+
+
+def test_attempts_while_locked_do_not_prolong_the_lock(log_in):
+    fail(log_in, 3)
+    fail(log_in, 10)
+    with connection.cursor() as cursor:
+        cursor.execute(f"SELECT count(*) FROM {caches['limits']._table}")
+        assert cursor.fetchone() == (6,)
+
+
+def test_token_needs_the_correct_password(user):
+    assert get_token(user, "wrong").status_code == 400
+    response = get_token(user, "secret")
+    assert response.status_code == 200
+    assert response.data["token"]
+
+
+def test_token_is_refused_while_logins_are_locked(log_in, user):
+    fail(log_in, 3)
+    assert get_token(user, "secret").status_code == 400
+
+
+def test_token_requests_are_throttled(user):
+    statuses = [get_token(user, str(number)).status_code for number in range(11)]
+    assert statuses == [400] * 10 + [429]
+
+
+def test_all_web_processes_count_together():
+    assert isinstance(caches["limits"], DatabaseCache)
+
+
+def test_neither_count_nor_log_contains_who_failed(log_in, user, caplog):
+    fail(log_in, 3)
+    with connection.cursor() as cursor:
+        cursor.execute(f"SELECT cache_key, value FROM {caches['limits']._table}")
+        stored = str(cursor.fetchall())
+    assert "Too many failed logins of one address" in caplog.text
+    assert user.get_username() not in stored + caplog.text
+    assert "203.0.113" not in stored + caplog.text
+
+
+def test_a_login_in_code_is_not_throttled(user, log_in):
+    fail(log_in, 3)
+    name = user.get_username()
+    assert authenticate(None, username=name, password="secret") == user
+    assert authenticate(None, **{user.USERNAME_FIELD: name, "password": "secret"}) == user
+    assert authenticate(None, username=name, password="wrong") is None
+
+
+def test_the_name_may_be_given_by_its_field(user):
+    request = APIRequestFactory().post("/", REMOTE_ADDR="203.0.113.1")
+    name = {user.USERNAME_FIELD: user.get_username()}
+    assert authenticate(request, **name, password="secret") == user
+    for _ in range(3):
+        assert authenticate(request, **name, password="wrong") is None
+    assert authenticate(request, **name, password="secret") is None
+
+
+def test_the_name_may_be_in_another_field(user, monkeypatch):
+    monkeypatch.setattr(type(user), "USERNAME_FIELD", "email")
+    request = APIRequestFactory().post("/", REMOTE_ADDR="203.0.113.1")
+    assert authenticate(request, email=user.email, password="secret") == user
+    for _ in range(3):
+        assert authenticate(request, email=user.email, password="wrong") is None
+    assert authenticate(request, email=user.email, password="secret") is None
+
+
+def test_a_wrong_password_is_not_called_a_lock(log_in):
+    assert "Too many" not in log_in()
+
+
+def test_an_address_is_known_for_long(log_in, request):
+    now = datetime.now(UTC)
+    with time_machine.travel(now, tick=False) as clock:
+        assert log_in("secret") is None
+        clock.move_to(now + timedelta(days=89))
+        request.getfixturevalue("attack")
+        fail(log_in, 1)
+        assert log_in("secret") is None
+
+
+def test_the_longest_password_works_and_a_longer_one_fails(user, log_in):
+    for length, works in ((logins.MAX_LENGTH, True), (logins.MAX_LENGTH + 1, False)):
+        user.set_password("x" * length)
+        user.save()
+        assert (log_in("x" * length) is None) == works
+
+
+def test_a_limit_is_logged_once_when_it_is_reached(log_in, caplog):
+    fail(log_in, 2)
+    assert caplog.messages.count("Too many failed logins of one address") == 0
+    fail(log_in, 5)
+    assert caplog.messages.count("Too many failed logins of one address") == 1
+
+
+def test_an_address_is_forgotten_after_a_time(log_in):
+    now = datetime.now(UTC)
+    with time_machine.travel(now, tick=False) as clock:
+        assert log_in("secret") is None
+        clock.move_to(now + timedelta(days=91))
+        for number in range(5):
+            fail(log_in, 1, address=f"198.51.100.{number}")
+        fail(log_in, 1)
+        assert "Too many" in log_in("secret")
+
+
+def test_an_address_is_known_for_itself_alone(log_in, request):
+    assert log_in("secret", address="203.0.113.1") is None
+    request.getfixturevalue("attack")
+    fail(log_in, 1, address="203.0.113.2")
+    assert log_in("secret", address="203.0.113.2")
+
+
+def test_unlock_returns_the_number_of_failures(log_in, user):
+    fail(log_in, 2)
+    fail(log_in, 1, address="203.0.113.2")
+    assert logins.unlock(user.get_username()) == 3
+    assert logins.unlock("203.0.113.1") == 2
+    assert logins.unlock("203.0.113.1") == 0

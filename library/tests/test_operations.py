@@ -1,0 +1,290 @@
+"""The page *Operations* of the admin, and the record of task runs that it shows."""
+
+import json
+import re
+import signal
+from datetime import timedelta
+
+import pytest
+from celery import shared_task
+from django.contrib.admin.models import LogEntry
+from django.contrib.auth import get_user_model
+from django.contrib.auth.models import Permission
+from django.db import DatabaseError
+from django.urls import reverse
+from django.utils import timezone
+from django_celery_beat.models import IntervalSchedule, PeriodicTask
+
+from prodserver_ops.console import operations
+from prodserver_ops.worker import record
+from prodserver_ops.worker.app import Task
+from prodserver_ops.models import Heartbeat, TaskRun
+from prodserver_ops.mail.tasks import delete_records
+
+pytestmark = pytest.mark.django_db
+
+PAGE = "admin:ops_operations"
+
+
+@shared_task(name="test.operations")
+def sample(*args, **kwargs):
+    """Do nothing."""
+
+
+@pytest.fixture
+def user(client):
+    """A user of the admin who may do nothing, logged in."""
+    user = get_user_model().objects.create_user("staff", "staff@example.com", is_staff=True)
+    client.force_login(user)
+    return user
+
+
+@pytest.fixture
+def page(admin_client):
+    """A function that returns the page's text."""
+    return lambda: admin_client.get(reverse(PAGE)).text
+
+
+@pytest.fixture
+def queued(monkeypatch):
+    """Return the list of queued tasks, as (name, args, kwargs, headers)."""
+    queued = []
+
+    def apply_async(task, args=None, kwargs=None, headers=None, **options):
+        queued.append((task.name, list(args), kwargs, headers))
+
+    monkeypatch.setattr(Task, "apply_async", apply_async)
+    return queued
+
+
+@pytest.fixture
+def schedule():
+    """A schedule of the sample task."""
+    interval = IntervalSchedule.objects.create(every=5, period="minutes")
+    return PeriodicTask.objects.create(
+        name="sample", task=sample.name, args='["a"]', interval=interval
+    )
+
+
+def make_run(**fields):
+    fields = {"name": sample.name, "started_at": timezone.now(), "arguments": "[[1], {}]"} | fields
+    return TaskRun.objects.create(**fields)
+
+
+class TestRecord:
+    @pytest.fixture
+    def recorder(self, monkeypatch):
+        """A recorder without its thread, which keeps the test's connection."""
+        monkeypatch.setattr(record.threading, "Thread", lambda **options: self)
+        monkeypatch.setattr(record.connection, "close", lambda: None)
+        return record.Recorder()
+
+    def start(self):
+        """Stand in for a thread, which inherits the blocked signals."""
+        self.blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+    def test_thread_gets_no_sigterm_that_the_main_thread_defers(self, recorder):
+        assert signal.SIGTERM in self.blocked
+        assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+    def note(self, recorder, number, state="SUCCESS", result=None, args=(1,), schedule=None):
+        context = sample.request.__class__(headers={"schedule": schedule})
+        recorder.start(f"id{number}", context, sample.name, list(args), {})
+        recorder.end(f"id{number}", state, result)
+
+    def test_result_duration_and_arguments_are_recorded(self, recorder):
+        self.note(recorder, 1)
+        self.note(recorder, 2, "FAILURE", ValueError("password=hunter2 at a@example.com"))
+        self.note(recorder, 3, "REJECTED")
+        recorder.write()
+        first, second = TaskRun.objects.order_by("-status")
+        assert (first.status, first.arguments, first.error) == ("succeeded", "[[1], {}]", "")
+        assert 0 <= first.duration < 1
+        assert second.status == "failed"
+        assert second.error.startswith("ValueError: ")
+        assert "a@example.com" not in second.error
+
+    def test_long_run_is_recorded_while_it_runs(self, recorder, monkeypatch):
+        monkeypatch.setattr(record, "INTERVAL", -1)
+        context = sample.request.__class__(headers={})
+        recorder.start("id1", context, sample.name, [], {})
+        recorder.write()
+        assert TaskRun.objects.get().status == "running"
+        recorder.end("id1", "SUCCESS", None)
+        recorder.write()
+        assert TaskRun.objects.get().status == "succeeded"
+
+    def test_failures_come_first_if_there_are_too_many(self, recorder, monkeypatch):
+        monkeypatch.setattr(record, "MAX_RUNS", 2)
+        for number in range(5):
+            self.note(recorder, number, "FAILURE" if number > 3 else "SUCCESS", ValueError())
+        recorder.write()
+        assert sorted(TaskRun.objects.values_list("status", flat=True)) == ["failed", "succeeded"]
+
+    def test_run_of_a_schedule_is_kept_if_there_are_too_many(self, recorder, monkeypatch):
+        monkeypatch.setattr(record, "MAX_RUNS", 2)
+        for number in range(9):
+            self.note(recorder, number, schedule=7 if number == 8 else None)
+        assert len(recorder.ended) == 3
+        recorder.write()
+        assert set(TaskRun.objects.values_list("schedule_id", flat=True)) == {7, None}
+
+    def test_long_run_is_kept_if_there_are_too_many(self, recorder, monkeypatch):
+        """The thread may be about to store it as running."""
+        monkeypatch.setattr(record, "MAX_RUNS", 1)
+        self.note(recorder, 1)
+        recorder.start("id2", sample.request.__class__(headers={}), sample.name, [], {})
+        recorder.running["id2"].start -= record.INTERVAL
+        recorder.end("id2", "SUCCESS", None)
+        assert [note.task_id for note in recorder.ended] == ["id1", "id2"]
+
+    def test_error_that_no_database_stores_is_changed(self, recorder):
+        self.note(recorder, 1, "FAILURE", ValueError("a\0b\udcff"))
+        recorder.write()
+        assert TaskRun.objects.get().error == "ValueError: ab?"
+
+    def test_invalid_header_stops_nothing(self, recorder, caplog):
+        context = sample.request.__class__(headers={"queued_at": "2026-13-01T00:00:00"})
+        recorder.start("id1", context, sample.name, [], {})
+        recorder.end("id1", "SUCCESS", None)
+        recorder.write()
+        assert "Runs of tasks are not recorded: ValueError" in caplog.text
+
+    def test_database_that_is_unavailable_stops_nothing(self, recorder, monkeypatch, caplog):
+        def fail(*args, **kwargs):
+            raise DatabaseError("gone")
+
+        self.note(recorder, 1)
+        monkeypatch.setattr(TaskRun.objects, "bulk_create", fail)
+        recorder.write()
+        assert "Runs of tasks are not recorded: DatabaseError" in caplog.text
+
+    def test_arguments_that_are_too_long_are_left_out(self, recorder):
+        self.note(recorder, 1, args=["x" * 2000])
+        recorder.write()
+        assert TaskRun.objects.get().arguments == ""
+
+    def test_old_and_too_many_rows_are_deleted(self, monkeypatch):
+        monkeypatch.setattr(record, "KEEP_ROWS", 2)
+        make_run(started_at=timezone.now() - timedelta(days=8))
+        kept = [make_run().pk for _ in range(3)][1:]
+        delete_records()
+        assert sorted(TaskRun.objects.values_list("pk", flat=True)) == kept
+
+    def test_eager_runs_are_not_recorded(self, monkeypatch):
+        monkeypatch.setattr(record, "get_recorder", lambda: pytest.fail("recorded"))
+        sample.apply()
+
+
+class TestPage:
+    def test_shows_schedules_in_words_with_their_latest_runs(self, page, schedule):
+        make_run(schedule=schedule, status="succeeded", duration=0.25)
+        make_run(schedule=schedule, status="failed", duration=61, error="ValueError: wrong")
+        text = page()
+        assert "every 5 minutes" in text
+        assert text.index('class="run failed"') < text.index('class="run succeeded"')
+        assert "1 min 1 s" in text
+
+    def test_shows_what_is_off_invalid_running_and_failed(self, page, schedule):
+        PeriodicTask.objects.filter(pk=schedule.pk).update(enabled=False)
+        other = PeriodicTask.objects.create(
+            name="broken", task="no.such.task", interval=schedule.interval
+        )
+        make_run(schedule=other, status="failed", error="KeyError: 'x'")
+        make_run(name="slow.task")
+        make_run(name="lost.task", started_at=timezone.now() - timedelta(hours=1))
+        text = page()
+        assert "<strong>off</strong>" in text
+        assert "its task does not exist: no.such.task" in text
+        assert "KeyError: &#x27;x&#x27;" in text
+        assert "slow.task" in text
+        assert "lost.task" not in text
+
+    def test_shows_processes_and_the_version_of_the_template(self, page):
+        assert "No worker and no beat is at work." in page()
+        Heartbeat.objects.create(process="beat", host="web1", pid=7, seen_at=timezone.now())
+        assert re.search(r"beat 7 on web1: \d seconds ago", page())
+        assert "Template " in page()
+
+    def test_loads_without_a_broker(self, page, monkeypatch):
+        def fail():
+            raise OSError("connection refused")
+
+        monkeypatch.setattr(operations, "count_waiting", fail)
+        assert "The broker is unavailable: OSError: connection refused" in page()
+
+    def test_shows_how_many_tasks_wait(self, page, settings):
+        sample.apply_async()
+        assert f"{settings.CELERY_TASK_DEFAULT_QUEUE}: " in page()
+
+    def test_number_of_queries_does_not_grow(self, page, schedule, django_assert_max_num_queries):
+        for number in range(10):
+            other = PeriodicTask.objects.create(
+                name=f"other {number}", task=sample.name, interval=schedule.interval
+            )
+            make_run(schedule=other, status="failed")
+        with django_assert_max_num_queries(12):
+            page()
+
+    def test_is_for_those_who_may_see_runs(self, client, user):
+        assert client.get(reverse(PAGE)).status_code == 403
+        user.user_permissions.add(Permission.objects.get(codename="view_taskrun"))
+        response = client.get(reverse(PAGE))
+        assert response.status_code == 200
+        assert "Run now" not in response.text
+
+    def test_index_of_the_admin_leads_with_it(self, admin_client, client):
+        make_run(status="failed")
+        text = admin_client.get(reverse("admin:index")).text
+        assert reverse(PAGE) in text
+        assert "1 failed task" in text
+        assert "no worker" in text
+
+    def test_index_says_nothing_to_others(self, client, user):
+        assert reverse(PAGE) not in client.get(reverse("admin:index")).text
+
+
+class TestButtons:
+    def test_run_now_queues_the_task_of_a_schedule(self, admin_client, schedule, queued):
+        response = admin_client.post(reverse("admin:ops_run", args=[schedule.pk]), follow=True)
+        assert "Queued: sample." in response.text
+        assert queued == [(sample.name, ["a"], {}, {"schedule": schedule.pk})]
+        assert LogEntry.objects.get().change_message == "Run now."
+
+    def test_try_again_queues_a_failed_task_once(self, admin_client, queued):
+        run = make_run(status="failed", arguments=json.dumps([[1], {"b": 2}]))
+        url = reverse("admin:ops_repeat", args=[run.pk])
+        assert "Queued: test.operations." in admin_client.post(url, follow=True).text
+        assert queued == [(sample.name, [1], {"b": 2}, {})]
+        assert "was tried again already" in admin_client.post(url, follow=True).text
+        assert len(queued) == 1
+        assert "tried again" in admin_client.get(reverse(PAGE)).text
+
+    def test_failure_that_cannot_be_queued_can_be_tried_again_later(
+        self, admin_client, monkeypatch
+    ):
+        def fail(*args, **options):
+            raise OSError("connection refused")
+
+        monkeypatch.setattr(Task, "apply_async", fail)
+        run = make_run(status="failed")
+        response = admin_client.post(reverse("admin:ops_repeat", args=[run.pk]), follow=True)
+        assert "Not queued: test.operations: OSError: connection refused" in response.text
+        run.refresh_from_db()
+        assert run.repeated_at is None
+
+    def test_unknown_task_is_reported(self, admin_client, schedule):
+        PeriodicTask.objects.filter(pk=schedule.pk).update(task="no.such.task")
+        response = admin_client.post(reverse("admin:ops_run", args=[schedule.pk]), follow=True)
+        assert "Not queued: sample: ValueError: The task no.such.task does not" in response.text
+
+    @pytest.mark.parametrize("name", ["ops_run", "ops_repeat"])
+    def test_need_post_and_the_permission_to_change_schedules(
+        self, client, user, schedule, queued, name
+    ):
+        run = make_run(status="failed")
+        url = reverse(f"admin:{name}", args=[schedule.pk if name == "ops_run" else run.pk])
+        user.user_permissions.add(Permission.objects.get(codename="view_taskrun"))
+        assert client.post(url).status_code == 403
+        assert client.get(url).status_code == 405
+        assert queued == []

@@ -1,0 +1,82 @@
+"""PostgreSQL as the broker: names, addresses, and a worker that ends."""
+
+import pytest
+from celery import current_app
+from django.conf import settings
+from django.db import connection
+from kombu import Connection
+from kombu.transport import pgmq, resolve_transport
+from psycopg.conninfo import conninfo_to_dict
+from psycopg.errors import DuplicateObject
+
+from prodserver_ops import broker
+
+
+@pytest.mark.parametrize("scheme", ["postgres", "postgresql", "pgmq"])
+def test_url_of_the_database_is_that_of_the_broker(scheme):
+    url = f"{scheme}://user:secret@db.example.com:5433/name?sslmode=require"
+    assert broker.get_url(url) == "pgmq://user:secret@db.example.com:5433/name"
+
+
+class FakePool:
+    """A pool that does not connect."""
+
+    def __init__(self, conninfo, **options):
+        self.conninfo = conninfo
+
+
+def test_tls_is_that_of_the_database(monkeypatch):
+    tls = {"sslmode": "verify-full", "sslrootcert": "/etc/ca.pem"}
+    monkeypatch.setitem(connection.settings_dict, "OPTIONS", {"timeout": 20, **tls})
+    monkeypatch.setattr(broker, "ConnectionPool", FakePool)
+    url = "pgmq://user:a%20b%27@db.example.com:5433/name"
+    transport = Connection(url, transport_options=broker.get_options(60)).transport
+    for conninfo in (
+        transport._get_pgmq_client().pool.conninfo,
+        transport._get_notify_waiter()._dsn,
+    ):
+        address = conninfo_to_dict(conninfo)
+        assert address.items() > {"host": "db.example.com", "password": "a b'", **tls}.items()
+        assert "timeout" not in address
+
+
+def test_message_of_a_running_task_is_not_delivered_again():
+    options = broker.get_options(settings.CELERY_TASK_TIME_LIMIT)
+    assert options["visibility_timeout"] > current_app.conf.task_time_limit
+
+
+def test_names_of_queues_are_valid_short_and_unique():
+    channel = object.__new__(broker.Channel)
+    short = channel.entity_name("service.mail")
+    assert short == "service_mail"
+    names = {channel.entity_name(f"{'long.' * 20}{number}") for number in range(3)}
+    assert len(names) == 3
+    assert all(len(name) <= broker.NAME_LENGTH for name in names)
+
+
+def test_scheme_has_its_transport():
+    assert resolve_transport("pgmq") is broker.Transport
+
+
+@pytest.mark.django_db
+def test_schema_is_installed_once():
+    if connection.vendor != "postgresql":
+        pytest.skip("PGMQ needs PostgreSQL; set DATABASE_URL")
+    for _ in range(2):
+        broker.install()
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT count(*) FROM pgmq.list_queues()")
+        assert cursor.fetchone() == (0,)
+
+
+def test_trigger_that_another_process_creates_at_the_same_time_is_no_error(monkeypatch):
+    errors = [DuplicateObject("trigger already exists")]
+
+    def enable(channel, queue):
+        if errors:
+            raise errors.pop()
+
+    monkeypatch.setattr(pgmq.Channel, "_maybe_enable_notify", enable)
+    channel = object.__new__(broker.Channel)
+    channel._maybe_enable_notify("mail")
+    assert errors == []

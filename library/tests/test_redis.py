@@ -1,0 +1,47 @@
+"""Redis: a database of its own, and every wait for it has a limit."""
+
+import pytest
+from celery import current_app
+from django.conf import settings
+from kombu import Connection
+from kombu.transport import resolve_transport
+
+from prodserver_ops import broker
+
+
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        ("redis://:secret@redis.example.com", "redis://:secret@redis.example.com/1"),
+        ("redis://redis.example.com:6379/", "redis://redis.example.com:6379/1"),
+        ("redis://redis.example.com/0", "redis://redis.example.com/0"),
+        ("rediss://a.example.com", "rediss://a.example.com/1?ssl_cert_reqs=required"),
+        (
+            "rediss://a.example.com/2?ssl_ca_certs=ca.pem",
+            "rediss://a.example.com/2?ssl_ca_certs=ca.pem&ssl_cert_reqs=required",
+        ),
+        (
+            "rediss://a.example.com?ssl_cert_reqs=none",
+            "rediss://a.example.com/1?ssl_cert_reqs=none",
+        ),
+    ],
+)
+def test_url_has_a_database_and_the_verification_of_tls(url, expected):
+    assert broker.get_url(url) == expected
+
+
+def test_message_of_a_running_task_is_not_delivered_again():
+    options = broker.get_options(settings.CELERY_TASK_TIME_LIMIT)
+    assert options["visibility_timeout"] > current_app.conf.task_time_limit
+
+
+@pytest.mark.parametrize("scheme", ["redis", "rediss"])
+def test_schemes_have_their_transport(scheme):
+    assert issubclass(resolve_transport(scheme), broker.Transport)
+
+
+def test_server_that_is_out_of_reach_fails_soon():
+    options = broker.get_options(300)
+    connection = Connection("redis://127.0.0.1:1/1", transport_options=options)
+    with pytest.raises(connection.connection_errors):
+        connection.connect()

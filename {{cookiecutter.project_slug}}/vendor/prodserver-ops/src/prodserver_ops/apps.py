@@ -1,0 +1,60 @@
+"""The app ``ops``: what runs the processes of a service."""
+
+import atexit
+import gc
+from pathlib import Path
+from typing import Any
+
+from django.apps import AppConfig
+from django.conf import settings
+from django.core.signals import request_finished, request_started
+from django.db.backends.signals import connection_created
+from django.db.models.signals import post_migrate, pre_migrate
+from django.utils.module_loading import autodiscover_modules
+
+from . import broker
+from .broker import publishing
+from .core import database, limits
+
+
+class OpsConfig(AppConfig):
+    """Registers system checks and digests, and prepares what the processes need."""
+
+    name = "prodserver_ops"
+    label = "ops"
+    verbose_name = "Operations"
+    default_auto_field = "django.db.models.BigAutoField"
+
+    def ready(self) -> None:
+        """Called once by each process after all models are loaded."""
+        # They register checks and receivers of Celery's signals, and need loaded apps.
+        from .console import checks  # noqa: F401
+        from .scheduling import heartbeats  # noqa: F401
+
+        autodiscover_modules("digests")
+        request_started.connect(publishing.start_request)
+        request_finished.connect(publishing.finish_request)
+        atexit.register(publishing.publisher.flush, publishing.EXIT_TIMEOUT)
+        # A process that ends need not look for garbage, which delays a short command.
+        atexit.register(gc.freeze)
+        connection_created.connect(database.limit_connection)
+        pre_migrate.connect(database.lift_limit, sender=self)
+        post_migrate.connect(limits.create_table, sender=self)
+        post_migrate.connect(install_broker, sender=self)
+        create_database_folder()
+        if settings.SENTRY_DSN:
+            from .core import sentry
+
+            sentry.configure()
+
+
+def install_broker(**kwargs: Any) -> None:
+    """Prepare the broker after migrations."""
+    broker.install(settings.CELERY_BROKER_URL)
+
+
+def create_database_folder() -> None:
+    """Create the folder of the embedded database; SQLite creates only the file."""
+    database = settings.DATABASES["default"]
+    if database["ENGINE"] == "django.db.backends.sqlite3":
+        Path(database["NAME"]).parent.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,150 @@
+"""Brokers: the scheme of a broker's URL decides which module of this package is used.
+
+A module has a transport of kombu and these functions; the last three are optional:
+
+``get_options(settings)``
+    The options of the transport.
+``get_url(url)``
+    The URL for Celery.
+``open_batch(app)``
+    The context manager of a producer for many messages.
+``install()``
+    Prepare the broker after migrations.
+"""
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+from celery import Celery
+from kombu import Producer
+from kombu.transport import TRANSPORT_ALIASES
+
+from . import publishing
+
+
+@dataclass(frozen=True)
+class Broker:
+    """A broker, and what is known of it before its module is loaded.
+
+    ``ports`` has the default port of each scheme that its URLs may have, ``transports`` the
+    class of each scheme that Celery gets to see. ``package`` is the package that it needs, and
+    ``extra`` the extra of this distribution that installs it.
+    """
+
+    module: str
+    ports: dict[str, int] = field(default_factory=dict)
+    transports: dict[str, str] = field(default_factory=dict)
+    queue_type: str = "classic"
+    exchange_type: str = "direct"
+    package: str = ""
+    extra: str = ""
+
+    def load(self) -> Any:
+        """Return the module."""
+        return import_module(f"{__name__}.{self.module}")
+
+
+EMBEDDED = Broker("embedded", transports={"filesystem": "Transport"})
+
+BROKERS = (
+    # Delayed messages need a topic exchange for quorum queues.
+    # https://docs.celeryq.dev/en/stable/getting-started/backends-and-brokers/rabbitmq.html
+    Broker(
+        "rabbitmq",
+        {"amqp": 5672, "amqps": 5671},
+        {"amqp": "Transport", "amqps": "SSLTransport"},
+        queue_type="quorum",
+        exchange_type="topic",
+    ),
+    Broker(
+        "redis",
+        {"redis": 6379, "rediss": 6379},
+        {"redis": "Transport", "rediss": "SSLTransport"},
+        package="redis",
+        extra="redis",
+    ),
+    Broker(
+        "postgresql",
+        {"pgmq": 5432, "postgres": 5432, "postgresql": 5432},
+        {"pgmq": "Transport"},
+        package="pgmq",
+        extra="postgresql",
+    ),
+)
+
+#: The brokers that are servers, by the scheme of a URL.
+BY_SCHEME = {scheme: broker for broker in BROKERS for scheme in broker.ports}
+
+#: The schemes of brokers that need no server: folders, and the memory of one process.
+EMBEDDED_SCHEMES = ("filesystem", "memory")
+
+
+def register_transports() -> None:
+    """Make kombu use the transports of this package."""
+    for broker in (EMBEDDED, *BROKERS):
+        for scheme, name in broker.transports.items():
+            TRANSPORT_ALIASES[scheme] = f"{__name__}.{broker.module}:{name}"
+
+
+def get_scheme(url: str) -> str:
+    """Return the scheme of a URL."""
+    return url.partition(":")[0]
+
+
+def find(url: str) -> Broker:
+    """Return the broker of a URL; the embedded one if no server has its scheme."""
+    return BY_SCHEME.get(get_scheme(url), EMBEDDED)
+
+
+def find_missing_extra(url: str) -> str:
+    """Return the extra of this distribution that a URL needs and that is not installed, or ""."""
+    broker = find(url)
+    return broker.extra if broker.package and find_spec(broker.package) is None else ""
+
+
+def get_url(url: str) -> str:
+    """Return the URL for Celery."""
+    if get_scheme(url) not in BY_SCHEME:
+        return url
+    convert: Callable[[str], str] = getattr(find(url).load(), "get_url", str)
+    return convert(url)
+
+
+def get_options(url: str, settings: Any) -> dict[str, Any]:
+    """Return the options of the transport."""
+    options: dict[str, Any] = find(url).load().get_options(settings)
+    return options
+
+
+def open_batch(url: str, app: Celery) -> AbstractContextManager[Producer]:
+    """Return the context manager of a producer for many messages."""
+    module = find(url).load()
+    producer: AbstractContextManager[Producer]
+    producer = getattr(module, "open_batch", publishing.open_batch)(app)
+    return producer
+
+
+def install(url: str) -> None:
+    """Prepare the broker after migrations."""
+    getattr(find(url).load(), "install", lambda: None)()
+
+
+def count_messages(app: Celery, names: Iterable[str], timeout: float) -> dict[str, int]:
+    """Return how many messages wait in each queue, 0 if it does not exist.
+
+    ``timeout`` limits how long connecting takes, in seconds. Raises an exception if the broker
+    is unavailable.
+    """
+    counts: dict[str, int] = {}
+    with app.connection_for_read(connect_timeout=timeout) as connection:
+        for name in names:
+            try:
+                channel: Any = connection.channel()
+                counts[name] = channel.queue_declare(name, passive=True).message_count
+            except connection.channel_errors:
+                counts[name] = 0
+    return counts

@@ -1,0 +1,155 @@
+"""PostgreSQL as the broker: PGMQ's tables and functions in the database of the service.
+
+They are plain SQL and need no server extension. Some defects of kombu's transport are mended:
+replies to ``celery inspect``, which found no worker; an address that came from the environment,
+without TLS; and a pool that kept a worker from ending.
+https://docs.celeryq.dev/projects/kombu/en/stable/reference/kombu.transport.pgmq.html
+"""
+
+import hashlib
+import logging
+import warnings
+from typing import Any
+
+from django.db import connection, transaction
+from kombu.transport import pgmq
+from pgmq.install import get_embedded_install_sql
+from psycopg import DatabaseError
+from psycopg.conninfo import make_conninfo
+from psycopg_pool import ConnectionPool
+
+from ..core.database import CONNECT_OPTIONS
+
+#: The longest name of a queue that PGMQ accepts.
+NAME_LENGTH = 47
+
+#: How long to wait for a connection of the pool, in seconds.
+TIMEOUT = 5
+
+#: How much later than the longest task a message of a lost worker is delivered again, in seconds.
+MARGIN = 60
+
+
+# It warns of each thread that it does not wait for.
+logging.getLogger("psycopg.pool").setLevel(logging.ERROR)
+
+# A hint for other users of pgmq.
+warnings.filterwarnings("ignore", "list_queues", UserWarning)
+
+
+class Channel(pgmq.Channel):
+    """A channel that shortens the names of queues, and returns what it has when it closes."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)  # type: ignore[no-untyped-call]
+        # Otherwise another worker gets the messages that this one did not run minutes later.
+        self.qos.restore_at_shutdown = True
+
+    def entity_name(self, name: Any, *args: Any) -> str:
+        """Return a valid name; the end of a long one is replaced by a hash."""
+        valid: str = super().entity_name(name, *args)
+        if len(valid) <= NAME_LENGTH:
+            return valid
+        digest = hashlib.sha256(valid.encode()).hexdigest()[:16]
+        return f"{valid[: NAME_LENGTH - 17]}_{digest}"
+
+    def _lookup(self, exchange: str, routing_key: str, default: str | None = None) -> list[str]:
+        # Only the process that waits for a reply knows how its queue is bound.
+        if exchange.startswith("reply."):
+            return [f"{routing_key}.{exchange}"]
+        return list(super()._lookup(exchange, routing_key, default))
+
+    def _maybe_enable_notify(self, *args: Any, **kwargs: Any) -> None:
+        enable: Any = super()._maybe_enable_notify
+        try:
+            enable(*args, **kwargs)
+        except DatabaseError:
+            # Two processes that start create the trigger at the same time; one fails.
+            enable(*args, **kwargs)
+
+    def _pgmq_send_kwargs(self, message: Any) -> dict[str, Any]:
+        # PGMQ 1.13 has no send_topic() with headers and without a delay.
+        options: dict[str, Any] = {"delay": 0}
+        return options | super()._pgmq_send_kwargs(message)
+
+
+class Transport(pgmq.Transport):
+    """The transport of ``pgmq://`` URLs."""
+
+    Channel = Channel
+
+    #: How often an idle worker looks for messages without a notification, in seconds.
+    polling_interval = 1
+
+    def get_address(self) -> str:
+        """Return the address of the database. pgmq's own has no TLS, and does not quote values."""
+        client: Any = self.client
+        options: dict[str, Any] = connection.settings_dict["OPTIONS"]
+        tls = {name: value for name, value in options.items() if name.startswith("ssl")}
+        return make_conninfo(
+            host=client.hostname,
+            port=client.port,
+            dbname=(client.virtual_host or "").strip("/"),
+            user=client.userid,
+            password=client.password,
+            **(CONNECT_OPTIONS | tls),
+        )
+
+    def _create_pgmq_client(self) -> Any:
+        client: Any = self.client
+        options = client.transport_options
+        pool = ConnectionPool(
+            self.get_address(),
+            min_size=1,
+            max_size=options["pool_size"],
+            timeout=options["pool_timeout"],
+            open=True,
+        )
+        return pgmq.PGMQueue(
+            conn_string=None, pool=pool, vt=options["visibility_timeout"], init_extension=False
+        )
+
+    def _get_notify_waiter(self) -> Any:
+        if self._notify_waiter is None:
+            self._notify_waiter = pgmq._NotifyWaiter(self.get_address())
+        return self._notify_waiter
+
+    def close_connection(self, connection: Any) -> None:
+        """Close the connection; its pool does not wait for its threads."""
+        client, self._pgmq_client = self._pgmq_client, None
+        super().close_connection(connection)
+        if client is not None and client.pool is not None:
+            client.pool.close(timeout=0)
+
+
+def get_url(url: str) -> str:
+    """Return the URL of a database as that of a broker, without its query.
+
+    Options for TLS, such as ``sslmode``, are those of ``DATABASE_URL``.
+    """
+    return f"pgmq://{url.partition('://')[2].partition('?')[0]}"
+
+
+def get_options(settings: Any) -> dict[str, Any]:
+    """Return the options of the transport."""
+    return {
+        "init_extension": False,
+        "use_notify": True,
+        "wait_time_seconds": 0,
+        "pool_size": 4,
+        "pool_timeout": TIMEOUT,
+        # PostgreSQL gives a message of a worker that is lost to another one after this time.
+        "visibility_timeout": settings.CELERY_TASK_TIME_LIMIT + MARGIN,
+    }
+
+
+def install() -> None:
+    """Create PGMQ's schema in the database if it is not there; runs after migrations."""
+    if connection.vendor != "postgresql":
+        return
+    with transaction.atomic(), connection.cursor() as cursor:
+        # Two deploys at the same time must not both create it.
+        cursor.execute("SELECT pg_advisory_xact_lock(hashtext('pgmq'))")
+        cursor.execute("SELECT 1 FROM pg_namespace WHERE nspname = 'pgmq'")
+        if cursor.fetchone() is None:
+            cursor.execute(get_embedded_install_sql())

@@ -1,0 +1,152 @@
+"""RabbitMQ: the transport, with a limit for every reply, and its options.
+
+A node that has reached its memory or disk limit accepts connections and messages, and does
+not reply until it has room again. A frozen one never does.
+"""
+
+import ssl
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from amqp import RecoverableConnectionError
+from celery import Celery
+from kombu import Producer
+from kombu.exceptions import OperationalError
+from kombu.transport import pyamqp
+
+#: How long to wait for a reply, such as the confirmation of a message, in seconds.
+REPLY_TIMEOUT = 5
+
+
+class NoReply(RecoverableConnectionError):
+    """RabbitMQ does not reply; the connection is closed."""
+
+
+class ReplyLimit:
+    """Limits how long a connection or a channel waits for a reply."""
+
+    def wait(self, method: Any, callback: Any = None, timeout: Any = None, **kwargs: Any) -> Any:
+        """Wait for a method; raise NoReply after the limit."""
+        connection = self.connection  # type: ignore[attr-defined]
+        try:
+            return super().wait(  # type: ignore[misc]
+                method, callback, timeout or REPLY_TIMEOUT, **kwargs
+            )
+        except TimeoutError as error:
+            # A late reply would be taken for that of the next request.
+            connection.collect()
+            raise NoReply(f"RabbitMQ did not reply within {REPLY_TIMEOUT} seconds") from error
+
+
+class Channel(ReplyLimit, pyamqp.Channel):  # type: ignore[misc]
+    """A channel with limited waits."""
+
+    def basic_publish_confirm(self, *args: Any, **kwargs: Any) -> Any:
+        """Publish a message; raise OperationalError without a confirmation.
+
+        Celery repeats a message at connection errors, which would take several times as long.
+        """
+        try:
+            return super().basic_publish_confirm(*args, **kwargs)
+        except NoReply as error:
+            raise OperationalError(str(error)) from error
+
+
+class Connection(ReplyLimit, pyamqp.Connection):  # type: ignore[misc]
+    """A connection with limited waits."""
+
+    Channel = Channel
+
+
+class SSLConnection(Connection):
+    """A connection that verifies the server's certificate and its name.
+
+    By itself py-amqp accepts any name. A URL may end with ``?ssl_ca_certs=FILE``, for the
+    certificates of a private CA, or with ``?ssl_cert_reqs=none`` to verify nothing.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        tls = self.ssl if isinstance(self.ssl, dict) else {}
+        tls = {name.removeprefix("ssl_"): value for name, value in tls.items()}
+        if tls.setdefault("cert_reqs", ssl.CERT_REQUIRED) != ssl.CERT_NONE:
+            tls.setdefault("server_hostname", self.host.rpartition(":")[0].strip("[]"))
+        self.ssl = tls
+
+
+class Transport(pyamqp.Transport):
+    """The transport of ``amqp://`` URLs."""
+
+    Connection = Connection
+
+
+class SSLTransport(pyamqp.SSLTransport):
+    """The transport of ``amqps://`` URLs."""
+
+    Connection = SSLConnection
+
+
+def get_options(settings: Any) -> dict[str, Any]:
+    """Return the options of the transport."""
+    return {"confirm_publish": True}
+
+
+class BatchProducer(Producer):
+    """A producer that waits for the confirmations of many messages together."""
+
+    #: How many messages may be without a confirmation.
+    LIMIT = 1000
+
+    def __init__(self, channel: Any) -> None:
+        super().__init__(channel)
+        self.channel: Any = channel
+        self.number = 0
+        self.unconfirmed: set[int] = set()
+        channel.confirm_select()
+        channel.events["basic_ack"].add(self.confirm)
+        channel.events["basic_nack"].add(self.refuse)
+
+    def publish(self, *args: Any, **kwargs: Any) -> Any:
+        """Publish a message; RabbitMQ numbers them from 1."""
+        self.number += 1
+        self.unconfirmed.add(self.number)
+        # A new connection would not confirm what an earlier one has sent.
+        result = super().publish(*args, **kwargs | {"retry": False})
+        if len(self.unconfirmed) >= self.LIMIT:
+            self.wait()
+        return result
+
+    def confirm(self, number: int, multiple: bool) -> None:
+        """Note the confirmation of a message, or of all up to it."""
+        done = {other for other in self.unconfirmed if other <= number} if multiple else {number}
+        self.unconfirmed -= done
+
+    def refuse(self, *args: Any) -> None:
+        """Raise OperationalError: RabbitMQ does not take a message."""
+        raise OperationalError("RabbitMQ refused a message")
+
+    def wait(self) -> None:
+        """Wait until all messages are confirmed; raise OperationalError without a reply."""
+        try:
+            while self.unconfirmed:
+                self.channel.connection.drain_events(timeout=REPLY_TIMEOUT)
+        except TimeoutError as error:
+            message = f"RabbitMQ did not reply within {REPLY_TIMEOUT} seconds"
+            raise OperationalError(message) from error
+
+
+@contextmanager
+def open_batch(app: Celery) -> Iterator[Producer]:
+    """Yield a producer for many messages, which are confirmed when the block has ended.
+
+    Raises OperationalError if RabbitMQ is unavailable or does not confirm them.
+    """
+    options = {"confirm_publish": False}
+    with app.connection_for_write(transport_options=options) as connection:
+        try:
+            producer = BatchProducer(connection.channel())
+            yield producer
+            producer.wait()
+        except (*connection.connection_errors, *connection.channel_errors) as error:
+            raise OperationalError(str(error)) from error

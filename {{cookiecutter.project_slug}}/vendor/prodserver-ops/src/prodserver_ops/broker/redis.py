@@ -1,0 +1,64 @@
+"""Redis: the transport, with limits for every reply, and its options."""
+
+from typing import Any
+
+from kombu.transport import redis
+
+#: The number of the database if the URL names none: caches and channels use 0.
+DATABASE = 1
+
+#: How long to wait for a connection or a reply, in seconds.
+TIMEOUT = 5
+
+#: How much later than the longest task a message of a lost worker is delivered again, in seconds.
+MARGIN = 60
+
+
+class QoS(redis.QoS):
+    """Looks for the messages of lost workers every 10 seconds. kombu's own does so every 100."""
+
+    def restore_visible(self, start: int = 0, num: int = 10, interval: int = 1) -> None:
+        """Redeliver the messages whose visibility timeout is over."""
+        super().restore_visible(start, num, 1)
+
+
+class Channel(redis.Channel):
+    """A channel with this class of QoS."""
+
+    QoS = QoS
+
+
+class Transport(redis.Transport):
+    """The transport of ``redis://`` URLs."""
+
+    Channel = Channel
+
+
+class SSLTransport(Transport):
+    """The transport of ``rediss://`` URLs."""
+
+
+def get_url(url: str) -> str:
+    """Return the URL for Celery, with the number of a database.
+
+    Without ``ssl_cert_reqs`` in its query Celery would not verify the server. A URL may end
+    with ``?ssl_ca_certs=FILE``, for the certificates of a private CA, or with
+    ``?ssl_cert_reqs=none`` to verify nothing.
+    """
+    base, _, query = url.rstrip("/").partition("?")
+    path = base.partition("://")[2].partition("/")[2]
+    if base.startswith("rediss:") and "ssl_cert_reqs=" not in query:
+        query = f"{query}{'&' if query else ''}ssl_cert_reqs=required"
+    return f"{base if path else f'{base}/{DATABASE}'}{'?' if query else ''}{query}"
+
+
+def get_options(settings: Any) -> dict[str, Any]:
+    """Return the options of the transport."""
+    return {
+        # Redis gives a message of a worker that is lost to another one after this time.
+        "visibility_timeout": settings.CELERY_TASK_TIME_LIMIT + MARGIN,
+        "socket_connect_timeout": TIMEOUT,
+        "socket_timeout": TIMEOUT,
+        "socket_keepalive": True,
+        "health_check_interval": 25,
+    }

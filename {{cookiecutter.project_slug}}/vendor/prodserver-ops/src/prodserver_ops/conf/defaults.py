@@ -1,0 +1,448 @@
+"""Base classes of a service's settings, one for each mode.
+
+``ProcessDefaults`` has what the processes need and works in any Django project. ``Defaults`` adds
+what a generated service shares with others: security, database, e-mail, static files.
+``TestDefaults``, ``ProductionDefaults`` and ``StagingDefaults`` change it for one mode. A class
+in ``settings.py`` can override each value.
+
+https://django-classy-settings.readthedocs.io/
+"""
+
+import os
+from datetime import timedelta
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import gettempdir
+from typing import Any
+
+from cbs import BaseSettings
+from django.conf import global_settings
+from kombu import Exchange, Queue
+
+from .. import broker
+from ..core.database import CONNECT_OPTIONS, get_sqlite
+from .environment import (
+    boolean,
+    broker_url,
+    database_url,
+    development_database_url,
+    email_address,
+    email_api,
+    env,
+    host,
+    hosts,
+    integer,
+    one_of,
+    or_empty,
+    path,
+    port,
+    queue_names,
+    secret_key,
+    secret_keys,
+    sentry_dsn,
+    site_url,
+)
+
+#: Describes a view in the schema of the API: production need not have drf-spectacular.
+SCHEMA_CLASS = (
+    "drf_spectacular.openapi.AutoSchema"
+    if find_spec("drf_spectacular")
+    else "rest_framework.schemas.openapi.AutoSchema"
+)
+
+
+def limit_database(database: dict[str, Any]) -> dict[str, Any]:
+    """Return an entry of ``DATABASES`` with limits for PostgreSQL, unless its URL sets them."""
+    if database["ENGINE"] != "django.db.backends.postgresql":
+        return database
+    return {**database, "OPTIONS": CONNECT_OPTIONS | database.get("OPTIONS", {})}
+
+
+#: Requests that Django rejects, by the name of the exception: anybody can send them.
+REJECTIONS = (
+    "DisallowedHost",
+    "DisallowedRedirect",
+    "RequestDataTooBig",
+    "SuspiciousFileOperation",
+    "SuspiciousMultipartForm",
+    "TooManyFieldsSent",
+    "TooManyFilesSent",
+)
+
+
+class ProcessDefaults(BaseSettings):  # type: ignore[misc]
+    """What web, worker and beat need, with the values for development.
+
+    ``PACKAGE`` names the Python package of the service: its Celery app is ``celery_app`` in it,
+    and its queues have this name. ``BASE_DIR`` is the folder of ``manage.py``.
+    """
+
+    PACKAGE: str
+    BASE_DIR: Path
+    DEBUG = global_settings.DEBUG
+    TIME_ZONE: str = global_settings.TIME_ZONE
+    ALLOWED_HOSTS = global_settings.ALLOWED_HOSTS
+
+    # The name of the service, and the domain that it answers on
+    def SITE_NAME(self) -> str:
+        return self.PACKAGE
+
+    def DOMAIN(self) -> str:
+        return next(iter(self.ALLOWED_HOSTS), "localhost").lstrip("*.") or "localhost"
+
+    @property
+    def VAR_DIR(self) -> Path:
+        """Where the embedded database and broker keep their files; git ignores it."""
+        return Path(self.BASE_DIR, "var")
+
+    # Broker: folders that the processes share, unless CELERY_BROKER_URL is set
+    CELERY_BROKER_URL = env("filesystem://localhost", cast=broker_url(*broker.EMBEDDED_SCHEMES))
+    # The variable that production reads if that one is not set, such as RABBITMQ_URL on Dokku
+    BROKER_VARIABLE = "CELERY_BROKER_URL"
+
+    def CELERY_BROKER_TRANSPORT_OPTIONS(self) -> dict[str, Any]:
+        return broker.get_options(self.CELERY_BROKER_URL, self)
+
+    # Queues: e-mail has one of its own, so that other tasks do not wait behind it
+    def CELERY_TASK_DEFAULT_QUEUE(self) -> str:
+        return self.PACKAGE
+
+    @property
+    def mail_queue(self) -> str:
+        """The name of the queue of e-mail."""
+        return f"{self.PACKAGE}.mail"
+
+    # Queues that exist and that workers consume too, such as those of an earlier service
+    EXTRA_QUEUES = env("", cast=or_empty(queue_names, []))
+
+    def CELERY_TASK_QUEUES(self) -> list[Queue]:
+        extra = [Queue(name, routing_key=name, no_declare=True) for name in self.EXTRA_QUEUES]
+        return [self.make_queue(self.PACKAGE), self.make_queue(self.mail_queue), *extra]
+
+    def make_queue(self, name: str) -> Queue:
+        """Return a queue on the service's exchange."""
+        exchange = Exchange(self.PACKAGE, type=self.CELERY_TASK_DEFAULT_EXCHANGE_TYPE)
+        arguments = {"x-queue-type": self.CELERY_TASK_DEFAULT_QUEUE_TYPE}
+        return Queue(name, exchange, routing_key=name, queue_arguments=arguments)
+
+    def CELERY_TASK_ROUTES(self) -> dict[str, Any]:
+        mail = {"queue": self.mail_queue}
+        return {"ops.send_digest_chunk": mail, "ops.send_notification": mail}
+
+    def CELERY_TASK_DEFAULT_QUEUE_TYPE(self) -> str:
+        return broker.find(self.CELERY_BROKER_URL).queue_type
+
+    def CELERY_TASK_DEFAULT_EXCHANGE_TYPE(self) -> str:
+        return broker.find(self.CELERY_BROKER_URL).exchange_type
+
+    def CELERY_TASK_CREATE_MISSING_QUEUE_TYPE(self) -> str:
+        return self.CELERY_TASK_DEFAULT_QUEUE_TYPE
+
+    # Reliability: a message is acknowledged only after its task has finished
+    CELERY_TASK_ACKS_LATE = True
+    CELERY_TASK_REJECT_ON_WORKER_LOST = True
+    CELERY_WORKER_PREFETCH_MULTIPLIER = 1
+    CELERY_WORKER_CONSUMER = "prodserver_ops.worker.failed:Consumer"
+    CELERY_WORKER_CANCEL_LONG_RUNNING_TASKS_ON_CONNECTION_LOSS = True
+    CELERY_BROKER_CONNECTION_RETRY_ON_STARTUP = True
+    CELERY_BROKER_CONNECTION_MAX_RETRIES = None
+
+    # Time limits of tasks, in seconds: an exception at the first, SIGKILL at the second
+    CELERY_TASK_SOFT_TIME_LIMIT = 240
+    CELERY_TASK_TIME_LIMIT = 300
+
+    # Messages are JSON, which runs no code; stored results are deleted after a week
+    CELERY_ACCEPT_CONTENT = ["json"]
+    CELERY_RESULT_BACKEND: str | None = None
+    CELERY_RESULT_EXTENDED = True
+
+    def CELERY_TASK_IGNORE_RESULT(self) -> bool:
+        return self.CELERY_RESULT_BACKEND is None
+
+    def CELERY_RESULT_EXPIRES(self) -> timedelta | None:
+        return timedelta(days=7) if self.CELERY_RESULT_BACKEND else None
+
+    # Celery's defaults; it looks for them for each message, and longest if they are missing.
+    CELERY_TASK_ALWAYS_EAGER = False
+    CELERY_TASK_SEND_SENT_EVENT = False
+    CELERY_TASK_REPR_MAXLEVELS = 3
+    CELERY_BROKER_POOL_ACQUIRE_TIMEOUT: float | None = None
+
+    # Beat: schedules from the database; a run that was missed by up to an hour is made up for
+    CELERY_BEAT_SCHEDULER = "prodserver_ops.scheduling.scheduler:Scheduler"
+    CELERY_BEAT_CRON_STARTING_DEADLINE = 3600
+
+    def CELERY_TIMEZONE(self) -> str:
+        return self.TIME_ZONE
+
+    # Remote control, such as `celery inspect active`: the exchange is this service's own, so
+    # that services can share a broker
+    def CELERY_CONTROL_EXCHANGE(self) -> str:
+        return self.PACKAGE
+
+    # An exclusive queue would stop two processes with the same node name from overlapping.
+    CELERY_CONTROL_QUEUE_EXCLUSIVE = False
+    CELERY_CONTROL_QUEUE_DURABLE = True
+
+    # Processes
+    PORT = env(8000, cast=or_empty(port, 8000))  # It may be "" for all but web.
+    BIND_HOST = env("127.0.0.1", cast=host)
+    WEB_CONCURRENCY = env(1, cast=integer(1))
+    WEB_THREADS = env(4, cast=integer(1))
+    WORKER_CONCURRENCY = env(2, cast=integer(1))
+    WORKER_POOL = "threads"  # Ctrl-C also reaches child processes and would end their tasks.
+
+    @env(cast=site_url)
+    def SITE_URL(self) -> str:
+        return f"http://localhost:{self.PORT}"
+
+    # Proxies in front of the service that append to X-Forwarded-For
+    PROXY_COUNT = env(0, cast=integer(0, 10))
+
+    # The longest time of a statement in PostgreSQL, in seconds; see core/database.py
+    DATABASE_STATEMENT_TIMEOUT = env(30, cast=integer(1, 3600))
+
+    # Where the embedded database's locks between processes are files
+    def LOCK_DIR(self) -> Path:
+        return self.VAR_DIR / "locks"
+
+    # How many e-mails of a digest a task sends at the same time, each through its own connection
+    EMAIL_CONNECTIONS = env(1, cast=integer(1, 100))
+
+    # How long a token of the API is valid
+    TOKEN_DAYS = env(90, cast=integer(1, 3650))
+
+    # Logs: one line for each event, all through one handler; see core/logs.py
+    LOG_LEVEL = env("INFO", cast=one_of("DEBUG", "INFO", "WARNING", "ERROR"))
+    LOG_FORMAT = env("text", cast=one_of("text", "json"))
+    LOG_REDACTED_PATHS: tuple[str, ...] = ()
+
+    def LOGGING(self) -> dict[str, Any]:
+        return {
+            "version": 1,
+            "disable_existing_loggers": False,
+            "formatters": {
+                "text": {"()": "prodserver_ops.core.logs.TextFormatter"},
+                "json": {"()": "prodserver_ops.core.logs.JsonFormatter"},
+            },
+            "filters": {"rejected": {"()": "prodserver_ops.core.logs.RejectedRequestFilter"}},
+            "handlers": {
+                "console": {
+                    "()": "prodserver_ops.core.logs.make_handler",
+                    "formatter": self.LOG_FORMAT,
+                },
+            },
+            "root": {"handlers": ["console"], "level": self.LOG_LEVEL},
+            "loggers": {
+                # Remove Django's own handlers.
+                "django": {"level": self.LOG_LEVEL},
+                "django.server": {"propagate": True},
+                # The request log has a line for each 4xx response already.
+                "django.request": {"level": "ERROR"},
+            }
+            | {f"django.security.{name}": {"filters": ["rejected"]} for name in REJECTIONS},
+        }
+
+    # Sentry: errors and missed schedules, if SENTRY_DSN is set
+    SENTRY_DSN = env("", cast=or_empty(sentry_dsn))
+    SENTRY_ENVIRONMENT = "development"
+
+
+class Defaults(ProcessDefaults):
+    """All settings that services share, with the values for development."""
+
+    # Security
+    DEBUG = env(True, cast=boolean)
+    SECRET_KEY = env("django-insecure-for-development-only")
+    SECRET_KEY_FALLBACKS = env("", cast=or_empty(secret_keys, []))
+    ALLOWED_HOSTS = env("localhost,127.0.0.1,[::1]", cast=hosts)
+    ADMIN_PATH = env("admin/", cast=path)
+    AUTHENTICATION_BACKENDS = ["prodserver_ops.web.logins.ThrottledBackend"]
+    SECURE_REFERRER_POLICY = "same-origin"
+    # Pages load resources only from this service and run no inline scripts or styles.
+    SECURE_CSP = {
+        "default-src": ["'self'"],
+        "img-src": ["'self'", "data:"],
+        "object-src": ["'none'"],
+        "base-uri": ["'none'"],
+        "form-action": ["'self'"],
+        "frame-ancestors": ["'none'"],
+    }
+
+    # Requests: how many bytes of fields they contain at most, and of files
+    DATA_UPLOAD_MAX_MEMORY_SIZE = 2**20
+    UPLOAD_MAX_SIZE = 5 * 2**20
+    FILE_UPLOAD_HANDLERS = [
+        "prodserver_ops.web.uploads.LimitedUploadHandler",
+        "django.core.files.uploadhandler.MemoryFileUploadHandler",
+        "django.core.files.uploadhandler.TemporaryFileUploadHandler",
+    ]
+
+    # Messages to signed-in users: in their session, without a cookie that each request reads
+    MESSAGE_STORAGE = "django.contrib.messages.storage.session.SessionStorage"
+
+    # Caches: counts that all processes share are in a table of their own; see core/limits.py
+    CACHES = {
+        "default": {
+            "BACKEND": "django.core.cache.backends.locmem.LocMemCache",
+            "OPTIONS": {"MAX_ENTRIES": 10_000},
+        },
+    }
+
+    # Static files, served by WhiteNoise; directly from the apps while DEBUG is on
+    STATIC_URL = "static/"
+
+    def STATIC_ROOT(self) -> Path:
+        return Path(self.BASE_DIR, "staticfiles")
+
+    STORAGES = {
+        "default": {"BACKEND": "django.core.files.storage.FileSystemStorage"},
+        "staticfiles": {"BACKEND": "django.contrib.staticfiles.storage.StaticFilesStorage"},
+    }
+
+    # Database: SQLite, configured for several processes that write at the same time
+    @env(key="DATABASE_URL", cast=development_database_url)
+    def database(self) -> dict[str, Any]:
+        return get_sqlite(self.VAR_DIR / "db.sqlite3")
+
+    def DATABASES(self) -> dict[str, Any]:
+        return {"default": limit_database(self.database)}
+
+    # E-mail: printed by the process that sends it unless EMAIL_HOST is set
+    # A server with an account gets STARTTLS on port 587
+    EMAIL_HOST = env("", cast=or_empty(host))
+    EMAIL_HOST_USER = env("")
+    EMAIL_HOST_PASSWORD = env("")
+    EMAIL_USE_SSL = env(False, cast=boolean)
+    EMAIL_TIMEOUT = 30
+
+    @env(cast=boolean)
+    def EMAIL_USE_TLS(self) -> bool:
+        return bool(self.EMAIL_HOST_USER) and not self.EMAIL_USE_SSL
+
+    @env(cast=port)
+    def EMAIL_PORT(self) -> int:
+        if self.EMAIL_USE_SSL:
+            return 465
+        return 587 if self.EMAIL_USE_TLS else 25
+
+    @env(cast=email_address)
+    def DEFAULT_FROM_EMAIL(self) -> str:
+        return f"noreply@{self.DOMAIN}"
+
+    # The backend of Django that is used without a server
+    EMAIL_WITHOUT_SERVER = "console"
+
+    # Or through the HTTP API of a provider that django-anymail supports
+    # https://anymail.dev/en/stable/esps/
+    EMAIL_API = env("", cast=or_empty(email_api, None))
+
+    def ANYMAIL(self) -> dict[str, str]:
+        return self.EMAIL_API[1] if self.EMAIL_API else {}
+
+    def EMAIL_BACKEND(self) -> str:
+        if self.EMAIL_API:
+            return f"anymail.backends.{self.EMAIL_API[0]}.EmailBackend"
+        backend = "smtp" if self.EMAIL_HOST else self.EMAIL_WITHOUT_SERVER
+        return f"django.core.mail.backends.{backend}.EmailBackend"
+
+    def SERVER_EMAIL(self) -> str:
+        address: str = self.DEFAULT_FROM_EMAIL
+        return address
+
+
+class TestDefaults(Defaults):
+    """Tests: no message leaves the process unless the environment names a broker."""
+
+    DEBUG = False
+    CELERY_BROKER_URL = env("memory://", cast=broker_url("memory"))
+    CELERY_RESULT_BACKEND = None
+    WHITENOISE_AUTOREFRESH = True
+
+    # Two test runs at the same time share no locks
+    def LOCK_DIR(self) -> Path:
+        return Path(gettempdir()) / f"{self.PACKAGE}-{os.getpid()}"
+
+    PASSWORD_HASHERS = ["django.contrib.auth.hashers.MD5PasswordHasher"]
+
+
+class ProductionProcessDefaults(ProcessDefaults):
+    """What web, worker and beat need in production."""
+
+    # Proxies in front of the service that append to X-Forwarded-For
+    PROXY_COUNT = env(1, cast=integer(0, 10))
+
+    @env(cast=site_url)
+    def SITE_URL(self) -> str:
+        return f"https://{self.DOMAIN}"
+
+    # How many e-mails of a digest a task sends at the same time
+    EMAIL_CONNECTIONS = env(8, cast=integer(1, 100))
+
+    @env(cast=broker_url())
+    def CELERY_BROKER_URL(self) -> str:
+        url: str = env(env.Required, key=self.BROKER_VARIABLE, cast=broker_url())()
+        return url
+
+    # Processes
+    BIND_HOST = env("0.0.0.0", cast=host)
+    WEB_CONCURRENCY = env(2, cast=integer(1))
+    WORKER_POOL = "prefork"
+
+    # Logs and errors
+    LOG_FORMAT = env("json", cast=one_of("text", "json"))
+    SENTRY_ENVIRONMENT = "production"
+
+
+class ProductionDefaults(ProductionProcessDefaults, Defaults):
+    """Production: required secrets, HTTPS only, PostgreSQL and a broker."""
+
+    # Security
+    DEBUG = False
+    SECRET_KEY = env(env.Required, cast=secret_key)
+
+    @env(cast=hosts)
+    def ALLOWED_HOSTS(self) -> list[str]:
+        return [self.DOMAIN]
+
+    # HTTPS: behind a proxy that sets X-Forwarded-Proto
+    SECURE_PROXY_SSL_HEADER = ("HTTP_X_FORWARDED_PROTO", "https")
+    SECURE_SSL_REDIRECT = env(True, cast=boolean)
+    SECURE_HSTS_SECONDS = env(3600, cast=integer(0))
+    SECURE_HSTS_INCLUDE_SUBDOMAINS = env(True, cast=boolean)
+    SILENCED_SYSTEM_CHECKS = ["security.W021"]  # HSTS preloading is hard to undo.
+    SESSION_COOKIE_SECURE = True
+    CSRF_COOKIE_SECURE = True
+
+    # Static files: hashed names, compressed, cached by browsers for good
+    STORAGES = {
+        "default": {"BACKEND": "django.core.files.storage.FileSystemStorage"},
+        "staticfiles": {"BACKEND": "whitenoise.storage.CompressedManifestStaticFilesStorage"},
+    }
+    WHITENOISE_KEEP_ONLY_HASHED_FILES = True
+
+    # Database: persistent connections, checked before they are used again
+    database = env(env.Required, key="DATABASE_URL", cast=database_url)
+
+    def DATABASES(self) -> dict[str, Any]:
+        return {
+            "default": {
+                "CONN_MAX_AGE": 60,
+                "CONN_HEALTH_CHECKS": True,
+                **limit_database(self.database),
+            },
+        }
+
+    # E-mail
+    EMAIL_HOST = env("localhost", cast=host)
+
+
+class StagingDefaults(ProductionDefaults):
+    """Staging: like production, on a domain of its own, without e-mail to real people."""
+
+    SECURE_HSTS_SECONDS = env(60, cast=integer(0))
+    SENTRY_ENVIRONMENT = "staging"
+
+    # E-mail: discarded unless EMAIL_HOST is set, because logs must not contain it
+    EMAIL_HOST = env("", cast=or_empty(host))
+    EMAIL_WITHOUT_SERVER = "dummy"

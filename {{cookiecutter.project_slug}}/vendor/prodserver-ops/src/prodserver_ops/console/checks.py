@@ -1,0 +1,168 @@
+"""System checks of what would fail only at run time: schedules and processes."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from celery import current_app
+from django.apps import AppConfig, apps
+from django.conf import settings
+from django.core import checks, mail
+from django.core.exceptions import ImproperlyConfigured
+from django.db import connections
+from django.db.migrations.exceptions import CircularDependencyError, NodeNotFoundError
+from django.db.migrations.loader import MigrationLoader
+from django.db.utils import OperationalError
+
+from ..api import schema
+from ..core.database import find_pooler
+from ..scheduling.operations import (
+    REQUIRED_MIGRATION,
+    CreateSchedule,
+    DeleteSchedule,
+    get_migrations,
+)
+
+
+@checks.register
+def check_schedules(
+    app_configs: Sequence[AppConfig] | None, **kwargs: Any
+) -> list[checks.CheckMessage]:
+    """Report schedules that cannot run, and migrations of schedules that may run too early."""
+    current_app.autodiscover_tasks(force=True)
+    # The service's first migration does not exist while makemigrations creates it.
+    loader = MigrationLoader(None, load=False, ignore_no_migrations=True)
+    try:
+        loader.build_graph()
+        plan = list(get_migrations(loader))
+    except (NodeNotFoundError, CircularDependencyError) as error:
+        return [checks.Error(str(error), id="schedules.E003")]
+    schedules: dict[str, tuple[CreateSchedule, str]] = {}
+    messages: list[checks.CheckMessage] = []
+    for key, migration in plan:
+        name = ".".join(key)
+        operations = [
+            operation for operation in migration.operations if isinstance(operation, CreateSchedule)
+        ]
+        schedules |= {operation.name: (operation, name) for operation in operations}
+        if operations and REQUIRED_MIGRATION not in loader.graph.forwards_plan(key):
+            messages.append(
+                checks.Error(
+                    f"Migration {name} changes schedules, but an empty database may have no "
+                    f"table for them when it runs.",
+                    hint="Add this line to its dependencies: "
+                    f'("{REQUIRED_MIGRATION[0]}", "{REQUIRED_MIGRATION[1]}"),',
+                    obj=name,
+                    id="schedules.E002",
+                )
+            )
+    for operation, name in schedules.values():
+        problems = operation.get_problems()
+        # The task of a deleted schedule may no longer exist.
+        if operation.task not in current_app.tasks and not isinstance(operation, DeleteSchedule):
+            problems.append(
+                f"Schedule {operation.name!r} has a task that is not registered: "
+                f"{operation.task!r}."
+            )
+        messages += [checks.Error(text, obj=name, id="schedules.E001") for text in problems]
+    return messages
+
+
+@checks.register
+def check_database(
+    app_configs: Sequence[AppConfig] | None, **kwargs: Any
+) -> list[checks.CheckMessage]:
+    """Report a pooler that does not keep sessions."""
+    if problem := find_pooler():
+        return [checks.Error(problem, id="database.E001")]
+    return []
+
+
+@checks.register(deploy=True)
+def check_email(
+    app_configs: Sequence[AppConfig] | None, **kwargs: Any
+) -> list[checks.CheckMessage]:
+    """Report a mail server that gets its password in clear, and one that cannot be used."""
+    if settings.EMAIL_USE_TLS and settings.EMAIL_USE_SSL:
+        problem = "EMAIL_USE_TLS and EMAIL_USE_SSL are both on; a mail server supports one of them."
+        return [checks.Error(problem, id="email.E002")]
+    if getattr(settings, "EMAIL_API", None):
+        try:
+            mail.get_connection()
+        except ImportError as error:
+            hint = "Run uv add django-anymail, and see https://anymail.dev/ for the provider."
+            return [checks.Error(f"EMAIL_API: {error}.", hint=hint, id="email.E003")]
+        except ImproperlyConfigured as error:
+            problem = f"EMAIL_API: {' '.join(str(error).split())}"
+            return [checks.Error(problem, id="email.E003")]
+        return []
+    encrypted = settings.EMAIL_USE_TLS or settings.EMAIL_USE_SSL
+    if settings.EMAIL_HOST and settings.EMAIL_HOST_USER and not encrypted:
+        problem = "The password of the SMTP server is sent in clear."
+        hint = "Set EMAIL_USE_TLS=on for STARTTLS, or EMAIL_USE_SSL=on."
+        return [checks.Error(problem, hint=hint, id="email.E001")]
+    return []
+
+
+@checks.register(deploy=True)
+def check_schema(
+    app_configs: Sequence[AppConfig] | None, **kwargs: Any
+) -> list[checks.CheckMessage]:
+    """Report that the file with the schema of the API is missing."""
+    path = schema.get_path()
+    if path.exists() or not apps.is_installed("rest_framework"):
+        return []
+    hint = "Run uv run manage.py openapi, and commit the file."
+    return [checks.Error(f"{path.name} is missing.", hint=hint, id="openapi.E001")]
+
+
+@checks.register(checks.Tags.database)
+def check_history(
+    app_configs: Sequence[AppConfig] | None, databases: Sequence[str] | None = None, **kwargs: Any
+) -> list[checks.CheckMessage]:
+    """Report a database that was another service's; ``migrate`` would fail, or miss tables."""
+    from . import adoption
+
+    for alias in databases or []:
+        try:
+            problem = adoption.find_foreign_history(connections[alias])
+        except OperationalError:
+            continue
+        if problem:
+            hint = "Run python manage.py adopt; see docs/move.md."
+            return [checks.Error(adoption.PROBLEM.format(problem), hint=hint, id="database.E002")]
+    return []
+
+
+@checks.register(checks.Tags.database)
+def check_migrations(
+    app_configs: Sequence[AppConfig] | None, databases: Sequence[str] | None = None, **kwargs: Any
+) -> list[checks.CheckMessage]:
+    """Report migrations to be applied that break the previous version."""
+    from . import migration_safety
+
+    return [
+        message for alias in databases or [] for message in migration_safety.find_messages(alias)
+    ]
+
+
+@checks.register
+def check_processes(
+    app_configs: Sequence[AppConfig] | None, **kwargs: Any
+) -> list[checks.CheckMessage]:
+    """Report the processes that cannot start."""
+    from . import processes
+
+    messages: list[checks.CheckMessage] = []
+    for name, process in settings.PRODUCTION_PROCESSES.items():
+        for check, id_ in (
+            (processes.check_backend, "processes.E001"),
+            (processes.check_app, "processes.E002"),
+            (processes.check_arguments, "processes.E003"),
+        ):
+            try:
+                check(process)
+            except Exception as error:
+                problem = str(error).partition("\n")[0]
+                messages.append(checks.Error(f"Process {name!r}: {problem}", id=id_))
+                break
+    return messages

@@ -1,0 +1,322 @@
+"""The checks of ``python manage.py doctor``, and the command to run next for each failure.
+
+A check returns a Result or raises an exception. Checks time out and leak no secrets.
+"""
+
+import json
+import shlex
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from celery import current_app
+from django.conf import settings
+from django.core import checks, mail
+from django.db import connection, connections
+from django.db.migrations.executor import MigrationExecutor
+from django.utils import timezone
+from django_celery_beat.models import PeriodicTask
+
+from .. import broker
+from ..core.database import find_pooler
+from ..core.logs import redact
+from ..mail import transport
+from ..models import HEARTBEAT_AGE, Attempt
+from ..scheduling import heartbeats, scheduler
+from ..scheduling.scheduler import InvalidSchedule
+from ..web import health
+from ..worker.app import get_failed_queue
+
+#: Time limit of the checks that run at the same time, in seconds.
+CHECK_TIMEOUT = 6
+
+#: Time limit for the reply of the broker or the SMTP server, in seconds.
+REPLY_TIMEOUT = 4
+
+OK, ERROR, SKIPPED = "ok", "error", "skipped"
+
+
+@dataclass
+class Result:
+    """The result of a check; ``next`` is the command to run if it failed."""
+
+    message: str
+    status: str = OK
+    next: str | None = None
+    schedules: list[dict[str, Any]] = field(default_factory=list)
+
+
+# Checks
+
+
+def check_settings() -> Result:
+    """Run Django's system checks; in production those of ``check --deploy`` too."""
+    messages = [
+        message
+        for message in checks.run_checks(include_deployment_checks=not settings.DEBUG)
+        if message.is_serious(checks.WARNING) and not message.is_silenced()
+    ]
+    if not messages:
+        return Result("no problems")
+    first = redact_text(f"{messages[0].msg} ({messages[0].id})")
+    more = f", and {len(messages) - 1} more" if messages[1:] else ""
+    return failed("settings", f"{first}{more}")
+
+
+def check_database() -> Result:
+    """Query the database."""
+    health.check_database()
+    if problem := find_pooler():
+        return failed("settings", problem)
+    if connection.vendor == "sqlite":
+        return Result(f"SQLite in {connection.settings_dict['NAME']}")
+    host, port = get_database_address()
+    return Result(f"{connection.display_name} on {host}:{port}")
+
+
+def check_migrations() -> Result:
+    """Look for migrations that are not applied."""
+    executor = MigrationExecutor(connection)
+    plan = executor.migration_plan(executor.loader.graph.leaf_nodes())
+    if not plan:
+        return Result("all applied")
+    migration, _ = plan[0]
+    return failed("migrations", f"{len(plan)} not applied, first: {migration}")
+
+
+def check_broker() -> Result:
+    """Connect to the broker."""
+    health.check_broker()
+    scheme, host, port = get_broker_address()
+    return Result(f"{scheme} on {host}:{port}" if port else scheme)
+
+
+def check_queue() -> Result:
+    """Count the tasks that were given up."""
+    name = get_failed_queue()
+    count = broker.count_messages(current_app, [name], REPLY_TIMEOUT)[name]
+    if not count:
+        return Result("no task was given up")
+    return failed(
+        "queue",
+        f"{count} tasks were given up: they killed workers, or no worker knows them; they are in "
+        f"the queue {name}",
+    )
+
+
+def check_heartbeat(process: str) -> Result:
+    """Look for processes that recorded a heartbeat within the last minute."""
+    ages = heartbeats.get_ages(process)
+    alive = [age for age in ages if age < HEARTBEAT_AGE]
+    if not ages:
+        return failed(process, "no heartbeat")
+    if not alive:
+        return failed(process, f"the last heartbeat was {ages[0]} seconds ago")
+    return Result(f"{len(alive)} running, the last heartbeat was {ages[0]} seconds ago")
+
+
+def check_schedules() -> Result:
+    """Compute the next run of each enabled schedule."""
+    current_app.loader.import_default_modules()
+    rows = PeriodicTask.objects.order_by("name")
+    rows = rows.select_related("crontab", "interval", "solar", "clocked")
+    schedules = [describe_schedule(row) for row in rows.filter(enabled=True)]
+    disabled = rows.filter(enabled=False).count()
+    return Result(
+        f"{len(schedules)} enabled, {disabled} disabled; times in {settings.TIME_ZONE}",
+        ERROR if any(schedule["problem"] for schedule in schedules) else OK,
+        schedules=schedules,
+    )
+
+
+def check_email() -> Result:
+    """Connect and log in to the mail server."""
+    backend = settings.EMAIL_BACKEND.split(".")[-2]
+    if api := getattr(settings, "EMAIL_API", None):
+        with mail.get_connection():
+            return Result(f"the API of {api[0]}; only its settings are checked")
+    if backend != "smtp":
+        return Result(f"no server; messages go to Django's {backend} backend")
+    with mail.get_connection(timeout=REPLY_TIMEOUT):
+        return Result(f"SMTP on {settings.EMAIL_HOST}:{settings.EMAIL_PORT}")
+
+
+def check_deliveries() -> Result:
+    """Look for e-mail that the mail server did not accept."""
+    if (failures := transport.get_failures()) and failures.is_general:
+        return failed("deliveries", f"no e-mail is accepted: {redact_text(failures.reason)}")
+    return Result(f"e-mails that wait for another attempt: {Attempt.objects.count()}")
+
+
+def check_template() -> Result:
+    """Read the version of the template that the service was generated from."""
+    path = Path(settings.BASE_DIR, ".cruft.json")
+    try:
+        state = json.loads(path.read_text())
+    except OSError:
+        return Result(f"unknown: there is no {path.name}")
+    version = state["context"]["cookiecutter"]["_version"]
+    return Result(f"{version}, commit {(state['commit'] or 'unknown')[:12]}")
+
+
+def get_checks() -> dict[str, Callable[[], Result]]:
+    """Return all checks by name."""
+    return {
+        "settings": check_settings,
+        "database": check_database,
+        "migrations": check_migrations,
+        "broker": check_broker,
+        "queue": check_queue,
+        **{name: partial(check_heartbeat, name) for name in heartbeats.get_processes()},
+        "schedules": check_schedules,
+        "e-mail": check_email,
+        "deliveries": check_deliveries,
+        "template": check_template,
+    }
+
+
+def get_requirements() -> dict[str, str]:
+    """Return the checks that are skipped if another one fails, which is the value."""
+    return {
+        "migrations": "database",
+        "schedules": "database",
+        "queue": "broker",
+        **dict.fromkeys(heartbeats.get_processes(), "database"),
+        "deliveries": "database",
+    }
+
+
+# Schedules
+
+
+def describe_schedule(row: PeriodicTask) -> dict[str, Any]:
+    """Return a schedule's next run, or its problem and the command that disables it."""
+    schedule = {"name": row.name, "task": row.task, "next_run": None, "problem": None, "next": None}
+    try:
+        schedule["next_run"] = get_next_run(row)
+    except Exception as error:
+        invalid = isinstance(error, InvalidSchedule)
+        schedule["problem"] = str(error) if invalid else redact_error(error)
+        disable = f"s = PeriodicTask.objects.get(pk={row.pk}); s.enabled = False; s.save()"
+        schedule["next"] = f"python manage.py shell --command {shlex.quote(disable)}"
+    return schedule
+
+
+def get_next_run(row: PeriodicTask) -> datetime:
+    """Return when a schedule is due; raise an exception if beat cannot run it."""
+    if row.task not in current_app.tasks:
+        raise InvalidSchedule(f"its task does not exist: {row.task}")
+    if row.scheduler is None:
+        raise InvalidSchedule("it has neither a crontab nor an interval")
+    scheduler.check_arguments(row)
+    now = timezone.now()
+    next_run = now if scheduler.get_due(row, now) else scheduler.get_next(row, now)
+    if next_run is None:
+        raise InvalidSchedule("its crontab is never due")
+    return timezone.localtime(next_run).replace(microsecond=0)
+
+
+# Failures
+
+
+def failed(name: str, message: str) -> Result:
+    """Return the result of a check that failed."""
+    return Result(message, ERROR, get_next_command(name))
+
+
+def get_next_command(name: str) -> str | None:
+    """Return the command that fixes a failure, or that shows more about it."""
+    match name:
+        case "settings":
+            return "python manage.py check" + ("" if settings.DEBUG else " --deploy")
+        case "database" if connection.vendor == "postgresql":
+            return "pg_isready --host={} --port={}".format(*get_database_address())
+        case "database" | "migrations" | "schedules":
+            return "python manage.py migrate"
+        case "broker":
+            return "nc -zv {1} {2}".format(*get_broker_address())
+        case "queue":
+            return "python manage.py requeue"
+        case _ if name in heartbeats.get_processes():
+            return f"python manage.py prodserver {name}"
+        case "e-mail" | "deliveries":
+            return "python manage.py sendtestemail ADDRESS"
+        case _:
+            return None
+
+
+def get_database_address() -> tuple[str, int | str]:
+    """Return host and port of PostgreSQL."""
+    database = connection.settings_dict
+    return database["HOST"] or "localhost", database["PORT"] or 5432
+
+
+def get_broker_address() -> tuple[str, str, int | None]:
+    """Return scheme, host and port of the broker; the port is None without a server."""
+    url = urlsplit(settings.CELERY_BROKER_URL)
+    port = url.port or broker.find(settings.CELERY_BROKER_URL).ports.get(url.scheme)
+    return url.scheme, url.hostname or "localhost", port
+
+
+def redact_error(error: BaseException) -> str:
+    """Return an error as one line of at most 200 characters without secrets."""
+    return redact_text(f"{type(error).__name__}: {error}")
+
+
+def redact_text(text: str) -> str:
+    """Return the text as one line of at most 200 characters without secrets."""
+    text = redact(" ".join(text.split()))
+    secrets = (
+        settings.SECRET_KEY,
+        *settings.SECRET_KEY_FALLBACKS,
+        settings.EMAIL_HOST_PASSWORD,
+        *getattr(settings, "ANYMAIL", {}).values(),
+        settings.DATABASES["default"].get("PASSWORD"),
+        urlsplit(settings.CELERY_BROKER_URL).password,
+    )
+    for secret in filter(None, secrets):
+        text = text.replace(secret, "***")
+    return text[:200]
+
+
+# All checks
+
+
+def run_all() -> dict[str, Result]:
+    """Run all checks; return their results by name."""
+    checks, requirements = get_checks(), get_requirements()
+    results = run({name: check for name, check in checks.items() if name not in requirements})
+    passed = {name for name, result in results.items() if result.status == OK}
+    results |= run({name: checks[name] for name, other in requirements.items() if other in passed})
+    for name, other in requirements.items():
+        results.setdefault(name, Result(f"skipped because the {other} check failed", SKIPPED))
+    return {name: results[name] for name in checks}
+
+
+def run(checks: dict[str, Callable[[], Result]], timeout: float | None = None) -> dict[str, Result]:
+    """Run checks at the same time; return their results by name after the time limit."""
+    timeout = timeout or CHECK_TIMEOUT
+    results = {name: failed(name, f"no result within {timeout} seconds") for name in checks}
+
+    def run_one(name: str, check: Callable[[], Result]) -> None:
+        try:
+            results[name] = check()
+        except Exception as error:
+            results[name] = failed(name, redact_error(error))
+        finally:
+            connections.close_all()
+
+    # Daemon threads: a check that hangs does not keep the process alive.
+    threads = [threading.Thread(target=run_one, args=item, daemon=True) for item in checks.items()]
+    deadline = time.monotonic() + timeout
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(max(0, deadline - time.monotonic()))
+    return dict(results)

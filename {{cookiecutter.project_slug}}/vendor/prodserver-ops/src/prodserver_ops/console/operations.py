@@ -1,0 +1,215 @@
+"""The page *Operations* of the admin: schedules, failures, queues and processes."""
+
+import json
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+from celery import current_app
+from django.conf import settings
+from django.contrib import messages
+from django.contrib.admin.models import CHANGE, LogEntry
+from django.core.exceptions import PermissionDenied
+from django.db.models import F, Window
+from django.db.models.functions import RowNumber
+from django.http import HttpRequest, HttpResponse
+from django.shortcuts import get_object_or_404, redirect
+from django.template.response import TemplateResponse
+from django.urls import path
+from django.utils import timezone
+from django.views.decorators.http import require_POST
+from django_celery_beat.models import PeriodicTask
+from kombu.utils.json import loads
+
+from .. import broker
+from ..models import Heartbeat, TaskRun
+from ..scheduling import heartbeats
+from ..worker.app import get_failed_queue
+from . import doctor
+from .large_tables import LargeTableAdmin
+
+#: How long the page waits for the broker, in seconds.
+TIMEOUT = 2
+
+#: How many of each the page shows.
+SHOWN_RUNS = 5
+SHOWN_FAILURES = 20
+SHOWN_RUNNING = 20
+SHOWN_SCHEDULES = 200
+
+#: How old the heartbeats are that it shows, in seconds.
+SHOWN_AGE = 3600
+
+#: Age at which a failure does not count as a recent one.
+RECENT = timedelta(days=1)
+
+#: Who may see the page, and who may use its buttons.
+VIEW_PERMISSION = "ops.view_taskrun"
+RUN_PERMISSION = "django_celery_beat.change_periodictask"
+
+
+@dataclass
+class Schedule:
+    """A schedule as the page shows it."""
+
+    row: PeriodicTask
+    timing: str
+    next_run: Any
+    problem: str | None
+    runs: list[TaskRun] = field(default_factory=list)
+
+
+def get_schedules() -> list[Schedule]:
+    """Return all schedules with their latest runs, the newest first."""
+    current_app.loader.import_default_modules()  # To know which tasks exist
+    rows = PeriodicTask.objects.select_related("crontab", "interval", "solar", "clocked")
+    schedules = {}
+    for row in rows.order_by("name")[:SHOWN_SCHEDULES]:
+        state = doctor.describe_schedule(row) if row.enabled else {}
+        schedules[row.pk] = Schedule(
+            row, describe_timing(row), state.get("next_run"), state.get("problem")
+        )
+    number = Window(RowNumber(), partition_by="schedule_id", order_by=F("pk").desc())
+    runs = TaskRun.objects.filter(schedule__in=list(schedules)).annotate(number=number)
+    for run in runs.filter(number__lte=SHOWN_RUNS).order_by("-pk"):
+        schedules[run.schedule_id or 0].runs.append(run)
+    return list(schedules.values())
+
+
+def describe_timing(row: PeriodicTask) -> str:
+    """Return in words when a schedule runs."""
+    if row.crontab is not None:
+        return f"{row.crontab.human_readable}"
+    return str(row.scheduler or "never")
+
+
+def get_failures() -> list[TaskRun]:
+    """Return the latest runs that failed."""
+    return list(TaskRun.objects.filter(status="failed").order_by("-pk")[:SHOWN_FAILURES])
+
+
+def get_running() -> list[TaskRun]:
+    """Return what runs now; a run whose worker was killed counts until its time limit."""
+    since = timezone.now() - timedelta(seconds=settings.CELERY_TASK_TIME_LIMIT)
+    runs = TaskRun.objects.filter(status="running", started_at__gte=since)
+    return list(runs.order_by("-pk")[:SHOWN_RUNNING])
+
+
+def get_queues() -> tuple[dict[str, int], str]:
+    """Return the queues with their numbers of messages, and what went wrong if anything did."""
+    counts: dict[str, int] = {}
+
+    def count() -> doctor.Result:
+        names = [*(queue.name for queue in settings.CELERY_TASK_QUEUES), get_failed_queue()]
+        counts.update(broker.count_messages(current_app, names, TIMEOUT))
+        return doctor.Result("")
+
+    result = doctor.run({"broker": count}, TIMEOUT)["broker"]
+    return dict(counts), "" if result.status == doctor.OK else result.message
+
+
+def get_heartbeats() -> list[Heartbeat]:
+    """Return the heartbeats of the last hour, the newest of a process first."""
+    return [row for row in heartbeats.get_heartbeats() if row.age < SHOWN_AGE]
+
+
+def get_summary() -> dict[str, Any]:
+    """Return what the index of the admin says: schedules, recent failures and processes."""
+    since = timezone.now() - RECENT
+    failures = TaskRun.objects.filter(status="failed", started_at__gte=since, repeated_at=None)
+    alive = heartbeats.get_alive()
+    return {
+        "schedules": PeriodicTask.objects.filter(enabled=True).count(),
+        "failures": failures[:100].count(),
+        "missing": [name for name in heartbeats.get_processes() if name not in alive],
+    }
+
+
+def run_task(name: str, args: Any, kwargs: Any, **options: Any) -> None:
+    """Queue a task; raise ValueError if no code has it."""
+    current_app.loader.import_default_modules()
+    if name not in current_app.tasks:
+        raise ValueError(f"The task {name} does not exist.")
+    current_app.tasks[name].apply_async(args, kwargs, **options)
+
+
+class OperationsAdmin(LargeTableAdmin):
+    """The page and its buttons, as URLs of a model's admin."""
+
+    def get_urls(self) -> list[Any]:
+        """Return the URLs of the page before those of the model."""
+        wrap = self.admin_site.admin_view
+        return [
+            path("operations/", wrap(self.operations_view), name="ops_operations"),
+            path("operations/run/<int:pk>/", wrap(require_POST(self.run_view)), name="ops_run"),
+            path(
+                "operations/repeat/<int:pk>/",
+                wrap(require_POST(self.repeat_view)),
+                name="ops_repeat",
+            ),
+            *super().get_urls(),
+        ]
+
+    def operations_view(self, request: HttpRequest) -> HttpResponse:
+        """Show the page."""
+        require(request, VIEW_PERMISSION)
+        queues, problem = get_queues()
+        context = {
+            **self.admin_site.each_context(request),
+            "title": "Operations",
+            "opts": self.opts,
+            "schedules": get_schedules(),
+            "failures": get_failures(),
+            "running": get_running(),
+            "queues": queues,
+            "queues_problem": problem,
+            "heartbeats": get_heartbeats(),
+            "template": doctor.check_template().message,
+            "may_run": request.user.has_perm(RUN_PERMISSION),
+        }
+        return TemplateResponse(request, "admin/operations.html", context)
+
+    def run_view(self, request: HttpRequest, pk: int) -> HttpResponse:
+        """Queue a run of a schedule."""
+        require(request, RUN_PERMISSION)
+        row = get_object_or_404(PeriodicTask, pk=pk)
+        options = {"queue": row.queue} if row.queue else {}
+        headers = {"schedule": row.pk}
+        submit(request, row.task, row.args, row.kwargs, row.name, headers=headers, **options)
+        LogEntry.objects.log_actions(request.user.pk or 0, [row], CHANGE, "Run now.")
+        return redirect("admin:ops_operations")
+
+    def repeat_view(self, request: HttpRequest, pk: int) -> HttpResponse:
+        """Queue a failed task again."""
+        require(request, RUN_PERMISSION)
+        run = get_object_or_404(TaskRun, pk=pk)
+        failed = TaskRun.objects.filter(pk=pk, status="failed", repeated_at=None)
+        if not failed.update(repeated_at=timezone.now()):
+            messages.warning(request, f"Not queued: {run.name} was tried again already.")
+            return redirect("admin:ops_operations")
+        args, kwargs = json.loads(run.arguments or "[[], {}]")
+        headers = {"schedule": run.schedule_id} if run.schedule_id else {}
+        if not submit(
+            request, run.name, json.dumps(args), json.dumps(kwargs), run.name, headers=headers
+        ):
+            TaskRun.objects.filter(pk=pk).update(repeated_at=None)
+        return redirect("admin:ops_operations")
+
+
+def require(request: HttpRequest, permission: str) -> None:
+    """Raise PermissionDenied unless the user has the permission."""
+    if not request.user.has_perm(permission):
+        raise PermissionDenied
+
+
+def submit(
+    request: HttpRequest, name: str, args: str, kwargs: str, label: str, **options: Any
+) -> bool:
+    """Queue a task with arguments in JSON, and tell the user; return whether that worked."""
+    try:
+        run_task(name, loads(args), loads(kwargs), **options)
+    except Exception as error:
+        messages.error(request, f"Not queued: {label}: {doctor.redact_error(error)}")
+        return False
+    messages.success(request, f"Queued: {label}.")
+    return True

@@ -1,0 +1,63 @@
+"""Whether the processes of ``PRODUCTION_PROCESSES`` can start: their backends and arguments."""
+
+import copy
+from typing import Any
+
+from celery import Celery
+from celery.bin.base import CLIContext
+from celery.bin.beat import beat
+from celery.bin.worker import worker
+from click import ClickException
+from django.utils.module_loading import import_string
+from django_prodserver.backends.base import BaseProcessBackend
+from django_prodserver.backends.workers.celery import CeleryBeat, CeleryWorker
+
+
+def check_backend(process: dict[str, Any]) -> None:
+    """Raise an exception if BACKEND is not a backend of django-prodserver."""
+    if "BACKEND" not in process:
+        raise ValueError("BACKEND is missing.")
+    try:
+        backend = import_string(process["BACKEND"])
+    except Exception as error:
+        raise ValueError(f"BACKEND cannot be imported: {error}") from error
+    if not (isinstance(backend, type) and issubclass(backend, BaseProcessBackend)):
+        raise TypeError(f"BACKEND {process['BACKEND']!r} is not a process backend.")
+
+
+def check_app(process: dict[str, Any]) -> None:
+    """Raise an exception if a Celery process has an APP that is not a Celery app."""
+    if not issubclass(import_string(process["BACKEND"]), CeleryWorker):
+        return
+    if "APP" not in process:
+        raise ValueError("APP is missing.")
+    try:
+        app = import_string(process["APP"])
+    except Exception as error:
+        raise ValueError(f"APP cannot be imported: {error}") from error
+    if not isinstance(app, Celery):
+        raise TypeError(f"APP {process['APP']!r} is not a Celery app.")
+
+
+def check_arguments(process: dict[str, Any]) -> None:
+    """Raise an exception if the web server or Celery would reject the ARGS."""
+    backend = import_string(process["BACKEND"])(**process)
+    try:
+        if isinstance(backend, CeleryWorker):
+            parse_celery_arguments(backend, list(backend.prep_server_args()))
+        elif hasattr(backend, "check_arguments"):
+            backend.check_arguments()
+    except Exception as error:
+        raise ValueError(f"ARGS: {error}") from error
+
+
+def parse_celery_arguments(backend: CeleryWorker, arguments: list[str]) -> None:
+    """Parse the arguments of a worker or beat; raise ValueError for invalid ones."""
+    command = copy.copy(beat if isinstance(backend, CeleryBeat) else worker)
+    options = backend.app.user_options
+    command.params = [*command.params, *options[command.name], *options["preload"]]
+    context = CLIContext(app=backend.app, no_color=True, workdir=None)
+    try:
+        command.make_context(command.name, arguments, obj=context)
+    except ClickException as error:
+        raise ValueError(error.format_message()) from error

@@ -1,0 +1,363 @@
+"""Send each message to each recipient once, whatever process crashes.
+
+A digest's recipients are divided by primary key, an integer, into chunks, and each chunk is
+a task. A chunk holds a lock, so that two workers never send it at the same time. A chunk
+sends as many e-mails at the same time as ``EMAIL_CONNECTIONS`` says. A delivery is committed
+before its e-mail is sent, and again after: one query commits that some e-mails were sent and
+that the next ones are being sent. If the process is killed in between, these are sent again,
+with the same Message-ID.
+"""
+
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from itertools import batched, islice
+from signal import SIGTERM, sigpending
+from typing import Any
+
+from django.conf import settings
+from django.core.mail import EmailMessage
+from django.db import connection, transaction
+from django.db.models import BigIntegerField, Exists, ExpressionWrapper, F, OuterRef, QuerySet
+from django.utils import timezone
+
+from ..core.locks import try_lock
+from ..core.signals import deferred_sigterm
+from ..models import Attempt, DigestDelivery, DigestRun
+from . import attempts
+from .composing import compose
+from .digests import Digest, Notification, get_digest
+from .transport import Outcome, Paused, Server, ServerFailed, Verdict, connect, is_paused
+
+#: Primary keys in a chunk, and therefore the maximum number of recipients in memory.
+CHUNK = 500
+
+#: E-mails that are composed at once.
+BATCH = 100
+
+#: Seconds after which a chunk stops, so that other tasks get their turn.
+CHUNK_SECONDS = 20
+
+SENDING, SENT, FAILED = DigestDelivery.Status
+
+
+#: The reason of an e-mail that is given up because no attempt ended.
+EXHAUSTED = "the process was killed in each attempt"
+
+
+class Busy(Exception):
+    """Another process is sending the same messages."""
+
+
+# Runs
+
+
+def get_run(digest: Digest, due: datetime) -> DigestRun | None:
+    """Return the run of a digest that is due at a time; None if a later one exists.
+
+    A new run covers the time since the previous one, up to the digest's ``max_age``. Previous
+    ones that nobody received are folded into it.
+    """
+    start, end = digest.period(due)
+    with transaction.atomic():
+        runs = DigestRun.objects.select_for_update().filter(
+            digest=digest.name, period_end__gte=end - digest.max_age
+        )
+        newest_first = list(runs.order_by("-period_end"))
+        if newest_first and newest_first[0].period_end > end:
+            return None
+        if newest_first and newest_first[0].period_end == end:
+            return newest_first[0]
+        for earlier in newest_first:
+            if earlier.finished_at is not None or _is_begun(earlier):
+                start = min(start, earlier.period_end)
+                break
+            start = min(start, earlier.period_start)
+            _delete_run(earlier)
+        run, _ = DigestRun.objects.get_or_create(
+            digest=digest.name, period_end=end, defaults={"period_start": start}
+        )
+        return run
+
+
+def _is_begun(run: DigestRun) -> bool:
+    """Return whether anybody received the digest of a run, or may have received it."""
+    rows = DigestDelivery.objects.filter(digest=run.digest, period_end=run.period_end)
+    refused = Attempt.objects.filter(message_id__startswith=_prefix(run), unknown=0)
+    refused_keys = [int(row.message_id.rpartition(".")[2]) for row in refused]
+    return rows.exclude(status=SENDING, recipient__in=refused_keys).exists()
+
+
+def _delete_run(run: DigestRun) -> None:
+    DigestDelivery.objects.filter(digest=run.digest, period_end=run.period_end).delete()
+    Attempt.objects.filter(message_id__startswith=_prefix(run)).delete()
+    run.delete()
+
+
+def remaining(run: DigestRun) -> QuerySet[Any]:
+    """Return the recipients of the run who have no finished delivery yet."""
+    finished = DigestDelivery.objects.exclude(status=SENDING).filter(
+        digest=run.digest, period_end=run.period_end, recipient=OuterRef("pk")
+    )
+    return get_digest(run.digest).recipients(run).filter(~Exists(finished))
+
+
+def remaining_chunks(run: DigestRun) -> Iterable[int]:
+    """Return the numbers of the chunks that have remaining recipients."""
+    number = ExpressionWrapper(F("pk") / CHUNK, output_field=BigIntegerField())
+    return remaining(run).order_by().values_list(number, flat=True).distinct().iterator()
+
+
+def due_chunks(run: DigestRun) -> set[int]:
+    """Return the numbers of the chunks with an e-mail whose next attempt is due."""
+    due = Attempt.objects.filter(message_id__startswith=_prefix(run), next_at__lte=timezone.now())
+    keys = due.values_list("message_id", flat=True)
+    return {int(message_id.rpartition(".")[2]) // CHUNK for message_id in keys}
+
+
+# Chunks
+
+
+def send_chunk(run: DigestRun, chunk: int) -> bool:
+    """Send the digest to the recipients of a chunk who are due; return whether all were tried.
+
+    It stops after ``CHUNK_SECONDS``. Raises Busy if another process is sending the chunk,
+    Paused if e-mail pauses, and the error if the mail server cannot be used.
+    """
+    if is_paused():
+        raise Paused
+    with try_lock(f"digest {run.pk} {chunk}") as acquired:
+        if not acquired:
+            raise Busy
+        recipients, begun = _get_recipients(run, chunk)
+        unfinished = attempts.get_attempts(_message_id(run, user) for user in recipients)
+        later = {key for key, each in unfinished.items() if each.next_at > timezone.now()}
+        due = [user for user in recipients if _message_id(run, user) not in later]
+        for user in due:
+            message_id = _message_id(run, user)
+            if message_id in unfinished and attempts.is_exhausted(unfinished[message_id]):
+                record(run, (user, FAILED, EXHAUSTED))
+                attempts.finish(message_id)
+                later.add(message_id)
+        due = [user for user in due if _message_id(run, user) not in later]
+        if not due:
+            return True
+        with relaxed_commits(), connect() as server:
+            return _send(run, due, begun, unfinished, server)
+
+
+def _get_recipients(run: DigestRun, chunk: int) -> tuple[list[Any], set[Any]]:
+    """Return the recipients of a chunk without a finished delivery, and the keys of some.
+
+    These are the recipients whose e-mail was begun: its process was killed, or it was not
+    accepted.
+    """
+    first, end = chunk * CHUNK, (chunk + 1) * CHUNK
+    # Two reads by key range are as fast at the end of a large run as at its start.
+    deliveries = dict(
+        DigestDelivery.objects.filter(
+            digest=run.digest,
+            period_end=run.period_end,
+            recipient_id__gte=first,
+            recipient_id__lt=end,
+        ).values_list("recipient_id", "status")
+    )
+    digest = get_digest(run.digest)
+    recipients = digest.recipients(run).filter(pk__gte=first, pk__lt=end)
+    # only() without names would load the primary key alone.
+    if digest.recipient_fields:
+        recipients = recipients.only(*digest.recipient_fields)
+    begun = {key for key, status in deliveries.items() if status == SENDING}
+    return [
+        user for user in recipients.order_by("pk") if user.pk not in deliveries or user.pk in begun
+    ], begun
+
+
+def _send(
+    run: DigestRun,
+    recipients: Sequence[Any],
+    begun: set[Any],
+    unfinished: dict[str, Attempt],
+    server: Server,
+) -> bool:
+    deadline = time.monotonic() + CHUNK_SECONDS
+    limit = settings.EMAIL_CONNECTIONS
+    problem: Exception | None = None
+    # Each of these may have killed its process.
+    repeats = begun | {user.pk for user in recipients if _message_id(run, user) in unfinished}
+    emails = _composed(run, recipients)
+    upcoming = deque(islice(emails, limit))
+    following = [upcoming.popleft()]
+    with transaction.atomic():
+        # A later run may have taken the place of this one.
+        if not DigestRun.objects.select_for_update().filter(pk=run.pk).exists():
+            return True
+        record(run, (recipients[0], SENDING, ""))
+    with deferred_sigterm():
+        while following or server.sending:
+            for recipient, _ in following:
+                if recipient.pk in repeats:
+                    key = _message_id(run, recipient)
+                    attempts.begin(key, killed=key not in unfinished)
+            server.start(following)
+            try:
+                upcoming.extend(islice(emails, limit - len(upcoming)))
+            except Exception as error:
+                # Raised below: here it would lose what became of those that are being sent.
+                problem = error
+            rows = []
+            for recipient, outcome in server.finish():
+                key = _message_id(run, recipient)
+                if outcome.verdict is Verdict.SENT:
+                    rows.append((recipient, SENT, ""))
+                    continue
+                if recipient.pk not in repeats:
+                    attempts.begin(key)
+                if attempts.end(key, outcome):
+                    rows.append((recipient, FAILED, outcome.reason))
+                if outcome.stops:
+                    problem = unusable(outcome)
+            stops = problem or time.monotonic() > deadline or SIGTERM in sigpending()
+            following = [] if stops else _take_group(upcoming, server, repeats)
+            record(run, *rows, *((recipient, SENDING, "") for recipient, _ in following))
+            for recipient, status, _ in rows:
+                if status == SENT and recipient.pk in repeats:
+                    attempts.finish(_message_id(run, recipient))
+    if problem is not None:
+        raise problem
+    return not upcoming
+
+
+def _take_group(
+    upcoming: deque[tuple[Any, EmailMessage]], server: Server, repeats: set[Any]
+) -> list[tuple[Any, EmailMessage]]:
+    """Return the e-mails to send next, at the same time, and take them away.
+
+    One that is repeated is sent alone: if it kills the process again, no other one is to blame.
+    """
+    group: list[tuple[Any, EmailMessage]] = []
+    while upcoming and len(group) < server.room:
+        is_repeat = upcoming[0][0].pk in repeats
+        if is_repeat and (group or server.sending):
+            break
+        group.append(upcoming.popleft())
+        if is_repeat:
+            break
+    return group
+
+
+def unusable(outcome: Outcome) -> ServerFailed:
+    """Return the error that says why the mail server cannot be used."""
+    return ServerFailed(f"the mail server cannot be used: {outcome.reason}")
+
+
+def _message_id(run: DigestRun, recipient: Any) -> str:
+    return f"{_prefix(run)}{recipient.pk}"
+
+
+def _prefix(run: DigestRun) -> str:
+    return f"{run.digest}.{run.period_end.astimezone(UTC):%Y%m%dT%H%M}."
+
+
+def _composed(run: DigestRun, recipients: Sequence[Any]) -> Iterator[tuple[Any, EmailMessage]]:
+    """Yield each recipient with the e-mail to send.
+
+    Composing a batch at once is faster than one e-mail between two commits.
+    """
+    digest = get_digest(run.digest)
+    contents = digest.contents(recipients, run)
+    for batch in batched(recipients, BATCH):
+        yield from [
+            (user, compose(digest, user, contents[user.pk], _message_id(run, user)))
+            for user in batch
+        ]
+
+
+#: Django's own upsert is a transaction, of three round trips to the database.
+RECORD = """
+INSERT INTO ops_digestdelivery (digest, period_end, recipient_id, status, reason, created_at)
+VALUES {} ON CONFLICT (recipient_id, digest, period_end) DO UPDATE
+SET status = EXCLUDED.status, reason = EXCLUDED.reason, created_at = EXCLUDED.created_at
+"""
+
+
+def record(run: DigestRun, *rows: tuple[Any, str, str]) -> None:
+    """Commit recipient, status and reason of deliveries of a run."""
+    if not rows:
+        return
+    adapt = connection.ops.adapt_datetimefield_value
+    period_end, now = adapt(run.period_end), adapt(timezone.now())
+    values: list[Any] = []
+    for recipient, status, reason in rows:
+        values += [run.digest, period_end, recipient.pk, status, reason[:500], now]
+    places = ", ".join(["(%s, %s, %s, %s, %s, %s)"] * len(rows))
+    with connection.cursor() as cursor:
+        cursor.execute(RECORD.format(places), values)
+
+
+@contextmanager
+def relaxed_commits() -> Iterator[None]:
+    """Let PostgreSQL confirm commits before they are on disk, which takes less time.
+
+    Only a crash of PostgreSQL itself can lose them, not one of this process.
+    https://www.postgresql.org/docs/current/wal-async-commit.html
+    """
+    if connection.vendor != "postgresql":
+        yield
+        return
+    with connection.cursor() as cursor:
+        cursor.execute("SET synchronous_commit TO off")
+    try:
+        yield
+    finally:
+        if connection.is_usable():
+            with connection.cursor() as cursor:
+                cursor.execute("RESET synchronous_commit")
+
+
+# Notifications
+
+
+def request_notification(name: str, pk: Any) -> None:
+    """Store that the notification about an object is wanted."""
+    attempts.request(f"{name}.{pk}")
+
+
+def send_notification(notification: Notification, pk: Any) -> None:
+    """Send the notification about an object if it is requested, due and still wanted.
+
+    Raises Busy if another process is sending it, Paused if e-mail pauses, and the error if
+    the mail server cannot be used.
+    """
+    if is_paused():
+        raise Paused
+    message_id = f"{notification.name}.{pk}"
+    with try_lock(f"notification {notification.name} {pk}") as acquired:
+        if not acquired:
+            raise Busy
+        attempt = attempts.get_attempts([message_id]).get(message_id)
+        if attempt is None or attempt.next_at > timezone.now():
+            return
+        obj = notification.waiting().filter(pk=pk).first()
+        if obj is None:
+            attempts.finish(message_id)
+            return
+        if attempts.is_exhausted(attempt):
+            notification.mark_sent(obj)
+            attempts.finish(message_id)
+            return
+        recipient = notification.recipient(obj)
+        email = compose(notification, recipient, notification.context(obj), message_id)
+        with connect() as server, deferred_sigterm():
+            # Recorded before it is made: the process may be killed in it.
+            attempts.begin(message_id)
+            outcome = server.send(email)
+            if outcome.verdict is Verdict.SENT:
+                notification.mark_sent(obj)
+                attempts.finish(message_id)
+            elif attempts.end(message_id, outcome):
+                notification.mark_sent(obj)
+            if outcome.stops:
+                raise unusable(outcome)

@@ -1,0 +1,200 @@
+"""The e-mail messages of the service: digests for a period, notifications about an object.
+
+A service defines its messages as classes in ``digests.py`` of any app and registers them.
+``deliveries.py`` sends each message to each recipient once.
+"""
+
+import re
+from collections.abc import Sequence
+from datetime import UTC, datetime, time, timedelta
+from typing import Any
+
+from django.core.exceptions import ImproperlyConfigured
+from django.db.models import QuerySet
+from django.utils import timezone
+
+from ..models import DigestRun
+
+
+class Message:
+    """A kind of e-mail.
+
+    name
+        Unique name: lower-case letters, digits, ``_`` and ``-``, at most 50.
+    subject
+        What follows the name of the service in the subject line; see also ``get_subject()``.
+    template
+        ``"news"`` renders ``email/news.txt`` and ``email/news.html``.
+    unsubscribe_label
+        What a link in the e-mail unsubscribes from, such as ``"weekly digests"``. None
+        for e-mail without such a link.
+    """
+
+    name: str
+    subject: str
+    template: str
+    unsubscribe_label: str | None = None
+
+    def get_subject(self, context: dict[str, Any]) -> str:
+        """Return the subject for a context of the templates."""
+        return self.subject
+
+    def get_sample(self) -> dict[str, Any]:
+        """Return a context of the templates with made-up data, for the preview."""
+        return {}
+
+    def unsubscribe(self, recipient: Any) -> None:
+        """Store that the recipient does not want this e-mail any more."""
+        raise NotImplementedError(f"{type(self).__name__} has a label but no unsubscribe()")
+
+
+class Digest(Message):
+    """An e-mail that each recipient gets once for each period.
+
+    recipient_fields
+        The fields of a recipient that the templates use. Another field costs a query for
+        each recipient. Empty to load all fields.
+    max_age
+        How late a digest may be sent, and how much a digest covers at most if earlier ones
+        were not sent.
+    """
+
+    recipient_fields: Sequence[str] = ()
+    max_age: timedelta = timedelta(days=3)
+
+    def period(self, now: datetime) -> tuple[datetime, datetime]:
+        """Return start and end of the last whole period before ``now``, both aware."""
+        raise NotImplementedError
+
+    def recipients(self, run: DigestRun) -> QuerySet[Any]:
+        """Return the users who get the digest of this run, as a queryset without slices."""
+        raise NotImplementedError
+
+    def contents(self, recipients: Sequence[Any], run: DigestRun) -> dict[Any, dict[str, Any]]:
+        """Return the context of the templates for each recipient, by primary key."""
+        raise NotImplementedError
+
+
+class HourlyDigest(Digest):
+    """A digest of the last whole hour."""
+
+    def period(self, now: datetime) -> tuple[datetime, datetime]:
+        """Return start and end of the last whole hour in the service's time zone.
+
+        It has 30 or 90 minutes where the clock changed by half an hour.
+        """
+        end = _whole_hour(now)
+        return _whole_hour(end - timedelta(microseconds=1)), end
+
+
+class DailyDigest(Digest):
+    """A digest of the last whole day."""
+
+    def period(self, now: datetime) -> tuple[datetime, datetime]:
+        """Return the two midnights around yesterday in the service's time zone."""
+        today = timezone.localdate(now)
+        return _midnight(today - timedelta(days=1)), _midnight(today)
+
+
+class WeeklyDigest(Digest):
+    """A digest of the last whole week, from Monday to Sunday."""
+
+    max_age = timedelta(days=8)
+
+    def period(self, now: datetime) -> tuple[datetime, datetime]:
+        """Return the two midnights around last week in the service's time zone."""
+        today = timezone.localdate(now)
+        monday = today - timedelta(days=today.weekday())
+        return _midnight(monday - timedelta(days=7)), _midnight(monday)
+
+
+def _whole_hour(moment: datetime) -> datetime:
+    hour = moment.astimezone(UTC).replace(second=0, microsecond=0)
+    # A second step is needed where the clock changed by a part of an hour.
+    while minutes := timezone.localtime(hour).minute:
+        hour -= timedelta(minutes=minutes)
+    return hour
+
+
+def _midnight(day: Any) -> datetime:
+    # Not a difference in hours: a day has 23 or 25 of them when the clock changes.
+    return datetime.combine(day, time.min, tzinfo=timezone.get_default_timezone())
+
+
+class Notification(Message):
+    """An e-mail about one object, sent once to one recipient.
+
+    ``tasks.notify_on_commit()`` requests it. Rows that are created in another way, such as
+    imported ones, notify nobody.
+    """
+
+    def waiting(self) -> QuerySet[Any]:
+        """Return the objects whose notification is still wanted and not sent yet."""
+        raise NotImplementedError
+
+    def recipient(self, obj: Any) -> Any:
+        """Return the user who gets the notification about the object."""
+        raise NotImplementedError
+
+    def context(self, obj: Any) -> dict[str, Any]:
+        """Return the context of the templates."""
+        raise NotImplementedError
+
+    def mark_sent(self, obj: Any) -> None:
+        """Store that the notification was sent, so that ``waiting`` leaves the object out."""
+        raise NotImplementedError
+
+
+#: All registered messages by name.
+registry: dict[str, Message] = {}
+
+
+def register[M: Message](message_class: type[M]) -> type[M]:
+    """Class decorator: register the message under its name.
+
+    Raises ImproperlyConfigured for a name that is invalid or already registered.
+    """
+    message = message_class()
+    # The name is part of a Message-ID, a signed token and a lock's file name.
+    if not re.fullmatch(r"[a-z0-9_-]{1,50}", message.name):
+        raise ImproperlyConfigured(
+            f"{message_class.__name__}: invalid name {message.name!r}; use at most 50 "
+            "lower-case letters, digits, _ and -"
+        )
+    if message.name in registry:
+        other = type(registry[message.name]).__name__
+        raise ImproperlyConfigured(f"{message_class.__name__} and {other}: both {message.name!r}")
+    registry[message.name] = message
+    return message_class
+
+
+def get_digests() -> dict[str, Digest]:
+    """Return all registered digests by name."""
+    return {name: each for name, each in registry.items() if isinstance(each, Digest)}
+
+
+def get_digest(name: str) -> Digest:
+    """Return the digest of that name; raise ValueError if there is none."""
+    digests = get_digests()
+    if name not in digests:
+        raise ValueError(f"no digest {name!r}; the digests are: {', '.join(digests)}")
+    return digests[name]
+
+
+def get_notifications() -> dict[str, Notification]:
+    """Return all registered notifications by name."""
+    return {name: each for name, each in registry.items() if isinstance(each, Notification)}
+
+
+def get_notification(name: str) -> Notification:
+    """Return the notification of that name; raise ValueError if there is none."""
+    notifications = get_notifications()
+    if name not in notifications:
+        names = ", ".join(notifications)
+        raise ValueError(f"no notification {name!r}; the notifications are: {names}")
+    return notifications[name]
+
+
+def email_of(user: Any) -> str:
+    """Return the e-mail address of a user, whatever the user model calls the field."""
+    return str(getattr(user, user.get_email_field_name()))

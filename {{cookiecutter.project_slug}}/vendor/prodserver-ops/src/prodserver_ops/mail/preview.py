@@ -1,0 +1,45 @@
+"""Pages that show each e-mail with made-up data; in development only."""
+
+from django.conf import settings
+from django.contrib.auth import get_user_model
+from django.http import Http404, HttpRequest, HttpResponse
+from django.shortcuts import render
+from django.urls import path
+
+from .composing import Email, compose
+from .digests import registry
+
+#: An e-mail has its styles in itself and loads nothing; the page cannot run scripts.
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; sandbox"
+
+
+def compose_sample(name: str) -> Email:
+    """Return an e-mail with made-up data; raise Http404 unless DEBUG is on and it exists."""
+    if not settings.DEBUG or name not in registry:
+        raise Http404
+    model = get_user_model()
+    fields = {model.USERNAME_FIELD: "alex", model.get_email_field_name(): "alex@example.com"}
+    return compose(registry[name], model(pk=0, **fields), registry[name].get_sample(), "preview")
+
+
+def index(request: HttpRequest) -> HttpResponse:
+    """List all e-mails."""
+    if not settings.DEBUG:
+        raise Http404
+    return render(request, "ops/emails.html", {"names": registry, "site_name": settings.SITE_NAME})
+
+
+def show(request: HttpRequest, name: str, kind: str) -> HttpResponse:
+    """Show an e-mail in HTML or in text."""
+    email = compose_sample(name)
+    if kind == "txt":
+        text = f"Subject: {email.subject}\n\n{email.body}"
+        return HttpResponse(text, content_type="text/plain; charset=utf-8")
+    html = str(email.alternatives[0][0])
+    return HttpResponse(html, headers={"Content-Security-Policy": POLICY})
+
+
+urlpatterns = [
+    path("", index, name="emails"),
+    path("<slug:name>.<slug:kind>", show, name="email"),
+]

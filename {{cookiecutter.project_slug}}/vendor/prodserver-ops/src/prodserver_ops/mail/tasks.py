@@ -1,0 +1,198 @@
+"""Tasks that deliver digests and notifications. Each may run twice without harm."""
+
+import logging
+from collections.abc import Callable
+from datetime import datetime, timedelta
+from typing import Any
+
+from celery import shared_task
+from django.utils import timezone
+from django_celery_beat.models import PeriodicTask
+from kombu.utils.json import loads
+
+from ..models import Attempt, DigestRun
+from ..scheduling.scheduler import get_latest
+from ..worker.app import CoalescingTask
+from . import deliveries, transport
+from .digests import get_digest, get_digests, get_notification, get_notifications
+
+logger = logging.getLogger(__name__)
+
+#: Seconds to wait while another process is sending the same messages.
+BUSY_SECONDS = 10
+
+#: Time between two runs of ``resume_deliveries``, after which the next one queues again what
+#: it queued, in seconds.
+RESUME_SECONDS = 60
+
+#: Age at which an unfinished run is queued again.
+STALE_AFTER = timedelta(minutes=10)
+
+#: Age at which a notification that was requested is queued again.
+NOTIFICATION_GRACE = timedelta(minutes=1)
+
+#: How long after its time an attempt may still be made.
+ATTEMPT_AGE = timedelta(days=8)
+
+#: Notifications of one kind that are queued again at once.
+RESUME_LIMIT = 500
+
+#: The function that returns the digest's name, by the name of its task.
+DIGEST_TASKS: dict[str, Callable[..., str]] = {}
+
+
+def digest_task(function: Callable[..., str]) -> Any:
+    """Decorator: turn a function that returns a digest's name into a task that sends it.
+
+    A schedule can run the task, whose name is the function's dotted path. The task sends
+    the digest for the last period before it was due; if it was due more than once since
+    then, only the last.
+    """
+    name = f"{function.__module__}.{function.__name__}"
+
+    def run(self: Any, *args: Any, **kwargs: Any) -> None:
+        digest = function(*args, **kwargs)
+        due = get_due_digests(timezone.now()).get(digest, self.queued_at)
+        start_digest(digest, max(due, self.queued_at))
+
+    run.__doc__ = function.__doc__
+    DIGEST_TASKS[name] = function
+    return shared_task(bind=True, name=name)(run)
+
+
+def get_due_digests(now: datetime) -> dict[str, datetime]:
+    """Return when the schedule of each digest was due last, by the digest's name.
+
+    Leaves out what was due longer ago than the digest's ``max_age``.
+    """
+    due: dict[str, datetime] = {}
+    schedules = PeriodicTask.objects.filter(enabled=True, task__in=DIGEST_TASKS)
+    for schedule in schedules.select_related("crontab", "interval"):
+        try:
+            args, kwargs = loads(schedule.args), loads(schedule.kwargs)
+            name = DIGEST_TASKS[schedule.task](*args, **kwargs)
+            latest = get_latest(schedule, now - get_digest(name).max_age, now)
+        except (TypeError, ValueError) as error:
+            # A mistake in one schedule must not stop the others.
+            logger.error("Schedule %s cannot run: %s", schedule.name, error)
+        else:
+            if latest is not None:
+                due[name] = max(latest, due.get(name, latest))
+    return due
+
+
+def start_digest(name: str, due: datetime) -> None:
+    """Queue the digest for the last period before ``due``, unless that is done already.
+
+    Raises ValueError for an unknown name.
+    """
+    run = deliveries.get_run(get_digest(name), due)
+    if run is not None and run.queued_at is None:
+        queue_chunks(run)
+
+
+def queue_chunks(run: DigestRun) -> None:
+    """Queue a task for each chunk with remaining recipients; finish the run if there is none."""
+    task: Any = send_digest_chunk
+    chunks = list(deliveries.remaining_chunks(run))
+    # Another one is queued after this time as long as recipients are left.
+    task.apply_many([(run.pk, chunk) for chunk in chunks], expires=STALE_AFTER.total_seconds())
+    run.queued_at = timezone.now()
+    run.finished_at = None if chunks else run.queued_at
+    run.save(update_fields=["queued_at", "finished_at"])
+    logger.info("Digest %s: chunks queued: %d", run, len(chunks))
+
+
+def notify_on_commit(name: str, pk: Any) -> None:
+    """Request the notification of that name about an object.
+
+    The request is stored in the current transaction, and queued once that commits.
+    """
+    deliveries.request_notification(name, pk)
+    task: Any = send_notification
+    task.delay_on_commit(name, pk)
+
+
+@shared_task(name="ops.send_digest_chunk", bind=True)
+def send_digest_chunk(self: Any, run_pk: int, chunk: int) -> None:
+    """Send a digest to the recipients of one chunk."""
+    run = DigestRun.objects.filter(pk=run_pk).first()
+    if run is None:
+        return  # It was folded into a later one.
+    try:
+        complete = deliveries.send_chunk(run, chunk)
+    except deliveries.Busy:
+        queue_later(self, BUSY_SECONDS)
+    except transport.Paused:
+        queue_later(self, transport.PAUSE_SECONDS)
+    except (OSError, transport.ServerFailed):
+        queue_later(self, transport.PAUSE_SECONDS)
+        raise
+    else:
+        if not complete:
+            queue_later(self, 0)
+
+
+@shared_task(name="ops.send_notification", bind=True)
+def send_notification(self: Any, name: str, pk: Any) -> None:
+    """Send the notification of that name about the object with that primary key."""
+    try:
+        deliveries.send_notification(get_notification(name), pk)
+    except deliveries.Busy:
+        queue_later(self, BUSY_SECONDS)
+    except transport.Paused:
+        pass  # ``resume_deliveries`` queues it again.
+
+
+def queue_later(task: Any, seconds: float) -> None:
+    """Queue the running task again for later, with the same expiry."""
+    expires = task.request.expires and datetime.fromisoformat(task.request.expires)
+    task.apply_async(task.request.args, task.request.kwargs, countdown=seconds, expires=expires)
+
+
+@shared_task(name="ops.resume_deliveries", base=CoalescingTask)
+def resume_deliveries() -> None:
+    """Queue what no beat queued in time, and what a crash or a server interrupted."""
+    now = timezone.now()
+    for name, due in get_due_digests(now).items():
+        start_digest(name, due)
+    if transport.is_paused():
+        return
+    resume_runs(now)
+    resume_notifications(now)
+    given_up, _ = Attempt.objects.filter(next_at__lt=now - ATTEMPT_AGE).delete()
+    if given_up:
+        logger.error("E-mails given up after %s: %d", ATTEMPT_AGE, given_up)
+
+
+def resume_runs(now: datetime) -> None:
+    """Queue the chunks of unfinished runs again, or finish them.
+
+    Chunks with an attempt that is due do not wait until the run is stale.
+    """
+    for name, digest in get_digests().items():
+        runs = DigestRun.objects.filter(
+            digest=name, finished_at=None, period_end__gte=now - digest.max_age
+        )
+        for run in runs:
+            if run.queued_at is None or run.queued_at < now - STALE_AFTER:
+                queue_chunks(run)
+                continue
+            task: Any = send_digest_chunk
+            task.apply_many(
+                [(run.pk, chunk) for chunk in deliveries.due_chunks(run)], expires=RESUME_SECONDS
+            )
+
+
+def resume_notifications(now: datetime) -> None:
+    """Queue the notifications again whose next attempt is due."""
+    for name in get_notifications():
+        due = Attempt.objects.filter(
+            message_id__startswith=f"{name}.", next_at__lt=now - NOTIFICATION_GRACE
+        )
+        message_ids = due.order_by("next_at").values_list("message_id", flat=True)
+        task: Any = send_notification
+        task.apply_many(
+            [(name, key.partition(".")[2]) for key in message_ids[:RESUME_LIMIT]],
+            expires=RESUME_SECONDS,
+        )

@@ -1,0 +1,34 @@
+"""``python manage.py requeue``: run the tasks again that were given up."""
+
+from argparse import ArgumentParser
+from typing import Any
+
+from celery import current_app
+from django.core.management.base import BaseCommand
+from kombu.message import Message
+
+from ...worker.failed import requeue
+
+
+class Command(BaseCommand):
+    """Return the messages of failed tasks to the queue, all or those of some tasks.
+
+    ``doctor`` reports how many there are. Prints how many were returned.
+    """
+
+    help = "Run the tasks again that were given up; doctor reports how many there are."
+
+    def add_arguments(self, parser: ArgumentParser) -> None:
+        """Add the names of tasks."""
+        parser.add_argument(
+            "tasks", nargs="*", metavar="task", help="Only this task; all if omitted."
+        )
+
+    def handle(self, *args: Any, **options: Any) -> None:
+        """Return the messages."""
+        names = options["tasks"]
+
+        def is_wanted(message: Message) -> bool:
+            return not names or message.headers.get("task") in names
+
+        self.stdout.write(f"{requeue(current_app, is_wanted)} tasks queued again")

@@ -1,0 +1,186 @@
+"""``python manage.py upgrade``: bring the service to the newest version of its template."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from argparse import ArgumentParser
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from django.conf import settings
+from django.core.management import CommandError
+from django.core.management.base import BaseCommand
+
+from ...api.schema import get_path
+
+#: Runs cruft, which renders both versions and applies the difference.
+CRUFT = ["tool", "run", "--from", "cruft>=2.16,<3", "--with", "cookiecutter>=2.7.1,<2.8", "cruft"]
+
+#: How many lines of the tests' output the report has.
+SHOWN_LINES = 30
+
+RECORD = ".cruft.json"
+
+#: Finds the environment variables that settings read.
+VARIABLE = re.compile(
+    r"""^    ([A-Z]\w+) = env\(|env\(key="(\w+)"|^    @env\(.*\n    def ([A-Z]\w+)""", re.M
+)
+
+
+class Command(BaseCommand):
+    """Apply what changed in the template since the recorded version, and report it.
+
+    The report is Markdown: the template's changelog, files with conflicts, new migrations,
+    new and removed environment variables, and the result of the tests. Nothing is committed
+    and no database is changed. Exits with status 1 if the working tree has changes, the
+    template cannot be read, or the tests fail; conflicts are part of the report.
+    """
+
+    help = "Bring the service to the newest version of its template, and report what changed."
+    requires_system_checks = ()
+
+    def add_arguments(self, parser: ArgumentParser) -> None:
+        """Add ``--report`` and ``--no-tests``."""
+        parser.add_argument("--report", type=Path, help="Write the report to this file too.")
+        parser.add_argument("--no-tests", action="store_true", help="Do not run the tests.")
+
+    def handle(self, *args: Any, **options: Any) -> None:
+        """Upgrade, and print the report."""
+        uv = os.environ.get("UV") or shutil.which("uv")
+        if uv is None:
+            raise CommandError("uv not found; run: python3 -m pip install uv")
+        if not Path(settings.BASE_DIR, RECORD).exists():
+            raise CommandError(f"{RECORD} not found: it names the template")
+        if run(["git", "status", "--porcelain"]).strip():
+            raise CommandError("the working tree has changes: commit them first")
+        before = read_state()
+        self.stdout.write("Updating from the template ...")
+        self.stdout.flush()
+        run([uv, *CRUFT, "update", "--skip-apply-ask"])
+        after = read_state()
+        if before["commit"] == after["commit"]:
+            self.stdout.write(f"The template is up to date ({before['version']})")
+            return
+        conflicts = find_conflicts()
+        schema = get_path().name
+        if set(conflicts) <= {schema}:
+            run([uv, "sync", "--quiet"])
+            # It is written, not merged. If that fails, a test says why.
+            with suppress(CommandError):
+                run([uv, "run", "--quiet", "manage.py", "openapi"])
+                run(["git", "add", schema])
+                conflicts = []
+        sections = [
+            f"# Template {before['version']} → {after['version']}",
+            get_changelog(after, before["version"]),
+            list_section("Conflicts", conflicts, "Resolve the marked lines of these files:"),
+        ]
+        passed = True
+        if conflicts:
+            sections.append("The rest was not looked at because of the conflicts.")
+        else:
+            sections += [
+                list_section("New migrations", minus(after, before, "migrations")),
+                list_section("New environment variables", minus(after, before, "variables")),
+                list_section("Removed environment variables", minus(before, after, "variables")),
+            ]
+            if not options["no_tests"]:
+                self.stdout.write("Running the tests ...")
+                self.stdout.flush()
+                passed, section = run_tests(uv)
+                sections.append(section)
+        report = "\n\n".join(section for section in sections if section) + "\n"
+        self.stdout.write(report)
+        if options["report"]:
+            options["report"].write_text(report)
+        if not passed:
+            sys.exit(1)
+
+
+def run(command: list[str]) -> str:
+    """Run a command in the service's folder; return its output, or raise CommandError."""
+    done = subprocess.run(
+        command,
+        cwd=settings.BASE_DIR,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    if done.returncode:
+        last = "\n".join(done.stdout.splitlines()[-SHOWN_LINES:])
+        raise CommandError(f"{' '.join(command)} failed:\n{last}")
+    return done.stdout
+
+
+def read_state() -> dict[str, Any]:
+    """Return version and commit of the template, and what the service has now."""
+    base = Path(settings.BASE_DIR)
+    record = json.loads((base / RECORD).read_text())
+    text = "\n".join(path.read_text() for path in base.glob("*/settings.py"))
+    text += Path(__file__).parents[2].joinpath("settings.py").read_text()
+    return {
+        "template": record["template"],
+        "commit": record["commit"],
+        "version": record["context"]["cookiecutter"]["_version"],
+        "migrations": {str(path.relative_to(base)) for path in base.glob("*/**/migrations/0*.py")},
+        "variables": {name for match in VARIABLE.findall(text) for name in match if name},
+    }
+
+
+def minus(one: dict[str, Any], other: dict[str, Any], name: str) -> list[str]:
+    """Return what one state has and the other lacks, sorted."""
+    return sorted(one[name] - other[name])
+
+
+def find_conflicts() -> list[str]:
+    """Return the files with conflict markers, and those of changes that were rejected."""
+    unmerged = run(["git", "diff", "--name-only", "--diff-filter=U"]).splitlines()
+    others = run(["git", "ls-files", "--others", "--exclude-standard"]).splitlines()
+    return unmerged + [name for name in others if name.endswith(".rej")]
+
+
+def get_changelog(state: dict[str, Any], version: str) -> str:
+    """Return what the template's changelog has above the section of a version."""
+    with tempfile.TemporaryDirectory() as folder:
+        run(["git", "clone", "--quiet", state["template"], folder])
+        run(["git", "-C", folder, "checkout", "--quiet", state["commit"]])
+        changelog = Path(folder, "CHANGELOG.md").read_text()
+    sections = re.split(r"^(?=## \[)", changelog, flags=re.M)[1:]
+    newer: list[str] = []
+    for section in sections:
+        if section.startswith(f"## [{version}]"):
+            break
+        if "\n" in section.strip():
+            newer.append(section.strip())
+    return "\n\n".join(newer)
+
+
+def list_section(title: str, items: list[str], introduction: str = "") -> str:
+    """Return a section with a list; an empty string without items."""
+    lines = "\n".join(f"- `{item}`" for item in items)
+    return f"## {title}\n\n{introduction}\n\n{lines}".replace("\n\n\n\n", "\n\n") if items else ""
+
+
+def run_tests(uv: str) -> tuple[bool, str]:
+    """Run the service's tests; return whether they passed, and a section about them."""
+    environment = {name: value for name, value in os.environ.items() if name != "DJANGO_MODE"}
+    done = subprocess.run(
+        [uv, "run", "--quiet", "pytest", "-q"],
+        cwd=settings.BASE_DIR,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    lines = done.stdout.splitlines()
+    if done.returncode == 0:
+        return True, f"## Tests\n\nPassed: {lines[-1]}"
+    shown = "\n".join(lines[-SHOWN_LINES:])
+    return False, f"## Tests\n\nFailed:\n\n```\n{shown}\n```"

@@ -1,0 +1,234 @@
+"""What the app ``ops`` stores.
+
+Tokens of the API; the record of e-mail; leases, heartbeats, the runs of schedules and tasks.
+"""
+
+from django.conf import settings
+from django.db import models
+from django.db.models import Q
+from django.db.models.functions import Now
+from django_celery_beat.models import PeriodicTask
+
+#: The age from which the process of a heartbeat counts as lost, in seconds.
+HEARTBEAT_AGE = 60
+
+
+class Token(models.Model):
+    """A token of the API; see ``api/tokens.py``. The row has a hash of it only."""
+
+    user = models.ForeignKey(
+        settings.AUTH_USER_MODEL, on_delete=models.CASCADE, related_name="api_tokens"
+    )
+    digest = models.CharField(max_length=64)
+    created_at = models.DateTimeField(auto_now_add=True)
+    expires_at = models.DateTimeField()
+
+    class Meta:
+        verbose_name = "API token"
+
+    def __str__(self) -> str:
+        return f"API token {self.pk} of {self.user}"
+
+
+class DigestRun(models.Model):
+    """A digest that is due for a period; finished once each recipient has a delivery.
+
+    Digest and end of the period identify it; the start may be earlier than usual.
+    """
+
+    digest = models.CharField(max_length=50)
+    period_start = models.DateTimeField()
+    period_end = models.DateTimeField()
+    queued_at = models.DateTimeField(null=True)
+    finished_at = models.DateTimeField(null=True)
+
+    class Meta:
+        constraints = [
+            models.UniqueConstraint(fields=["digest", "period_end"], name="one_run_per_period"),
+        ]
+
+    def __str__(self) -> str:
+        return f"{self.digest} until {self.period_end:%Y-%m-%d %H:%M}"
+
+    def previous(self) -> "DigestRun | None":
+        """Return the last run of the same digest for an earlier period, or None."""
+        runs = DigestRun.objects.filter(digest=self.digest, period_end__lt=self.period_end)
+        return runs.order_by("period_end").last()
+
+
+class DigestDelivery(models.Model):
+    """A recipient received the digest for a period, or the reason why not.
+
+    The row is created before the e-mail is sent.
+    """
+
+    class Status(models.TextChoices):
+        SENDING = "sending", "Being sent"
+        SENT = "sent", "Sent"
+        FAILED = "failed", "Failed"
+
+    digest = models.CharField(max_length=50)
+    # The unique constraint's index starts with this field, so it needs none of its own.
+    recipient = models.ForeignKey(
+        settings.AUTH_USER_MODEL,
+        on_delete=models.CASCADE,
+        related_name="digest_deliveries",
+        db_index=False,
+    )
+    period_end = models.DateTimeField()
+    status = models.CharField(max_length=7, choices=Status)
+    reason = models.CharField(max_length=500, blank=True)
+    created_at = models.DateTimeField(auto_now_add=True)
+
+    class Meta:
+        ordering = ["-pk"]
+        verbose_name_plural = "digest deliveries"
+        constraints = [
+            models.UniqueConstraint(
+                fields=["recipient", "digest", "period_end"], name="one_delivery_per_period"
+            ),
+        ]
+        indexes = [
+            models.Index(fields=["digest", "-id"], name="delivery_digest"),
+            models.Index(fields=["-id"], name="delivery_failed", condition=Q(status="failed")),
+        ]
+
+    def __str__(self) -> str:
+        return f"{self.digest} until {self.period_end:%Y-%m-%d %H:%M} to {self.recipient}"
+
+
+class Attempt(models.Model):
+    """An e-mail that is wanted, was refused, or may have been accepted; see ``mail/attempts.py``.
+
+    ``message_id`` is the local part of its Message-ID. The row is deleted once the e-mail is
+    sent or given up.
+    """
+
+    message_id = models.CharField(max_length=150, unique=True)
+    refusals = models.PositiveSmallIntegerField(default=0)
+    rejected = models.BooleanField(default=False)
+    unknown = models.PositiveSmallIntegerField(default=0)
+    next_at = models.DateTimeField()
+    reason = models.CharField(max_length=500, blank=True)
+
+    def __str__(self) -> str:
+        return self.message_id
+
+
+class Lease(models.Model):
+    """Who is in charge of something: the process that knows its number; see ``scheduling/leases.py``."""
+
+    name = models.CharField(max_length=50, unique=True)
+    number = models.BigIntegerField(default=0)
+    holder = models.CharField(max_length=500, blank=True)
+    renewed_at = models.DateTimeField(null=True)
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.number}"
+
+
+class Heartbeat(models.Model):
+    """When a process was at work last; see
+    ``scheduling/heartbeats.py``."""
+
+    process = models.CharField(max_length=20)
+    host = models.CharField(max_length=255)
+    pid = models.PositiveIntegerField()
+    seen_at = models.DateTimeField()
+
+    #: Its age in seconds, which ``get_heartbeats()`` of ``scheduling/heartbeats.py`` sets.
+    age: float
+
+    class Meta:
+        constraints = [
+            models.UniqueConstraint(
+                fields=["process", "host", "pid"], name="one_heartbeat_per_process"
+            ),
+        ]
+
+    def __str__(self) -> str:
+        return f"{self.process} {self.pid} on {self.host}"
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the process is at work."""
+        return self.age < HEARTBEAT_AGE
+
+
+class ScheduleRun(models.Model):
+    """A run of a schedule: when it was due, queued and started; see
+    ``scheduling/scheduler.py``.
+
+    Each time that it is published counts as an attempt, and ``started_by`` is the number of
+    the attempt whose message a worker runs.
+    """
+
+    schedule = models.ForeignKey(
+        PeriodicTask, on_delete=models.CASCADE, related_name="+", db_index=False
+    )
+    due_at = models.DateTimeField()
+    created_at = models.DateTimeField(db_default=Now())
+    attempts = models.PositiveIntegerField(default=0)
+    published_at = models.DateTimeField(null=True)
+    started_by = models.PositiveIntegerField(null=True)
+    started_at = models.DateTimeField(null=True)
+
+    class Meta:
+        constraints = [
+            models.UniqueConstraint(fields=["schedule", "due_at"], name="one_run_per_due_time"),
+        ]
+        indexes = [
+            models.Index(fields=["due_at"], name="run_due"),
+            models.Index(
+                fields=["schedule"], name="run_unpublished", condition=Q(published_at=None)
+            ),
+        ]
+
+    def __str__(self) -> str:
+        return f"{self.schedule.name} {self.due_at:%Y-%m-%d %H:%M:%S}"
+
+
+class TaskRun(models.Model):
+    """A run of a task; see ``worker/record.py``.
+
+    ``arguments`` is JSON: a list of the positional arguments and an object of the named ones.
+    """
+
+    class Status(models.TextChoices):
+        RUNNING = "running", "Running"
+        SUCCEEDED = "succeeded", "Succeeded"
+        FAILED = "failed", "Failed"
+        RETRIED = "retried", "Will be tried again"
+
+    task_id = models.CharField(max_length=64)
+    name = models.CharField(max_length=200)
+    arguments = models.CharField(max_length=1000, blank=True)
+    schedule = models.ForeignKey(
+        PeriodicTask,
+        on_delete=models.DO_NOTHING,
+        null=True,
+        related_name="+",
+        db_index=False,
+        db_constraint=False,
+    )
+    queued_at = models.DateTimeField(null=True)
+    started_at = models.DateTimeField()
+    duration = models.FloatField(null=True, help_text="In seconds.")
+    status = models.CharField(max_length=9, choices=Status, default=Status.RUNNING)
+    error = models.CharField(max_length=500, blank=True)
+    host = models.CharField(max_length=255)
+    repeated_at = models.DateTimeField(null=True)
+
+    class Meta:
+        indexes = [
+            models.Index(fields=["schedule", "-id"], name="task_run_schedule"),
+            models.Index(fields=["started_at"], name="task_run_started"),
+            models.Index(
+                fields=["-id"],
+                name="task_run_unfinished",
+                condition=Q(status__in=["running", "failed"]),
+            ),
+        ]
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.started_at:%Y-%m-%d %H:%M:%S}"

@@ -1,0 +1,31 @@
+"""Runs of schedules: a worker runs the first message of a run that it gets."""
+
+import logging
+from typing import Any
+
+from django.db import DatabaseError, InterfaceError
+from django.db.models import Q
+from django.db.models.functions import Now
+
+from ..models import ScheduleRun
+
+logger = logging.getLogger(__name__)
+
+
+def claim(headers: dict[str, Any]) -> bool:
+    """Record that a worker runs a message; return whether it may.
+
+    It may not if another message of the same run was started. The same message may start
+    again, when the first worker was lost. While the database is unavailable every message may
+    run: a repeated run is less harmful than a missing one.
+    """
+    pk, attempt = headers.get("schedule_run"), headers.get("schedule_attempt")
+    if pk is None:
+        return True
+    started = Q(started_by=None) | Q(started_by=attempt)
+    try:
+        rows = ScheduleRun.objects.filter(started, pk=pk)
+        return bool(rows.update(started_by=attempt, started_at=Now()))
+    except (DatabaseError, InterfaceError) as error:
+        logger.warning("The start of a run is not recorded: %s", type(error).__name__)
+        return True

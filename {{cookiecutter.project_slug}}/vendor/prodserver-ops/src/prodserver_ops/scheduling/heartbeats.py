@@ -1,0 +1,160 @@
+"""Heartbeats: web, worker and beat record in the database that they are at work.
+
+They work with every broker, and distinguish a process that hangs from one that works: a worker's
+heartbeats come from the loop that receives tasks, those of beat from each pass over the schedules.
+A web process whose threads are all busy still records them; ``/health/ready`` reports that. All
+ages are those of the database's clock.
+"""
+
+import atexit
+import contextlib
+import logging
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from celery import signals
+from django.conf import settings
+from django.db import DatabaseError, InterfaceError, connections
+from django.db.models import ExpressionWrapper, F, fields
+from django.db.models.functions import Now
+from django.utils.module_loading import import_string
+from django_prodserver.backends.workers.celery import CeleryBeat, CeleryWorker
+
+from ..core import logs
+from ..models import Heartbeat
+
+logger = logging.getLogger(__name__)
+
+#: Time between two heartbeats of a process, in seconds.
+INTERVAL = 10
+
+#: How long a worker's loop may be silent, in seconds; it sends an event every two seconds.
+LOOP_AGE = 20
+
+_recorded_at: float | None = None
+_loop_at: float = 0
+
+
+def get_workers() -> list[str]:
+    """Return the names of the processes in ``PRODUCTION_PROCESSES`` that are workers."""
+    return [name for name, process in settings.PRODUCTION_PROCESSES.items() if is_worker(process)]
+
+
+def get_processes() -> list[str]:
+    """Return the names of the processes that record heartbeats, besides web: workers and beat."""
+    return [*get_workers(), "beat"]
+
+
+def is_worker(process: dict[str, Any]) -> bool:
+    """Return whether a process is a worker; False for an invalid one, which ``check`` reports."""
+    # Only those of Celery have an app; the others need not be imported.
+    if "APP" not in process:
+        return False
+    try:
+        backend = import_string(process["BACKEND"])
+        return issubclass(backend, CeleryWorker) and not issubclass(backend, CeleryBeat)
+    except (KeyError, ImportError, TypeError):
+        return False
+
+
+def record(process: str) -> None:
+    """Record that this process is at work, every ``INTERVAL`` at most."""
+    global _recorded_at
+    if _recorded_at is not None and time.monotonic() - _recorded_at < INTERVAL:
+        return
+    Heartbeat.objects.update_or_create(
+        process=process, host=socket.gethostname(), pid=os.getpid(), defaults={"seen_at": Now()}
+    )
+    _recorded_at = time.monotonic()
+
+
+def forget() -> None:
+    """Delete the heartbeat of this process, which ends."""
+    with contextlib.suppress(DatabaseError, InterfaceError):
+        Heartbeat.objects.filter(host=socket.gethostname(), pid=os.getpid()).delete()
+
+
+def get_heartbeats() -> list[Heartbeat]:
+    """Return all heartbeats, each with its ``age`` in seconds, the newest of a process first."""
+    age = ExpressionWrapper(Now() - F("seen_at"), output_field=fields.DurationField())
+    rows = list(Heartbeat.objects.annotate(interval=age).order_by("process", "interval"))
+    for row in rows:
+        row.age = row.interval.total_seconds()
+    return rows
+
+
+def get_ages(process: str, host: str | None = None) -> list[int]:
+    """Return the ages of the heartbeats of a process in seconds, the newest first.
+
+    ``host`` limits them to one host.
+    """
+    return [
+        int(row.age)
+        for row in get_heartbeats()
+        if row.process == process and host in (None, row.host)
+    ]
+
+
+def get_alive() -> set[str]:
+    """Return the names of the processes that are at work."""
+    return {row.process for row in get_heartbeats() if row.is_alive}
+
+
+def is_alive(process: str) -> bool:
+    """Return whether a process of that name is at work."""
+    return process in get_alive()
+
+
+def record_forever(process: str, works: Callable[[], bool]) -> None:
+    """Record heartbeats while ``works`` says so; the connection is closed after each."""
+    while True:
+        if works():
+            try:
+                record(process)
+            except (DatabaseError, InterfaceError) as error:
+                logger.warning("No heartbeat is recorded: %s", type(error).__name__)
+            finally:
+                connections.close_all()
+        time.sleep(INTERVAL / 2)
+
+
+# Web
+
+
+def start_web_heartbeat() -> None:
+    """Start the thread that records a web process's heartbeats; they are deleted when it ends."""
+    threading.Thread(target=record_forever, args=["web", lambda: True], daemon=True).start()
+    atexit.register(forget)
+
+
+# Workers
+
+
+@signals.heartbeat_sent.connect
+def note_loop(**kwargs: Any) -> None:
+    """Note that the worker's loop runs."""
+    global _loop_at
+    _loop_at = time.monotonic()
+
+
+@signals.worker_ready.connect
+def start_worker_heartbeat(**kwargs: Any) -> None:
+    """Start the thread that records a worker's heartbeats: the database may hold it up."""
+    # Celery's own command has no name of a process.
+    name = logs.get_process() if logs.get_process() in get_workers() else "worker"
+    threading.Thread(target=record_forever, args=[name, loop_runs], daemon=True).start()
+
+
+def loop_runs() -> bool:
+    """Return whether the worker's loop sent an event within ``LOOP_AGE``."""
+    return time.monotonic() - _loop_at < LOOP_AGE
+
+
+@signals.worker_shutdown.connect
+def forget_worker(**kwargs: Any) -> None:
+    """Delete the heartbeat of a worker that ends."""
+    forget()

@@ -1,0 +1,26 @@
+"""The tasks of the app ``ops``, which Celery finds here: maintenance, and those of e-mail."""
+
+from datetime import timedelta
+
+from celery import current_app, shared_task
+from django.conf import settings
+from django.utils import timezone
+
+from .mail import tasks as mail_tasks  # noqa: F401
+from .models import Heartbeat, ScheduleRun
+from .worker import record
+from .worker.app import CoalescingTask
+
+#: How long the records of runs and heartbeats are kept.
+KEEP_RUNS = timedelta(days=7)
+KEEP_HEARTBEATS = timedelta(days=1)
+
+
+@shared_task(name="ops.delete_records", base=CoalescingTask)
+def delete_records() -> None:
+    """Delete records that are no longer needed: runs, heartbeats and results of tasks."""
+    ScheduleRun.objects.filter(due_at__lt=timezone.now() - KEEP_RUNS).delete()
+    Heartbeat.objects.filter(seen_at__lt=timezone.now() - KEEP_HEARTBEATS).delete()
+    record.delete_old_runs()
+    if settings.CELERY_RESULT_BACKEND:
+        current_app.backend.cleanup()

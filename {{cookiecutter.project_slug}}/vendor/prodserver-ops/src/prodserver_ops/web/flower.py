@@ -1,0 +1,40 @@
+"""Flower, as a process of the service; see ``conf/flower.py``."""
+
+import errno
+import os
+import signal
+import sys
+
+from django.conf import settings
+from django.core.management import CommandError
+from django_prodserver.backends.servers.flower import CeleryFlower
+
+
+class Flower(CeleryFlower):
+    """Runs Flower until SIGTERM."""
+
+    #: Where it responds while it works, and the variable with its port
+    HEALTH_PATH, PORT_VARIABLE = "/healthcheck", "FLOWER_PORT"
+
+    def start_server(self, *args: str) -> None:
+        """Serve; everybody but the account of ``FLOWER_BASIC_AUTH`` gets a 401.
+
+        Raise CommandError if another process uses the port.
+        """
+        if settings.FLOWER_BASIC_AUTH:
+            # Not an argument, which other users of the host could read
+            os.environ["FLOWER_BASIC_AUTH"] = settings.FLOWER_BASIC_AUTH
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit())
+        # Flower is a plugin of the whole command line.
+        from celery.bin.celery import celery
+
+        celery.params[0].default = self.app
+        try:
+            celery.main(args=["flower", *args], standalone_mode=False)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise
+            raise CommandError(
+                f"Port {settings.FLOWER_PORT} is already in use. "
+                "Stop the process that uses it, or set FLOWER_PORT to another port."
+            ) from error

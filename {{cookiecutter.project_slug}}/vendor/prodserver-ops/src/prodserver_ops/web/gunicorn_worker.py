@@ -1,0 +1,126 @@
+"""gunicorn's threaded worker, which responds to health checks also if all threads are busy.
+
+A thread that waits for a database or a slow client cannot respond. Health checks have a
+thread of their own for each of their URLs.
+"""
+
+import errno
+import gc
+import queue
+import signal
+import socket
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
+from selectors import EVENT_READ
+from typing import Any
+
+from django.urls import get_resolver
+from gunicorn.workers.gthread import TConn, ThreadWorker
+
+from ..scheduling.heartbeats import start_web_heartbeat
+
+#: How long a new connection may be silent, in seconds.
+SILENCE_TIMEOUT = 5
+
+#: How many bytes of a request may show that it is a health check.
+PEEK_SIZE = 4096
+
+#: The signals with which the main process stops a worker.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
+
+HEALTH_CHECKS = (b"GET /health/live", b"GET /health/ready")
+
+
+class HealthWorker(ThreadWorker):  # type: ignore[misc]
+    """A threaded worker with threads for health checks."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Prepare a worker in the main process, which is forked next.
+
+        What is loaded before is in memory that all workers share, unless the garbage
+        collector writes to it, or what it frees is used again.
+        https://docs.python.org/3/library/gc.html#gc.freeze
+        """
+        super().__init__(*args, **kwargs)
+        get_resolver().url_patterns  # noqa: B018  (loaded when they are read)
+        gc.freeze()
+
+    def init_process(self) -> None:
+        """Create the threads for health checks, and run."""
+        self.health_pools = {name: ThreadPoolExecutor(max_workers=1) for name in HEALTH_CHECKS}
+        super().init_process()
+
+    def init_signals(self) -> None:
+        """Handle signals. If one arrived since the process was forked, exit.
+
+        Until here the process has the handlers of the main process, which only queue a
+        signal. The main process would wait for it until ``graceful_timeout``.
+        """
+        inherited: Any = signal.getsignal(signal.SIGTERM)
+        super().init_signals()
+        with suppress(queue.Empty):
+            while inherited.__self__.SIG_QUEUE.get_nowait() not in STOP_SIGNALS:
+                pass
+            sys.exit(0)
+
+    def load_wsgi(self) -> None:
+        """Load the application, and record that the process is at work."""
+        super().load_wsgi()
+        start_web_heartbeat()
+
+    def set_accept_enabled(self, enabled: bool) -> None:
+        """Start or stop accepting connections. A worker that ends first accepts those that wait.
+
+        Closing the socket would reset them. It refuses later ones at once.
+        https://github.com/benoitc/gunicorn/issues/3397
+        """
+        super().set_accept_enabled(enabled)
+        if self.alive or enabled:
+            return
+        for listener in self.sockets:
+            while self.accept(listener):
+                pass
+            listener.close()
+
+    def accept(self, listener: socket.socket) -> bool:
+        """Accept a connection, if one waits; return whether others may wait.
+
+        It gets a thread when its first bytes arrive.
+        """
+        try:
+            client, address = listener.accept()
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.ECONNABORTED, errno.EWOULDBLOCK):
+                raise
+            return error.errno == errno.ECONNABORTED
+        connection = TConn(self.cfg, client, address, listener.getsockname())
+        connection.timeout = time.monotonic() + SILENCE_TIMEOUT
+        self.nr_conns += 1
+        self.pending_conns.append(connection)
+        callback = partial(self.on_pending_socket_readable, connection)
+        self.poller.register(connection.sock, EVENT_READ, callback)
+        return True
+
+    def enqueue_req(self, conn: Any) -> None:
+        """Give a request to a thread."""
+        future = self.get_pool(conn).submit(self.handle, conn)
+        future.add_done_callback(
+            lambda done: self.method_queue.defer(self.finish_request, conn, done)
+        )
+
+    def get_pool(self, connection: Any) -> ThreadPoolExecutor:
+        """Return the threads for the request that a connection has received."""
+        try:
+            start = connection.sock.recv(PEEK_SIZE, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except OSError:
+            start = b""
+        # An incomplete request could hold up the thread.
+        if b"\r\n\r\n" in start:
+            for name, health_pool in self.health_pools.items():
+                if start.startswith(name):
+                    return health_pool
+        pool: ThreadPoolExecutor = self.tpool
+        return pool

@@ -1,0 +1,114 @@
+"""Health checks for load balancers and deploys.
+
+``GET /health/live`` returns 200 while the process responds. ``GET /health/ready`` returns
+200 if the database and the broker are available, otherwise 503; its JSON names what is not.
+``GET /health/ready?deep`` also wants each worker and beat to have recorded a heartbeat lately.
+Either takes about ``READY_TIMEOUT`` at most, also if a server does not respond.
+"""
+
+import logging
+import time
+from collections.abc import Callable
+from functools import partial
+from threading import Thread
+
+# The service's app: creating it with Django settings makes it the default in all threads.
+from celery import current_app
+from django.db import connection, connections
+from django.http import HttpRequest, HttpResponse, JsonResponse
+
+from ..scheduling import heartbeats
+
+logger = logging.getLogger(__name__)
+
+#: Time limit to connect to the broker, in seconds.
+BROKER_TIMEOUT = 3
+
+#: Time limit of all checks together, in seconds.
+READY_TIMEOUT = 4
+
+
+def check_database() -> None:
+    """Raise an exception if the database does not respond to a query."""
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT 1")
+
+
+def check_broker() -> None:
+    """Raise an exception if the broker does not accept a connection."""
+    with current_app.connection_for_write(connect_timeout=BROKER_TIMEOUT) as broker:
+        broker.ensure_connection(max_retries=1, timeout=BROKER_TIMEOUT)
+
+
+def check_heartbeat(process: str) -> None:
+    """Raise an exception if no process of that kind recorded a heartbeat lately."""
+    if not heartbeats.is_alive(process):
+        raise NoHeartbeat
+
+
+class NoHeartbeat(Exception):
+    """A process hangs or does not run."""
+
+
+CHECKS: dict[str, Callable[[], None]] = {"database": check_database, "broker": check_broker}
+
+
+def get_deep_checks() -> dict[str, Callable[[], None]]:
+    """Return the checks of ``/health/ready?deep`` by name."""
+    processes = heartbeats.get_processes()
+    return CHECKS | {name: partial(check_heartbeat, name) for name in processes}
+
+
+#: The running check of each name: one that hangs is not started again.
+_running: dict[str, Thread] = {}
+
+
+def get_readiness(checks: dict[str, Callable[[], None]]) -> dict[str, str]:
+    """Run checks at the same time; return ``ok`` or ``unavailable`` by name."""
+    problems = dict.fromkeys(checks, f"no response within {READY_TIMEOUT} seconds")
+
+    def run(name: str, check: Callable[[], None]) -> None:
+        try:
+            check()
+        except Exception as error:
+            # The message may contain a password.
+            problems[name] = type(error).__name__
+        else:
+            problems.pop(name)
+        finally:
+            connections.close_all()
+
+    threads = []
+    for name, check in checks.items():
+        if name not in _running or not _running[name].is_alive():
+            # A daemon thread does not keep the process alive.
+            _running[name] = Thread(target=run, args=(name, check), daemon=True)
+            _running[name].start()
+            threads.append(_running[name])
+    deadline = time.monotonic() + READY_TIMEOUT
+    for thread in threads:
+        thread.join(max(0, deadline - time.monotonic()))
+    found = problems.copy()
+    for name, problem in found.items():
+        logger.warning("%s is unavailable: %s", name, problem)
+    return {name: "unavailable" if name in found else "ok" for name in checks}
+
+
+class HealthMiddleware:
+    """Responds to health checks before any rule about hosts, HTTPS or sessions applies."""
+
+    def __init__(self, get_response: Callable[[HttpRequest], HttpResponse]) -> None:
+        self.get_response = get_response
+
+    def __call__(self, request: HttpRequest) -> HttpResponse:
+        """Respond to a health check, or pass the request on."""
+        if request.path == "/health/live":
+            return JsonResponse({"status": "ok"})
+        if request.path == "/health/ready":
+            results = get_readiness(get_deep_checks() if "deep" in request.GET else CHECKS)
+            ready = set(results.values()) == {"ok"}
+            return JsonResponse(
+                {"status": "ok" if ready else "unavailable", "checks": results},
+                status=200 if ready else 503,
+            )
+        return self.get_response(request)

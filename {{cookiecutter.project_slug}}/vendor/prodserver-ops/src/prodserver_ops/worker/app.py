@@ -1,0 +1,239 @@
+"""The class of the Celery app, and the base class of its tasks."""
+
+import copy
+import gc
+import logging
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterable
+from datetime import datetime
+from functools import partial
+from typing import Any
+
+import django
+from celery import Celery, signals
+from celery.contrib.django.task import DjangoTask
+from celery.exceptions import Reject
+from django.conf import settings
+from django.db import InterfaceError, OperationalError, transaction
+from django.utils import timezone
+from django.utils.module_loading import import_string
+from kombu import Queue
+from kombu.utils.objects import cached_property
+
+from .. import broker
+from ..broker.publishing import publish, try_to_publish
+
+logger = logging.getLogger(__name__)
+
+broker.register_transports()
+
+#: How often a task whose worker is lost is delivered before it is given up, if the broker counts.
+MAX_DELIVERIES = 20
+
+#: How long a worker that has to stop and runs no task may take, in seconds.
+STOP_TIMEOUT = 20
+
+
+def get_failed_queue() -> str:
+    """Return the name of the queue of tasks that were given up, which no worker consumes."""
+    return f"{settings.CELERY_TASK_DEFAULT_QUEUE}.failed"
+
+
+def make_failed_queue(app: Celery) -> Queue:
+    """Return the queue of failed tasks; ``app.amqp.queues[name]`` would let workers consume it."""
+    return app.amqp.queues.new_missing(get_failed_queue())
+
+
+class Task(DjangoTask[Any, Any]):
+    """The base class of every task of the service.
+
+    A task is tried again, up to three times, if the database is unavailable or ends its query;
+    ``@shared_task(autoretry_for=())`` turns that off.
+    https://docs.celeryq.dev/en/stable/userguide/tasks.html#automatic-retry-for-known-exceptions
+    """
+
+    coalesces = False
+    autoretry_for = (OperationalError, InterfaceError)
+    retry_backoff = 20  # Wait up to 20, 40 and 80 seconds.
+
+    def before_start(self, task_id: str, args: Any, kwargs: Any) -> None:
+        """Ignore a second message of the same run of a schedule, which beat may have sent.
+
+        Give the task up if it was delivered too often: it may kill each worker that runs it.
+        Some brokers count the deliveries of a message. The task moves to the queue of failed
+        tasks, which ``doctor`` reports.
+        """
+        from ..scheduling.claims import claim
+
+        if not claim(self.request.headers or {}):
+            logger.info("%s ignored: the same run was started already", self.name)
+            raise Reject("started already", requeue=False)
+        if int(self.request.get("x-delivery-count") or 0) < MAX_DELIVERIES:
+            return
+        logger.error("%s was delivered %d times and is given up", self.name, MAX_DELIVERIES)
+        try:
+            self.apply_async(args, kwargs, queue=make_failed_queue(self.app))
+        except Exception as error:
+            # Any other exception would drop the message.
+            raise Reject(error, requeue=True) from error
+        raise Reject("delivered too often", requeue=False)
+
+    def apply_async(  # type: ignore[override]
+        self, args: Any = None, kwargs: Any = None, **options: Any
+    ) -> Any:
+        """Queue the task with a timestamp, so that a late worker knows when it was due.
+
+        A request waits for the broker at most a second altogether; then OperationalError is
+        raised, and the task may still be queued later.
+        """
+        headers = options.pop("headers", None) or {}
+        headers.setdefault("queued_at", timezone.now().isoformat())
+        options |= {"args": args, "kwargs": kwargs, "headers": headers}
+        return publish(partial(super().apply_async, **options))
+
+    def apply_many(self, arguments: Iterable[Any], **options: Any) -> None:
+        """Queue the task once for each list of positional arguments, such as ``[(1,), (2,)]``.
+
+        Takes less time than as many calls of ``apply_async()``, whose options it takes: the
+        broker confirms the messages together. If OperationalError is raised, some may be queued.
+        """
+        rows = list(arguments)
+
+        def publish_all() -> None:
+            with broker.open_batch(settings.CELERY_BROKER_URL, self.app) as producer:
+                for args in rows:
+                    self.apply_async(args, producer=producer, **options)
+
+        if rows:
+            publish(publish_all)
+
+    def delay_on_commit(  # type: ignore[override]
+        self, *args: Any, **kwargs: Any
+    ) -> None:
+        """Queue the task once the transaction is committed.
+
+        If the broker is unavailable the error is logged: store what must not be lost in the
+        database, where a schedule can find it again.
+        """
+
+        def queue() -> None:
+            try_to_publish(self.name, partial(self.delay, *args, **kwargs))
+
+        transaction.on_commit(queue, robust=True)
+
+    def retry(self, *args: Any, **kwargs: Any) -> Any:
+        """Queue the task again, as Celery does; return its message if the broker is unavailable.
+
+        Celery would drop the message.
+        """
+        try:
+            return super().retry(*args, **kwargs)
+        except Reject as error:
+            raise Reject(error.args[0], requeue=True) from error
+
+    @property
+    def queued_at(self) -> datetime:
+        """When the running task was queued; the current time if it was called directly."""
+        headers = self.request.headers or {}
+        timestamp = self.request.get("queued_at") or headers.get("queued_at")
+        return datetime.fromisoformat(timestamp) if timestamp else timezone.now()
+
+
+class CoalescingTask(Task):
+    """A task of which beat queues no run while an earlier one waits in the queue.
+
+    ``@shared_task(base=CoalescingTask)`` is for tasks that do all that is due whenever they
+    run, so that they do not pile up while no worker runs.
+    """
+
+    coalesces = True
+
+
+class CeleryApp(Celery):
+    """A Celery app with the task class, the transports and the beat of this package."""
+
+    task_cls: Any = Task
+
+    @cached_property
+    def Beat(self) -> Any:
+        """The class that ``celery beat`` runs."""
+        django.setup()  # The command does it later.
+        from ..scheduling.beat import Beat
+
+        return self.subclass_with_self(Beat)
+
+    def _connection(self, url: Any, **kwargs: Any) -> Any:
+        # Celery prefers the variable CELERY_BROKER_URL to the setting that is made from it.
+        if isinstance(url, str):
+            url = broker.get_url(url)
+        return super()._connection(url, **kwargs)  # type: ignore[misc]
+
+    def start(self, argv: list[str] | None = None) -> None:  # type: ignore[override]
+        """Run a command of Celery, such as ``worker``; exit with its status if it fails.
+
+        Celery's own method ignores the status of a worker that ends with an error.
+        """
+        from celery.bin.base import CLIContext
+
+        name, *arguments = argv or ["worker"]
+        # The module of the whole command line also loads a shell for the terminal.
+        command = copy.copy(import_string(f"celery.bin.{name}.{name}"))
+        options = self.user_options
+        command.params = [*command.params, *options[name], *options["preload"]]
+        # Each deploy runs the system checks; here they would load the URLs and the API.
+        os.environ.setdefault("CELERY_SKIP_CHECKS", "1")
+        context = CLIContext(app=self, no_color=False, workdir=None)
+        status = command.main(arguments, prog_name=name, obj=context, standalone_mode=False)
+        if status:
+            sys.exit(status)
+
+
+@signals.beat_init.connect
+def lead(sender: Any, **kwargs: Any) -> None:
+    """Let one beat dispatch, however it was started."""
+    from ..scheduling import beat
+
+    beat.lead(sender)
+
+
+@signals.setup_logging.connect
+def keep_django_logging(**kwargs: Any) -> None:
+    """Prevent Celery from replacing the handlers that ``LOGGING`` configures.
+
+    Celery leaves logging alone as soon as this signal has a receiver.
+    """
+
+
+@signals.worker_before_create_process.connect
+def share_memory(**kwargs: Any) -> None:
+    """Keep what is loaded in memory that a worker and its child processes share.
+
+    The garbage collector would write to it, and each process would get a copy; so would what it
+    frees and is used again.
+    https://docs.python.org/3/library/gc.html#gc.freeze
+    """
+    gc.freeze()
+
+
+@signals.worker_shutting_down.connect
+def log_shutdown(how: str, **kwargs: Any) -> None:
+    """Log whether the worker finishes its tasks first (warm shutdown) or not (cold)."""
+    logger.info("%s shutdown", how)
+    threading.Thread(target=end_when_idle, daemon=True).start()
+
+
+def end_when_idle() -> None:
+    """End the process if it ran no task for ``STOP_TIMEOUT``: a broker may hold it up."""
+    from celery.worker import state
+
+    since = time.monotonic()
+    while time.monotonic() - since < STOP_TIMEOUT:
+        time.sleep(1)
+        if state.active_requests:
+            since = time.monotonic()
+    logger.warning("The worker ends without the broker, which does not respond")
+    logging.shutdown()
+    os._exit(1)
