@@ -1,6 +1,6 @@
 """gunicorn, as a process of the service."""
 
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from django_prodserver.backends.servers.gunicorn import GunicornServer
 from gunicorn.config import Config
