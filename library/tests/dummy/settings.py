@@ -1,6 +1,7 @@
 """Settings of the project, with the classes that generated services use."""
 
 from pathlib import Path
+from typing import Any
 
 from prodserver_ops import conf
 from prodserver_ops.conf import processes
@@ -59,7 +60,7 @@ class Settings(conf.Defaults):
     USE_TZ = True
     LOG_REDACTED_PATHS = ("/unsubscribe/",)
 
-    def REST_FRAMEWORK(self):
+    def REST_FRAMEWORK(self) -> dict[str, Any]:
         return {
             "DEFAULT_AUTHENTICATION_CLASSES": ["prodserver_ops.api.tokens.TokenAuthentication"],
             "DEFAULT_PARSER_CLASSES": ["prodserver_ops.api.parsers.BoundedJSONParser"],
@@ -77,7 +78,7 @@ class Settings(conf.Defaults):
 
     SPECTACULAR_SETTINGS = {"TITLE": "Dummy", "VERSION": "1.0.0", "SCHEMA_PATH_PREFIX": "/api"}
 
-    def PRODUCTION_PROCESSES(self):
+    def PRODUCTION_PROCESSES(self) -> dict[str, Any]:
         return processes.get_default(self)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from django.db import connection, transaction
 from kombu.transport import pgmq
+from pgmq import PGMQueue
 from pgmq.install import get_embedded_install_sql
 from psycopg import DatabaseError
 from psycopg.conninfo import make_conninfo
@@ -105,7 +106,7 @@ class Transport(pgmq.Transport):
             timeout=options["pool_timeout"],
             open=True,
         )
-        return pgmq.PGMQueue(
+        return PGMQueue(
             conn_string=None, pool=pool, vt=options["visibility_timeout"], init_extension=False
         )
 

@@ -74,21 +74,17 @@ class ProcessDefaults(BaseSettings):  # type: ignore[misc]
     """What web, worker and beat need, with the values for development.
 
     ``PACKAGE`` names the Python package of the service: its Celery app is ``celery_app`` in it,
-    and its queues have this name. ``BASE_DIR`` is the folder of ``manage.py``.
+    and its queues have this name. ``BASE_DIR`` is the folder of ``manage.py``. E-mail has
+    ``SITE_NAME`` in its subject, and links to ``DOMAIN``.
     """
 
     PACKAGE: str
     BASE_DIR: Path
+    SITE_NAME: str
+    DOMAIN: str
     DEBUG = global_settings.DEBUG
     TIME_ZONE: str = global_settings.TIME_ZONE
     ALLOWED_HOSTS = global_settings.ALLOWED_HOSTS
-
-    # The name of the service, and the domain that it answers on
-    def SITE_NAME(self) -> str:
-        return self.PACKAGE
-
-    def DOMAIN(self) -> str:
-        return next(iter(self.ALLOWED_HOSTS), "localhost").lstrip("*.") or "localhost"
 
     @property
     def VAR_DIR(self) -> Path:
@@ -129,9 +125,11 @@ class ProcessDefaults(BaseSettings):  # type: ignore[misc]
         mail = {"queue": self.mail_queue}
         return {"ops.send_digest_chunk": mail, "ops.send_notification": mail}
 
+    @property
     def CELERY_TASK_DEFAULT_QUEUE_TYPE(self) -> str:
         return broker.find(self.CELERY_BROKER_URL).queue_type
 
+    @property
     def CELERY_TASK_DEFAULT_EXCHANGE_TYPE(self) -> str:
         return broker.find(self.CELERY_BROKER_URL).exchange_type
 

@@ -81,10 +81,10 @@ def forget() -> None:
 def get_heartbeats() -> list[Heartbeat]:
     """Return all heartbeats, each with its ``age`` in seconds, the newest of a process first."""
     age = ExpressionWrapper(Now() - F("seen_at"), output_field=fields.DurationField())
-    rows = list(Heartbeat.objects.annotate(interval=age).order_by("process", "interval"))
+    rows = Heartbeat.objects.annotate(interval=age).order_by("process", "interval")
     for row in rows:
         row.age = row.interval.total_seconds()
-    return rows
+    return [*rows]
 
 
 def get_ages(process: str, host: str | None = None) -> list[int]:

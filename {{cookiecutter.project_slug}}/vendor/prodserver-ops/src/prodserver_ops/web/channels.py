@@ -18,7 +18,8 @@ def send_to_group(group: str, message: dict[str, Any]) -> None:
 
     async def send() -> None:
         async with asyncio.timeout(TIMEOUT):
-            await get_channel_layer().group_send(group, message)
+            layer: Any = get_channel_layer()
+            await layer.group_send(group, message)
 
     try:
         async_to_sync(send)()

@@ -4,10 +4,14 @@ import errno
 import os
 import signal
 import sys
+from typing import Any
 
-from django.conf import settings
+from django.conf import settings as service_settings
 from django.core.management import CommandError
 from django_prodserver.backends.servers.flower import CeleryFlower
+
+#: A service has those of ``conf/flower.py`` only if it has the process.
+settings: Any = service_settings
 
 
 class Flower(CeleryFlower):

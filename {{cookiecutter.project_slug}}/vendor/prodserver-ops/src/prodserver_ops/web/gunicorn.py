@@ -1,6 +1,6 @@
 """gunicorn, as a process of the service."""
 
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from django_prodserver.backends.servers.gunicorn import GunicornServer
 from gunicorn.config import Config
@@ -11,16 +11,20 @@ from gunicorn.util import load_class, parse_address
 class Server(GunicornServer):
     """The backend; ``ARGS`` are options of gunicorn's command line."""
 
+    def __init__(self, **process: Any) -> None:
+        super().__init__(**process)
+        self.bind: str = process.get("ARGS", {}).get("bind", "unix:")
+
     def get_address(self) -> tuple[str, int] | None:
         """Return host and port; None if it listens on neither."""
-        address = parse_address(self.args.get("bind", "unix:"))
+        address = parse_address(self.bind)
         return address if isinstance(address, tuple) else None
 
     def check_arguments(self) -> None:
         """Raise ValueError or RuntimeError for arguments that gunicorn would reject."""
         config = Config()
         parser = config.parser()
-        parser.error = _raise_error
+        parser.error = _raise_error  # type: ignore[method-assign]
         for name, value in vars(parser.parse_args(list(self.prep_server_args()))).items():
             if name != "args" and value is not None:
                 try:
@@ -35,7 +39,7 @@ def _raise_error(message: str) -> NoReturn:
     raise ValueError(message)
 
 
-class Logger(GunicornLogger):  # type: ignore[misc]
+class Logger(GunicornLogger):
     """Sends gunicorn's events to the handlers of ``LOGGING``; ``core/logs.py`` logs requests."""
 
     def setup(self, cfg: Config) -> None:

@@ -34,7 +34,7 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
 HEALTH_CHECKS = (b"GET /health/live", b"GET /health/ready")
 
 
-class HealthWorker(ThreadWorker):  # type: ignore[misc]
+class HealthWorker(ThreadWorker):
     """A threaded worker with threads for health checks."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -71,7 +71,7 @@ class HealthWorker(ThreadWorker):  # type: ignore[misc]
         super().load_wsgi()
         start_web_heartbeat()
 
-    def set_accept_enabled(self, enabled: bool) -> None:
+    def set_accept_enabled(self, enabled: bool | None) -> None:
         """Start or stop accepting connections. A worker that ends first accepts those that wait.
 
         Closing the socket would reset them. It refuses later ones at once.
@@ -85,7 +85,9 @@ class HealthWorker(ThreadWorker):  # type: ignore[misc]
                 pass
             listener.close()
 
-    def accept(self, listener: socket.socket) -> bool:
+    def accept(  # type: ignore[override]
+        self, listener: socket.socket
+    ) -> bool:
         """Accept a connection, if one waits; return whether others may wait.
 
         It gets a thread when its first bytes arrive.

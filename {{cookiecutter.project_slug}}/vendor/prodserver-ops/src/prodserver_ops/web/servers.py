@@ -1,10 +1,45 @@
-"""What the backends of the web servers share."""
+"""What the backends of Granian and uvicorn share.
 
+django-prodserver's own backends take a command line, which knows neither the logs nor, for
+Granian, the time limit for a stop.
+"""
+
+import inspect
+from collections.abc import Callable
 from typing import Any
 
+from django.conf import settings
+from django_prodserver.backends.base import BaseServerBackend
 
-def check_integers(arguments: dict[str, Any]) -> None:
-    """Raise ValueError if the port or the number of workers is not an integer."""
-    for name in ("port", "workers"):
-        if not isinstance(arguments.get(name, 1), int):
-            raise ValueError(f"{name}: {arguments[name]!r} is not an integer")
+
+class PythonServer(BaseServerBackend):
+    """A web server that is a Python function; ``ARGS`` are its arguments."""
+
+    #: Arguments that are the same in every service, by name.
+    fixed_arguments: dict[str, Any]
+
+    #: The argument with the address, and those that replace address and port.
+    address_argument: str
+    other_addresses: frozenset[str]
+
+    def __init__(self, **process: Any) -> None:
+        super().__init__(**process)
+        self.arguments = self.fixed_arguments | process.get("ARGS", {})
+
+    @property
+    def application(self) -> str:
+        """The ASGI application, as these servers expect it."""
+        return ":".join(settings.ASGI_APPLICATION.rsplit(".", 1))
+
+    def get_address(self) -> tuple[str, int] | None:
+        """Return host and port; None if it listens on neither."""
+        if self.arguments.keys() & self.other_addresses or "port" not in self.arguments:
+            return None
+        return self.arguments.get(self.address_argument, "127.0.0.1"), self.arguments["port"]
+
+    def check_signature(self, function: Callable[..., Any]) -> None:
+        """Raise an exception for arguments that the function does not take."""
+        inspect.signature(function).bind("", **self.arguments)
+        for name in ("port", "workers"):
+            if not isinstance(self.arguments.get(name, 1), int):
+                raise ValueError(f"{name}: {self.arguments[name]!r} is not an integer")

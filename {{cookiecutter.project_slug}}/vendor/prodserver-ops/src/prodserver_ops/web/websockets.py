@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 TRY_AGAIN_LATER = 1013
 
 
-class UnknownPath(AsyncWebsocketConsumer):  # type: ignore[misc]
+class UnknownPath(AsyncWebsocketConsumer):
     """Refuses a connection."""
 
     async def connect(self) -> None:
@@ -47,5 +47,6 @@ def get_websocket_application(urlpatterns: list[Any]) -> Any:
 
     ``scope["user"]`` is the user of the session. Other paths are refused.
     """
-    router = URLRouter([*urlpatterns, re_path("", UnknownPath.as_asgi())])
-    return RedisErrorMiddleware(AllowedHostsOriginValidator(AuthMiddlewareStack(router)))
+    unknown: Any = UnknownPath.as_asgi()
+    routes: list[Any] = [*urlpatterns, re_path("", unknown)]
+    return RedisErrorMiddleware(AllowedHostsOriginValidator(AuthMiddlewareStack(URLRouter(routes))))
