@@ -22,7 +22,6 @@ from django_celery_beat.models import IntervalSchedule, PeriodicTask
 from django_prodserver.backends.base import BaseWorkerBackend as Worker
 
 from ...models import Heartbeat, ScheduleRun
-from ...tasks import delete_records
 
 #: The lines of a process's output that are shown if it fails.
 SHOWN_LINES = 20
@@ -73,7 +72,7 @@ def temporary_schedule() -> Any:
     """Yield a schedule that is due each second, and delete it after."""
     interval, _ = IntervalSchedule.objects.get_or_create(every=1, period="seconds")
     schedule = PeriodicTask.objects.create(
-        name=f"smoke-{os.getpid()}", task=delete_records.name, interval=interval
+        name=f"smoke-{os.getpid()}", task="ops.delete_records", interval=interval
     )
     try:
         yield schedule
