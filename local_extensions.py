@@ -52,7 +52,7 @@ SLUG_LENGTH = 30
 RESERVED_NAMES = frozenset(
     """
     admin auth contenttypes messages sessions staticfiles
-    docs manage ops test tests var
+    docs manage ops prodserver_ops test tests var vendor
     amqp annotated_types anyio asgiref ast_serialize attr attrs billiard cbs celery certifi
     channels channels_redis click click_didyoumean click_plugins click_repl colorama
     cron_descriptor cronlog crontab crontabs csp dateutil django django_celery_beat

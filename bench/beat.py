@@ -23,7 +23,7 @@ CREATE_SCHEDULES = """
 import time
 from django_celery_beat.models import IntervalSchedule, PeriodicTask
 from prayer_room_api.celery import app
-from prayer_room_api.ops.models import ScheduleRun
+from prodserver_ops.models import ScheduleRun
 with app.connection_for_write() as broker:
     broker.default_channel.queue_delete("prayer_room_api")
 PeriodicTask.objects.all().delete()
@@ -35,7 +35,7 @@ for number in range(20):
 
 GET_TIMES = """
 import json
-from prayer_room_api.ops.models import ScheduleRun
+from prodserver_ops.models import ScheduleRun
 runs = ScheduleRun.objects.filter(published_at__isnull=False).order_by("due_at")
 print(json.dumps([(run.published_at - run.due_at).total_seconds() for run in runs]))
 """

@@ -132,7 +132,7 @@ def measure(method, size):
     from django.db import connection
     from django.urls import reverse
     from prayer_room_api.models import Submission, User
-    from prayer_room_api.ops.models import DigestDelivery
+    from prodserver_ops.models import DigestDelivery
 
     settings.EMAIL_BACKEND = "django.core.mail.backends.dummy.EmailBackend"
     tables = {"users": User._meta.db_table, "submissions": Submission._meta.db_table}
@@ -161,7 +161,7 @@ def send_in_chunks():
     """Run the scheduled task, then the tasks that it queued."""
     from unittest.mock import patch
 
-    from prayer_room_api.ops.tasks import send_digest_chunk
+    from prodserver_ops.mail.tasks import send_digest_chunk
     from prayer_room_api.tasks import send_user_digest
 
     queued = []
@@ -179,9 +179,9 @@ def send_naively():
     from django.template.loader import render_to_string
     from django.utils import timezone
     from prayer_room_api.models import Submission, User
-    from prayer_room_api.ops import unsubscribe
-    from prayer_room_api.ops.digests import get_digest
-    from prayer_room_api.ops.models import DigestDelivery
+    from prodserver_ops.mail import unsubscribe
+    from prodserver_ops.mail.digests import get_digest
+    from prodserver_ops.models import DigestDelivery
 
     digest = get_digest("daily")
     start, end = digest.period(timezone.now())

@@ -108,7 +108,7 @@ def measure(rows):
     from django.db import connection
     from django.test import Client
     from prayer_room_api.models import Submission, User
-    from prayer_room_api.ops.models import DigestDelivery
+    from prodserver_ops.models import DigestDelivery
     from rest_framework.settings import api_settings
 
     api_settings.DEFAULT_THROTTLE_CLASSES.clear()

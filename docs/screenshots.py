@@ -28,7 +28,7 @@ URL = f"http://127.0.0.1:{PORT}"
 
 CREATE_DATA = """
 from prayer_room_api.tasks import send_moderator_digest
-from prayer_room_api.ops.tasks import send_notification
+from prodserver_ops.mail.tasks import send_notification
 User.objects.create_superuser("admin", "admin@example.com", "secret", first_name="Alex")
 sam = User.objects.create_user("sam", "sam@example.com")
 for text in (

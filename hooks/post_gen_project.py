@@ -17,8 +17,15 @@ SETUP = {{cookiecutter.setup}} and not COMPARISON
 # uvx sets UV to its own path, which may not be on the PATH.
 UV = "uv" if shutil.which("uv") else os.environ.get("UV") or None
 
-#: The oldest Python that the service runs on.
-OLDEST_PYTHON = "3.12"
+#: The Pythons that the service runs on, the newest first.
+PYTHONS = ("3.14", "3.13", "3.12")
+
+#: The files that name the service's Python.
+PYTHON_FILES = {
+    ".python-version": "{}\n",
+    "Dockerfile": "FROM python:{}-slim",
+    "compose.dev.yaml": "FROM python:{}-slim",
+}
 
 #: How many lines of a failed command are shown.
 SHOWN_LINES = 30
@@ -73,17 +80,15 @@ def get_summary(lines):
 
 
 def choose_python():
-    """Let the service use an older Python if that is all this machine has."""
-    version = Path(".python-version")
+    """Let the service use the newest Python that this machine has."""
+    named = Path(".python-version").read_text().strip()
     find = [UV, "python", "find", "--quiet", "--no-python-downloads"]
-    if run([*find, version.read_text().strip()])[0] == 0:
-        return
-    newest = version.read_text()
-    version.write_text(f"{OLDEST_PYTHON}\n")
-    if run([*find, OLDEST_PYTHON])[0] == 0:
-        print(f"Python: {newest.strip()} not found, .python-version now says {OLDEST_PYTHON}")
-    else:
-        version.write_text(newest)
+    found = next((version for version in PYTHONS if run([*find, version])[0] == 0), named)
+    for name, line in PYTHON_FILES.items():
+        path = Path(name)
+        if found != named and path.exists():
+            text = path.read_text(encoding="utf-8")
+            path.write_text(text.replace(line.format(named), line.format(found)), encoding="utf-8")
 
 
 def install():

@@ -7,6 +7,7 @@ moved to another file, and local_extensions.py gives them their defaults.
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -58,6 +59,9 @@ def find_error(questions, arguments):
 if __name__ == "__main__":
     variables = json.loads(Path("cookiecutter.json").read_text(encoding="utf-8"))
     questions = {name: value for name, value in variables.items() if not name.startswith("_")}
+    # A service gets no bytecode that tests of the library left in a clone.
+    for folder in list(Path().rglob("__pycache__")):
+        shutil.rmtree(folder)
     command = get_command()
     if error := find_error(questions, command):
         print(error)

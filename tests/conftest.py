@@ -330,7 +330,10 @@ class Service:
         """Install the dependencies. Services with the same dependencies share an environment."""
         project = tomllib.loads((self.folder / "pyproject.toml").read_text())
         python = (self.folder / ".python-version").read_text()
-        key = [project["project"]["dependencies"], python, options]
+        # A test may have changed the library.
+        files = sorted(path for path in (self.folder / "vendor").rglob("*") if path.is_file())
+        library = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
+        key = [project["project"]["dependencies"], python, library, options]
         name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
         environment = self.environments / name
         with environment.with_suffix(".lock").open("w") as lock:

@@ -16,7 +16,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
 CREATE_DATA = """
 from django.utils import timezone
-from {slug}.ops.models import Heartbeat, TaskRun
+from prodserver_ops.models import Heartbeat, TaskRun
 admin = User.objects.create_superuser("admin", "admin@example.com", "secret")
 author = User.objects.create_user("sam", "sam@example.com")
 for number in range(3):
@@ -26,8 +26,8 @@ fields = {{"name": "sample", "arguments": "[[1], {{}}]", "started_at": now, "hos
 TaskRun.objects.create(status="failed", error="ValueError: wrong", **fields)
 TaskRun.objects.create(status="running", **fields)
 Heartbeat.objects.create(process="worker", host="x" * 64, pid=1, seen_at=now)
-from {slug}.ops import unsubscribe
-from {slug}.ops.digests import get_digest
+from prodserver_ops.mail import unsubscribe
+from prodserver_ops.mail.digests import get_digest
 print(unsubscribe.link(admin, get_digest("daily")))
 """
 

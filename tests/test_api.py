@@ -28,7 +28,7 @@ __getattr__, __dir__ = FuzzSettings.use(default="fuzz", env="NO_MODE")
 
 CREATE_DATA = """
 from django.utils import timezone
-from fuzzed.ops.tokens import create_token
+from prodserver_ops.api.tokens import create_token
 user = User.objects.create_user("user", "user@example.com", "secret")
 now = timezone.now()
 for n in range(60):

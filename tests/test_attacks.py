@@ -145,7 +145,7 @@ def test_posts_are_counted_by_all_processes_whatever_others_do(service):
     web = service.start("web")
     web.wait_for_text("Listening at")
     token = service.shell(
-        "from attacked.ops.tokens import create_token;"
+        "from prodserver_ops.api.tokens import create_token;"
         'print(create_token(User.objects.create_user("user"))[0])'
     ).split()[-1]
     headers = JSON | {"Authorization": f"Token {token}"}

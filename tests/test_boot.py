@@ -109,7 +109,7 @@ SHOW_RESULT = """
 from datetime import timedelta
 from django.utils import timezone
 from django_celery_results.models import TaskResult
-from results.ops.tasks import delete_records
+from prodserver_ops.tasks import delete_records
 print(TaskResult.objects.filter(task_name="ops.delete_records", status="SUCCESS").count())
 TaskResult.objects.update(date_done=timezone.now() - timedelta(days=8))
 delete_records()

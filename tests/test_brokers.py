@@ -207,7 +207,7 @@ class TestTls:
         queue(service, [1])
         wait_for(lambda: read(service, "done") == [1], 30, worker.text)
 
-        code = f"from {project.name}.ops import health; health.check_broker()"
+        code = f"from prodserver_ops.web import health; health.check_broker()"
         service.shell(code)
         other_name = "localhost" if broker == "postgresql" else "127.0.0.2"
         for host, authority in (

@@ -15,8 +15,8 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 CREATE_DATA = """
 admin = User.objects.create_superuser("admin", "admin@example.com", "secret")
 Submission.objects.create(author=admin, body="Please remember us.")
-from {slug}.ops import unsubscribe
-from {slug}.ops.digests import get_digest
+from prodserver_ops.mail import unsubscribe
+from prodserver_ops.mail.digests import get_digest
 print(unsubscribe.link(admin, get_digest("daily")))
 """
 

@@ -40,7 +40,7 @@ schedule.save()
 COUNT_WAITING = """
 from datetime import timedelta
 from django.utils import timezone
-from once.ops.models import Attempt
+from prodserver_ops.models import Attempt
 soon = timezone.now() + timedelta(hours=12)
 print(Attempt.objects.filter(next_at__gt=soon).count())
 """
@@ -48,7 +48,7 @@ print(Attempt.objects.filter(next_at__gt=soon).count())
 #: Makes the day pass after which e-mails are tried again.
 END_WAIT = """
 from django.utils import timezone
-from once.ops.models import Attempt
+from prodserver_ops.models import Attempt
 Attempt.objects.update(next_at=timezone.now())
 """
 

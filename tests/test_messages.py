@@ -18,7 +18,7 @@ SEND_ALL = """
 from datetime import timedelta
 from django.utils import timezone
 from django.contrib.auth.models import Permission
-from letters.ops import tasks
+from prodserver_ops.mail import tasks
 text = {text!r}
 now = timezone.now()
 author = User.objects.create(

@@ -70,7 +70,7 @@ def test_flower_shows_workers_and_tasks_to_its_account_only(service):
     worker = service.start("worker")
     worker.wait_for_text(" ready.")
     service.shell(
-        f"from {service.folder.name}.ops.tasks import delete_records\ndelete_records.delay()"
+        f"from prodserver_ops.tasks import delete_records\ndelete_records.delay()"
     )
     wait_for(
         lambda: find_task(service, "ops.delete_records") == "SUCCESS",

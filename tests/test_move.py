@@ -135,7 +135,7 @@ from datetime import timedelta
 
 from django.db import migrations
 
-from SLUG.ops.schedules import CreateSchedule
+from prodserver_ops.scheduling.operations import CreateSchedule
 
 
 class Migration(migrations.Migration):

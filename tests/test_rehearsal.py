@@ -245,7 +245,7 @@ def test_three_deploys_fail_no_request_and_lose_no_task(
 
 
 PRINT_ATTEMPTS = """
-from rehearsal.ops.models import ScheduleRun
+from prodserver_ops.models import ScheduleRun
 print(*ScheduleRun.objects.values_list("attempts", flat=True))
 """
 

@@ -80,7 +80,7 @@ for model in apps.get_models():
         model.objects.create(author=user, body="A post")
     if model.__name__ == "Ticket":
         model.objects.create(owner=user, title="A ticket")
-from {slug}.ops.models import DigestDelivery, DigestRun
+from prodserver_ops.models import DigestDelivery, DigestRun
 end = datetime.datetime(2026, 11, 1, tzinfo=datetime.UTC)
 start = end - datetime.timedelta(days=1)
 DigestRun.objects.create(digest="sample", period_start=start, period_end=end)

@@ -2,7 +2,7 @@
 
 import os
 
-from .ops.celery import CeleryApp
+from prodserver_ops.worker.app import CeleryApp
 
 os.environ.setdefault("DJANGO_SETTINGS_MODULE", "{{ cookiecutter.project_slug }}.settings")
 

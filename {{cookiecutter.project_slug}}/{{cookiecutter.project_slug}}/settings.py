@@ -7,22 +7,25 @@ README lists the environment variables.
 https://django-classy-settings.readthedocs.io/
 """
 
-{{ [cookiecutter.__modules] | select | each("from .ops import {0}\n") }}from .ops import settings as ops
-from .ops.environment import use
-from .ops.web_server import WEB_BACKEND, get_web_arguments
+from pathlib import Path
+
+from prodserver_ops import conf
+from prodserver_ops.conf import {{ cookiecutter.__conf_modules }}
 
 
-class Settings({{ cookiecutter.__modules.split(", ") | select | each("{0}.Defaults, ") }}ops.Defaults):
+class Settings({{ cookiecutter.__modules.split(", ") | select | each("{0}.Defaults, ") }}conf.Defaults):
     """Development, and the base of the other modes."""
 
-    # The service
+    # The service, and the name of its Python package, which its queues have too
     SITE_NAME = {{ cookiecutter.project_name | one_line | python_string }}
     DOMAIN = "{{ cookiecutter.domain_name }}"
+    PACKAGE = "{{ cookiecutter.project_slug }}"
+    BASE_DIR = Path(__file__).resolve().parent.parent
 
     # Apps, each before those whose commands and templates it overrides
     INSTALLED_APPS = [
         "{{ cookiecutter.project_slug }}",
-        "{{ cookiecutter.project_slug }}.ops",
+        "prodserver_ops",
         "django.contrib.admin",
         "django.contrib.auth",
         "django.contrib.contenttypes",
@@ -37,10 +40,10 @@ class Settings({{ cookiecutter.__modules.split(", ") | select | each("{0}.Defaul
 
     # Middleware; health checks come before any rule about hosts or HTTPS
     MIDDLEWARE = [
-        "{{ cookiecutter.project_slug }}.ops.logs.RequestLogMiddleware",
-        "{{ cookiecutter.project_slug }}.ops.health.HealthMiddleware",
+        "prodserver_ops.core.logs.RequestLogMiddleware",
+        "prodserver_ops.web.health.HealthMiddleware",
         "django.middleware.security.SecurityMiddleware",
-        "{{ cookiecutter.__csp_middleware }}",
+        "{{ cookiecutter._django_versions[cookiecutter.django_version].csp_middleware }}",
         "whitenoise.middleware.WhiteNoiseMiddleware",
         "django.contrib.sessions.middleware.SessionMiddleware",
         "django.middleware.common.CommonMiddleware",
@@ -81,20 +84,20 @@ class Settings({{ cookiecutter.__modules.split(", ") | select | each("{0}.Defaul
     def REST_FRAMEWORK(self):
         return {
             "DEFAULT_AUTHENTICATION_CLASSES": [
-                "{{ cookiecutter.project_slug }}.ops.tokens.TokenAuthentication",
+                "prodserver_ops.api.tokens.TokenAuthentication",
                 "rest_framework.authentication.SessionAuthentication",
             ],
             "DEFAULT_PARSER_CLASSES": [
-                "{{ cookiecutter.project_slug }}.ops.parsers.BoundedJSONParser",
+                "prodserver_ops.api.parsers.BoundedJSONParser",
             ],
             # A view that other users may read says so.
             "DEFAULT_PERMISSION_CLASSES": ["rest_framework.permissions.IsAuthenticated"],
             "DEFAULT_RENDERER_CLASSES": ["rest_framework.renderers.JSONRenderer"],
-            "EXCEPTION_HANDLER": "{{ cookiecutter.project_slug }}.ops.api.exception_handler",
-            "DEFAULT_SCHEMA_CLASS": ops.SCHEMA_CLASS,
+            "EXCEPTION_HANDLER": "prodserver_ops.api.views.exception_handler",
+            "DEFAULT_SCHEMA_CLASS": conf.SCHEMA_CLASS,
             "DEFAULT_THROTTLE_CLASSES": [
-                "{{ cookiecutter.project_slug }}.ops.throttles.AnonymousThrottle",
-                "{{ cookiecutter.project_slug }}.ops.throttles.UserThrottle",
+                "prodserver_ops.api.throttles.AnonymousThrottle",
+                "prodserver_ops.api.throttles.UserThrottle",
             ],
             "DEFAULT_THROTTLE_RATES": {"anon": "60/min", "user": "120/min"},
             "NUM_PROXIES": self.PROXY_COUNT,
@@ -112,51 +115,34 @@ class Settings({{ cookiecutter.__modules.split(", ") | select | each("{0}.Defaul
     TIME_ZONE = "{{ cookiecutter.timezone }}"
     USE_TZ = True
 
-    # Tasks: where their results are stored, if anywhere
+    # Tasks: where their results are stored, if anywhere, and the variable with the broker's URL
     CELERY_RESULT_BACKEND = {{ cookiecutter._task_results[cookiecutter.task_results].backend | python_value }}
+    BROKER_VARIABLE = "{{ cookiecutter._brokers[cookiecutter.broker].variable }}"
 
     # Logs: path prefixes before a secret, which is redacted up to the next slash
     LOG_REDACTED_PATHS = ("/unsubscribe/",)
 
-    # Processes: python manage.py prodserver <process>; arguments as on the command line
+    # Processes: python manage.py prodserver <process>; more arguments are those of its command line
     def PRODUCTION_PROCESSES(self):
         return {
-            "web": {
-                "BACKEND": WEB_BACKEND,
-                "ARGS": get_web_arguments(self),
-            },
-            "worker": {
-                "BACKEND": "django_prodserver.backends.workers.celery.CeleryWorker",
-                "APP": "{{ cookiecutter.project_slug }}.celery_app",
-                "ARGS": {
-                    "loglevel": self.LOG_LEVEL,
-                    "concurrency": self.WORKER_CONCURRENCY,
-                    "pool": self.WORKER_POOL,
-                    # Workers need not know of each other.
-                    "without-gossip": None,
-                    "without-mingle": None,{{ cookiecutter._queues[cookiecutter.queues].worker_arguments | each('\n                    "{0}": self.{1},') }}
-                },
-            },{{ cookiecutter._queues[cookiecutter.queues].processes | each('\n            "{0}": {1}.get_process(self),') }}
-            "beat": {
-                "BACKEND": "django_prodserver.backends.workers.celery.CeleryBeat",
-                "APP": "{{ cookiecutter.project_slug }}.celery_app",
-                "ARGS": {"loglevel": self.LOG_LEVEL},
-            },{{ cookiecutter._monitoring[cookiecutter.monitoring].processes | each('\n            "{0}": {1}.get_process(self),') }}
+            "web": processes.{{ cookiecutter.web_server }}(self),
+            "worker": processes.worker(self{{ cookiecutter._queues[cookiecutter.queues].worker_arguments | each(", {0}=self.{1}") }}),{{ cookiecutter._queues[cookiecutter.queues].processes | each('\n            "{0}": {1}.get_process(self),') }}
+            "beat": processes.beat(self),{{ cookiecutter._monitoring[cookiecutter.monitoring].processes | each('\n            "{0}": {1}.get_process(self),') }}
         }
 
 
-class TestSettings(ops.TestDefaults, Settings):
+class TestSettings(conf.TestDefaults, Settings):
     """Tests."""
 
 
-class ProdSettings(ops.ProductionDefaults, Settings):
+class ProdSettings(conf.ProductionDefaults, Settings):
     """Production."""
 
 
-class StagingSettings(ops.StagingDefaults, ProdSettings):
+class StagingSettings(conf.StagingDefaults, ProdSettings):
     """Staging: like production, on a domain of its own."""
 
     DOMAIN = "staging.{{ cookiecutter.domain_name }}"
 
 
-__getattr__, __dir__ = use(Settings)
+__getattr__, __dir__ = conf.use(Settings)

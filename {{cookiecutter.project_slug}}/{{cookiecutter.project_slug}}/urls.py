@@ -1,13 +1,14 @@
-"""URLs of the service. Middleware answers the health checks: see ``ops/health.py``."""
+"""URLs of the service. Middleware answers the health checks under ``/health/``."""
 
 from django.conf import settings
 from django.contrib import admin
 from django.urls import include, path
 from django.views.generic import TemplateView
+from prodserver_ops.api import schema
+from prodserver_ops.api.views import TokenView
+from prodserver_ops.mail import preview, unsubscribe
 
 from .api import router
-from .ops import email_preview, schema, unsubscribe
-from .ops.api import TokenView
 
 home = TemplateView.as_view(
     template_name="home.html",
@@ -24,7 +25,7 @@ docs = TemplateView.as_view(
 
 urlpatterns = [
     path("", home, name="home"),
-    path("emails/", include(email_preview)),
+    path("emails/", include(preview)),
     path("unsubscribe/<token>/", unsubscribe.view, name="unsubscribe"),
     path("api/", include(router.urls)),
     path("api/token/", TokenView.as_view(), name="token"),

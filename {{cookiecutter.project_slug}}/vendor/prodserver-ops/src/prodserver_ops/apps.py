@@ -7,6 +7,7 @@ from typing import Any
 
 from django.apps import AppConfig
 from django.conf import settings
+from django.core.exceptions import ImproperlyConfigured
 from django.core.signals import request_finished, request_started
 from django.db.backends.signals import connection_created
 from django.db.models.signals import post_migrate, pre_migrate
@@ -14,7 +15,7 @@ from django.utils.module_loading import autodiscover_modules
 
 from . import broker
 from .broker import publishing
-from .core import database, limits
+from .core import database, history, limits
 
 
 class OpsConfig(AppConfig):
@@ -27,6 +28,11 @@ class OpsConfig(AppConfig):
 
     def ready(self) -> None:
         """Called once by each process after all models are loaded."""
+        if not hasattr(settings, "PRODUCTION_PROCESSES"):
+            raise ImproperlyConfigured(
+                "prodserver_ops has no settings: call add_settings() of prodserver_ops.conf at "
+                "the end of the settings module, or use the classes there."
+            )
         # They register checks and receivers of Celery's signals, and need loaded apps.
         from .console import checks  # noqa: F401
         from .scheduling import heartbeats  # noqa: F401
@@ -40,6 +46,7 @@ class OpsConfig(AppConfig):
         connection_created.connect(database.limit_connection)
         pre_migrate.connect(database.lift_limit, sender=self)
         post_migrate.connect(limits.create_table, sender=self)
+        post_migrate.connect(history.create_indexes, sender=self)
         post_migrate.connect(install_broker, sender=self)
         create_database_folder()
         if settings.SENTRY_DSN:

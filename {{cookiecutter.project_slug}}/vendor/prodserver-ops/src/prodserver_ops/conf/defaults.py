@@ -51,11 +51,19 @@ SCHEMA_CLASS = (
 )
 
 
+#: Options of a database that several processes use, by the name of Django's backend.
+DATABASE_OPTIONS = {
+    "django.db.backends.postgresql": CONNECT_OPTIONS,
+    "django.db.backends.sqlite3": get_sqlite("")["OPTIONS"],
+}
+
+
 def limit_database(database: dict[str, Any]) -> dict[str, Any]:
-    """Return an entry of ``DATABASES`` with limits for PostgreSQL, unless its URL sets them."""
-    if database["ENGINE"] != "django.db.backends.postgresql":
+    """Return an entry of ``DATABASES`` with the options of its backend, unless it has them."""
+    options = DATABASE_OPTIONS.get(database.get("ENGINE", ""))
+    if options is None:
         return database
-    return {**database, "OPTIONS": CONNECT_OPTIONS | database.get("OPTIONS", {})}
+    return {**database, "OPTIONS": options | database.get("OPTIONS", {})}
 
 
 #: Requests that Django rejects, by the name of the exception: anybody can send them.
@@ -207,6 +215,9 @@ class ProcessDefaults(BaseSettings):  # type: ignore[misc]
     # How many e-mails of a digest a task sends at the same time, each through its own connection
     EMAIL_CONNECTIONS = env(1, cast=integer(1, 100))
 
+    # How many bytes of files a request contains at most, if web/uploads.py handles them
+    UPLOAD_MAX_SIZE = 5 * 2**20
+
     # How long a token of the API is valid
     TOKEN_DAYS = env(90, cast=integer(1, 3650))
 
@@ -267,9 +278,8 @@ class Defaults(ProcessDefaults):
         "frame-ancestors": ["'none'"],
     }
 
-    # Requests: how many bytes of fields they contain at most, and of files
+    # Requests: how many bytes of fields they contain at most; UPLOAD_MAX_SIZE is for files
     DATA_UPLOAD_MAX_MEMORY_SIZE = 2**20
-    UPLOAD_MAX_SIZE = 5 * 2**20
     FILE_UPLOAD_HANDLERS = [
         "prodserver_ops.web.uploads.LimitedUploadHandler",
         "django.core.files.uploadhandler.MemoryFileUploadHandler",

@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Collection, Iterator
 from email.utils import parseaddr
 from functools import wraps
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import SplitResult, parse_qs, parse_qsl, urlsplit
@@ -306,6 +307,8 @@ def broker_url(*schemes: str) -> Cast[str]:
 def sentry_dsn(text: str) -> str:
     """Accept the DSN of a Sentry project."""
     parts = _split(text, {"http", "https"})
+    if find_spec("sentry_sdk") is None:
+        raise RedactedError("a DSN, which needs prodserver-ops[sentry]")
     if not (parts.username and parts.hostname and parts.path.strip("/")):
         raise RedactedError("an incomplete DSN")
     return text

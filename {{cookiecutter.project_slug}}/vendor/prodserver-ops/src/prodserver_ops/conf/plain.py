@@ -1,39 +1,67 @@
 """Settings for a project whose settings are a plain module."""
 
-from collections.abc import Callable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from django.core.exceptions import ImproperlyConfigured
 from dotenv import load_dotenv
 
-from .defaults import ProcessDefaults, ProductionProcessDefaults
+from . import processes
+from .defaults import ProcessDefaults, ProductionProcessDefaults, limit_database
 from .environment import evaluate
 
 
 def add_settings(
-    module: dict[str, Any],
-    package: str,
-    get_processes: Callable[[ProcessDefaults], dict[str, Any]] | None = None,
-) -> None:
-    """Add to a settings module what the processes need; call it at the end of the module.
+    module: dict[str, Any], package: str, parts: Iterable[type] = ()
+) -> ProcessDefaults:
+    """Add to a settings module what the processes need, and return all settings as an object.
+
+    Call it once, at the end of the module that ``DJANGO_SETTINGS_MODULE`` names.
 
     module
         ``globals()`` of the module. A setting that it has already is kept, and the others follow
         from it: with ``DEBUG = False`` they are those of production.
     package
-        The Python package of the service, whose ``celery_app`` is the Celery app.
-    get_processes
-        A function of the settings that returns ``PRODUCTION_PROCESSES``: by default web with
-        gunicorn, worker and beat.
+        The Python package whose ``celery_app`` is the Celery app.
+    parts
+        Classes with more settings, such as ``prodserver_ops.conf.flower.Defaults``.
+
+    The object is for the functions of ``prodserver_ops.conf.processes``, if the module sets
+    ``PRODUCTION_PROCESSES`` itself: by default they are web with gunicorn, worker and beat.
 
     Raises EnvironmentVariableError for a missing or invalid environment variable.
     """
-    from . import processes
-
+    if "ADDED_SETTINGS" in module:
+        raise ImproperlyConfigured(
+            "add_settings() was called before, by a module that this one imports. Call it once, "
+            "at the end of each module that DJANGO_SETTINGS_MODULE may name."
+        )
+    module.setdefault("BASE_DIR", find_base_dir(module))
     load_dotenv(Path(module["BASE_DIR"], ".env"))
     base = ProcessDefaults if module.get("DEBUG") else ProductionProcessDefaults
-    given = {name: value for name, value in module.items() if name.isupper()}
-    plain = type("Plain", (base,), {"PACKAGE": package, **given})()
-    module.update(evaluate(plain) | given)
-    if "PRODUCTION_PROCESSES" not in given:
-        module["PRODUCTION_PROCESSES"] = (get_processes or processes.get_default)(plain)
+    domain = next(iter(module.get("ALLOWED_HOSTS", ())), "").lstrip("*.") or "localhost"
+    names = {
+        "SITE_NAME": package,
+        "DOMAIN": domain,
+        "ASGI_APPLICATION": f"{package}.asgi.application",
+    }
+    defaults = type("Plain", (*parts, base), {"PACKAGE": package, **names})
+    # Only settings that the classes know: cbs would call any other that is a function.
+    given = {name: module[name] for name in dir(defaults) if name.isupper() and name in module}
+    settings: ProcessDefaults = type("Plain", (defaults,), given)()
+    values = evaluate(settings) | given
+    values.setdefault("PRODUCTION_PROCESSES", processes.get_default(settings))
+    added = values.keys() - module.keys()
+    module.update({name: values[name] for name in added})
+    module["ADDED_SETTINGS"] = sorted(added)
+    if "DATABASES" in module:
+        databases = module["DATABASES"]
+        module["DATABASES"] = {alias: limit_database(databases[alias]) for alias in databases}
+    return settings
+
+
+def find_base_dir(module: dict[str, Any]) -> Path:
+    """Return the folder that has the settings' package, usually with ``manage.py``."""
+    path = Path(module["__file__"]).resolve()
+    return path.parents[module["__name__"].count(".") + (path.stem == "__init__")]

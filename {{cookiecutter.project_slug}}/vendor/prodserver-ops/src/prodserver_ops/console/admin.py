@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from django.apps import apps
 from django.contrib import admin
 from django.contrib.auth import get_user_model
 from django.db.models import QuerySet
@@ -15,7 +16,8 @@ from .operations import OperationsAdmin
 
 User = get_user_model()
 
-admin.site.login_form = LoginForm
+# A project may have a form of its own.
+admin.site.login_form = admin.site.login_form or LoginForm
 
 
 class DigestFilter(admin.SimpleListFilter):
@@ -33,64 +35,52 @@ class DigestFilter(admin.SimpleListFilter):
         return queryset.filter(digest=self.value()) if self.value() else queryset
 
 
-@admin.register(Token)
-class TokenAdmin(LargeTableAdmin):
-    """Lists the API's tokens; an administrator can delete them but not see or edit them."""
+class RecordAdmin(LargeTableAdmin):
+    """Lists what code records; an administrator can delete rows but not add or edit them."""
 
-    list_display = ("id", "user", "created_at", "expires_at")
-    list_select_related = ("user",)
     ordering = ("-pk",)
     sortable_by = ()
-    search_fields = (f"user__{User.USERNAME_FIELD}",)
-    fields = ("user", "created_at", "expires_at")
 
     def has_add_permission(self, request: HttpRequest) -> bool:
-        """The API creates tokens."""
+        """Only code adds rows."""
         return False
 
     def has_change_permission(self, request: HttpRequest, obj: Any = None) -> bool:
-        """A token cannot be changed."""
+        """What happened cannot be changed."""
         return False
 
 
+class TokenAdmin(RecordAdmin):
+    """Lists the API's tokens, without their secrets."""
+
+    list_display = ("id", "user", "created_at", "expires_at")
+    list_select_related = ("user",)
+    search_fields = (f"user__{User.USERNAME_FIELD}",)
+    fields = ("user", "created_at", "expires_at")
+
+
+if apps.is_installed("rest_framework"):
+    admin.site.register(Token, TokenAdmin)
+
+
 @admin.register(DigestDelivery)
-class DigestDeliveryAdmin(LargeTableAdmin):
-    """Lists who received which digest; an administrator can delete rows but not edit them."""
+class DigestDeliveryAdmin(RecordAdmin):
+    """Lists who received which digest."""
 
     list_display = ("digest", "recipient", "period_end", "status", "reason", "created_at")
     list_filter = ("status", DigestFilter)
     list_select_related = ("recipient",)
-    ordering = ("-pk",)
-    sortable_by = ()
     search_fields = (
         f"recipient__{User.USERNAME_FIELD}",
         f"recipient__{User.get_email_field_name()}",
         "reason",
     )
 
-    def has_add_permission(self, request: HttpRequest) -> bool:
-        """Only deliveries add rows."""
-        return False
-
-    def has_change_permission(self, request: HttpRequest, obj: Any = None) -> bool:
-        """A delivery that happened cannot be changed."""
-        return False
-
 
 @admin.register(TaskRun)
-class TaskRunAdmin(OperationsAdmin):
+class TaskRunAdmin(RecordAdmin, OperationsAdmin):
     """Lists runs of tasks, and has the page *Operations*."""
 
     list_display = ("name", "status", "started_at", "duration", "error", "host")
     list_filter = ("status",)
-    ordering = ("-pk",)
-    sortable_by = ()
     search_fields = ("name", "error")
-
-    def has_add_permission(self, request: HttpRequest) -> bool:
-        """Only workers add rows."""
-        return False
-
-    def has_change_permission(self, request: HttpRequest, obj: Any = None) -> bool:
-        """A run that happened cannot be changed."""
-        return False

@@ -19,6 +19,7 @@ from django.db import migrations, models
 from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.backends.base.schema import BaseDatabaseSchemaEditor
 from django.db.migrations.executor import MigrationExecutor
+from django.db.migrations.loader import MigrationLoader
 from django.db.migrations.migration import Migration
 from django.db.migrations.operations.base import Operation
 from django.db.migrations.state import ProjectState
@@ -40,10 +41,36 @@ def find_foreign_history(connection: BaseDatabaseWrapper) -> str | None:
             if any(key[0] == label for key in loader.applied_migrations):
                 return f"{label} is migrated, and {'.'.join(first)} is not"
     labels = {label for label, _ in loader.applied_migrations}
-    if user.app_label in labels and OPS not in labels:
-        return f"{user.app_label} is migrated, and {OPS} is not"
-    if user.app_label in labels and user.db_table not in connection.introspection.table_names():
+    if user.app_label not in labels:
+        return None
+    if OPS not in labels and (problem := _find_misfit(connection, loader, user.app_label)):
+        return f"{user.app_label} is migrated, and {OPS} is not, and {problem}"
+    if user.db_table not in connection.introspection.table_names():
         return f"{user.app_label} is migrated, and there is no {user.db_table}"
+    return None
+
+
+def _find_misfit(
+    connection: BaseDatabaseWrapper, loader: MigrationLoader, label: str
+) -> str | None:
+    """Return what an app's applied migrations create and the database lacks, or None.
+
+    A project that this library is added to has it all.
+    """
+    nodes = [key for key in loader.applied_migrations if key[0] == label and key in loader.graph]
+    state = loader.project_state(nodes)
+    tables = set(connection.introspection.table_names())
+    for model in state.apps.get_models():
+        options = model._meta
+        if options.app_label != label or not options.managed or options.swapped:
+            continue
+        if options.db_table not in tables:
+            return f"there is no {options.db_table}"
+        with connection.cursor() as cursor:
+            found = connection.introspection.get_table_description(cursor, options.db_table)
+        columns = {field.column for field in options.local_concrete_fields}
+        if missing := columns - {column.name for column in found}:
+            return f"{options.db_table} has no {', '.join(sorted(missing))}"
     return None
 
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from celery import current_app
-from django.apps import AppConfig, apps
+from django.apps import AppConfig
 from django.conf import settings
 from django.core import checks, mail
 from django.core.exceptions import ImproperlyConfigured
@@ -12,6 +12,7 @@ from django.db import connections
 from django.db.migrations.exceptions import CircularDependencyError, NodeNotFoundError
 from django.db.migrations.loader import MigrationLoader
 from django.db.utils import OperationalError
+from django.urls import get_resolver
 
 from ..api import schema
 from ..core.database import find_pooler
@@ -77,6 +78,18 @@ def check_database(
     return []
 
 
+@checks.register
+def check_time_zone(
+    app_configs: Sequence[AppConfig] | None, **kwargs: Any
+) -> list[checks.CheckMessage]:
+    """Report times without a time zone, which are ambiguous when clocks change."""
+    if settings.USE_TZ:
+        return []
+    problem = "USE_TZ is off, and schedules need times with a time zone."
+    hint = "https://docs.djangoproject.com/en/stable/topics/i18n/timezones/#migration-guide"
+    return [checks.Error(problem, hint=hint, id="schedules.E004")]
+
+
 @checks.register(deploy=True)
 def check_email(
     app_configs: Sequence[AppConfig] | None, **kwargs: Any
@@ -109,10 +122,18 @@ def check_schema(
 ) -> list[checks.CheckMessage]:
     """Report that the file with the schema of the API is missing."""
     path = schema.get_path()
-    if path.exists() or not apps.is_installed("rest_framework"):
+    if path.exists() or not is_served(schema.view):
         return []
     hint = "Run uv run manage.py openapi, and commit the file."
     return [checks.Error(f"{path.name} is missing.", hint=hint, id="openapi.E001")]
+
+
+def is_served(view: Any, resolver: Any = None) -> bool:
+    """Return whether a URL of the project leads to the view."""
+    return any(
+        is_served(view, pattern) if hasattr(pattern, "url_patterns") else pattern.callback is view
+        for pattern in (resolver or get_resolver()).url_patterns
+    )
 
 
 @checks.register(checks.Tags.database)
@@ -153,6 +174,10 @@ def check_processes(
     from . import processes
 
     messages: list[checks.CheckMessage] = []
+    if processes.runs_other_commands():
+        problem = "The commands prodserver, server and worker are those of django-prodserver."
+        hint = 'Move "prodserver_ops" before "django_prodserver" in INSTALLED_APPS.'
+        messages.append(checks.Error(problem, hint=hint, id="processes.E004"))
     for name, process in settings.PRODUCTION_PROCESSES.items():
         for check, id_ in (
             (processes.check_backend, "processes.E001"),
@@ -162,7 +187,8 @@ def check_processes(
             try:
                 check(process)
             except Exception as error:
-                problem = str(error).partition("\n")[0]
-                messages.append(checks.Error(f"Process {name!r}: {problem}", id=id_))
+                problem = f"Process {name!r}: {str(error).partition('\n')[0]}"
+                hint = processes.find_hint(process)
+                messages.append(checks.Error(problem, hint=hint, id=id_))
                 break
     return messages

@@ -5,8 +5,6 @@ A check returns a Result or raises an exception. Checks time out and leak no sec
 
 import json
 import shlex
-import threading
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -18,12 +16,13 @@ from urllib.parse import urlsplit
 from celery import current_app
 from django.conf import settings
 from django.core import checks, mail
-from django.db import connection, connections
+from django.db import connection
 from django.db.migrations.executor import MigrationExecutor
 from django.utils import timezone
 from django_celery_beat.models import PeriodicTask
 
 from .. import broker
+from ..core import concurrently
 from ..core.database import find_pooler
 from ..core.logs import redact
 from ..mail import transport
@@ -125,7 +124,7 @@ def check_schedules() -> Result:
     """Compute the next run of each enabled schedule."""
     current_app.loader.import_default_modules()
     rows = PeriodicTask.objects.order_by("name")
-    rows = rows.select_related("crontab", "interval", "solar", "clocked")
+    rows = rows.select_related(*scheduler.KINDS)
     schedules = [describe_schedule(row) for row in rows.filter(enabled=True)]
     disabled = rows.filter(enabled=False).count()
     return Result(
@@ -154,9 +153,14 @@ def check_deliveries() -> Result:
     return Result(f"e-mails that wait for another attempt: {Attempt.objects.count()}")
 
 
+def get_record() -> Path:
+    """Return the path of the file that a generated service has: the state of its template."""
+    return Path(settings.BASE_DIR, ".cruft.json")
+
+
 def check_template() -> Result:
     """Read the version of the template that the service was generated from."""
-    path = Path(settings.BASE_DIR, ".cruft.json")
+    path = get_record()
     try:
         state = json.loads(path.read_text())
     except OSError:
@@ -177,7 +181,7 @@ def get_checks() -> dict[str, Callable[[], Result]]:
         "schedules": check_schedules,
         "e-mail": check_email,
         "deliveries": check_deliveries,
-        "template": check_template,
+        **({"template": check_template} if get_record().exists() else {}),
     }
 
 
@@ -212,13 +216,10 @@ def get_next_run(row: PeriodicTask) -> datetime:
     """Return when a schedule is due; raise an exception if beat cannot run it."""
     if row.task not in current_app.tasks:
         raise InvalidSchedule(f"its task does not exist: {row.task}")
-    if row.scheduler is None:
-        raise InvalidSchedule("it has neither a crontab nor an interval")
     scheduler.check_arguments(row)
     now = timezone.now()
     next_run = now if scheduler.get_due(row, now) else scheduler.get_next(row, now)
-    if next_run is None:
-        raise InvalidSchedule("its crontab is never due")
+    assert next_run is not None
     return timezone.localtime(next_run).replace(microsecond=0)
 
 
@@ -302,21 +303,14 @@ def run_all() -> dict[str, Result]:
 def run(checks: dict[str, Callable[[], Result]], timeout: float | None = None) -> dict[str, Result]:
     """Run checks at the same time; return their results by name after the time limit."""
     timeout = timeout or CHECK_TIMEOUT
-    results = {name: failed(name, f"no result within {timeout} seconds") for name in checks}
-
-    def run_one(name: str, check: Callable[[], Result]) -> None:
-        try:
-            results[name] = check()
-        except Exception as error:
-            results[name] = failed(name, redact_error(error))
-        finally:
-            connections.close_all()
-
-    # Daemon threads: a check that hangs does not keep the process alive.
-    threads = [threading.Thread(target=run_one, args=item, daemon=True) for item in checks.items()]
-    deadline = time.monotonic() + timeout
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(max(0, deadline - time.monotonic()))
-    return dict(results)
+    results: dict[str, Result] = {}
+    done = concurrently.run(checks, timeout)
+    for name in checks:
+        match done.get(name):
+            case None:
+                results[name] = failed(name, f"no result within {timeout} seconds")
+            case Exception() as error:
+                results[name] = failed(name, redact_error(error))
+            case result:
+                results[name] = result
+    return results

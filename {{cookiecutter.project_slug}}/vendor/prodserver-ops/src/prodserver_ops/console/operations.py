@@ -3,6 +3,7 @@
 import json
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 from celery import current_app
@@ -22,8 +23,9 @@ from django_celery_beat.models import PeriodicTask
 from kombu.utils.json import loads
 
 from .. import broker
+from ..core import concurrently
 from ..models import Heartbeat, TaskRun
-from ..scheduling import heartbeats
+from ..scheduling import heartbeats, scheduler
 from ..worker.app import get_failed_queue
 from . import doctor
 from .large_tables import LargeTableAdmin
@@ -62,7 +64,7 @@ class Schedule:
 def get_schedules() -> list[Schedule]:
     """Return all schedules with their latest runs, the newest first."""
     current_app.loader.import_default_modules()  # To know which tasks exist
-    rows = PeriodicTask.objects.select_related("crontab", "interval", "solar", "clocked")
+    rows = PeriodicTask.objects.select_related(*scheduler.KINDS)
     schedules = {}
     for row in rows.order_by("name")[:SHOWN_SCHEDULES]:
         state = doctor.describe_schedule(row) if row.enabled else {}
@@ -97,15 +99,15 @@ def get_running() -> list[TaskRun]:
 
 def get_queues() -> tuple[dict[str, int], str]:
     """Return the queues with their numbers of messages, and what went wrong if anything did."""
-    counts: dict[str, int] = {}
-
-    def count() -> doctor.Result:
-        names = [*(queue.name for queue in settings.CELERY_TASK_QUEUES), get_failed_queue()]
-        counts.update(broker.count_messages(current_app, names, TIMEOUT))
-        return doctor.Result("")
-
-    result = doctor.run({"broker": count}, TIMEOUT)["broker"]
-    return dict(counts), "" if result.status == doctor.OK else result.message
+    names = [*(queue.name for queue in settings.CELERY_TASK_QUEUES), get_failed_queue()]
+    count = partial(broker.count_messages, current_app, names, TIMEOUT)
+    match concurrently.run({"": count}, TIMEOUT).get(""):
+        case None:
+            return {}, f"no result within {TIMEOUT} seconds"
+        case Exception() as error:
+            return {}, doctor.redact_error(error)
+        case counts:
+            return counts, ""
 
 
 def get_heartbeats() -> list[Heartbeat]:
@@ -164,7 +166,7 @@ class OperationsAdmin(LargeTableAdmin):
             "queues": queues,
             "queues_problem": problem,
             "heartbeats": get_heartbeats(),
-            "template": doctor.check_template().message,
+            "template": doctor.check_template().message if doctor.get_record().exists() else "",
             "may_run": request.user.has_perm(RUN_PERMISSION),
         }
         return TemplateResponse(request, "admin/operations.html", context)

@@ -1,6 +1,7 @@
 """Whether the processes of ``PRODUCTION_PROCESSES`` can start: their backends and arguments."""
 
 import copy
+from importlib.util import find_spec
 from typing import Any
 
 from celery import Celery
@@ -8,6 +9,7 @@ from celery.bin.base import CLIContext
 from celery.bin.beat import beat
 from celery.bin.worker import worker
 from click import ClickException
+from django.apps import apps
 from django.utils.module_loading import import_string
 from django_prodserver.backends.base import BaseProcessBackend
 from django_prodserver.backends.workers.celery import CeleryBeat, CeleryWorker
@@ -23,6 +25,21 @@ def check_backend(process: dict[str, Any]) -> None:
         raise ValueError(f"BACKEND cannot be imported: {error}") from error
     if not (isinstance(backend, type) and issubclass(backend, BaseProcessBackend)):
         raise TypeError(f"BACKEND {process['BACKEND']!r} is not a process backend.")
+
+
+def runs_other_commands() -> bool:
+    """Return whether the commands of django-prodserver replace those of this package."""
+    names = [config.name for config in apps.get_app_configs()]
+    return "django_prodserver" in names[: names.index("prodserver_ops")]
+
+
+def find_hint(process: dict[str, Any]) -> str | None:
+    """Return how to install the package that a backend of ``web/`` needs if it is missing."""
+    package, _, rest = str(process.get("BACKEND")).partition(".web.")
+    extra = rest.partition(".")[0]
+    if package != "prodserver_ops" or find_spec(extra) is not None:
+        return None
+    return f"Install prodserver-ops[{extra}], or choose another web server."
 
 
 def check_app(process: dict[str, Any]) -> None:

@@ -11,7 +11,12 @@ from .logs import redact
 
 
 def configure() -> None:
-    """Start to report, without personal data: no request bodies, users or variables."""
+    """Start to report, without personal data: no request bodies, users or variables.
+
+    A project whose settings started to report keeps its own way.
+    """
+    if sentry_sdk.is_initialized():
+        return
     sentry_sdk.init(
         dsn=settings.SENTRY_DSN,
         environment=settings.SENTRY_ENVIRONMENT,

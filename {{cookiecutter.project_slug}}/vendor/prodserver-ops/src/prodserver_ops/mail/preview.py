@@ -7,6 +7,7 @@ from django.shortcuts import render
 from django.urls import path
 
 from .composing import Email, compose
+from .unsubscribe import get_base
 from .digests import registry
 
 #: An e-mail has its styles in itself and loads nothing; the page cannot run scripts.
@@ -26,7 +27,8 @@ def index(request: HttpRequest) -> HttpResponse:
     """List all e-mails."""
     if not settings.DEBUG:
         raise Http404
-    return render(request, "ops/emails.html", {"names": registry, "site_name": settings.SITE_NAME})
+    context = {"base": get_base(), "names": registry, "site_name": settings.SITE_NAME}
+    return render(request, "ops/emails.html", context)
 
 
 def show(request: HttpRequest, name: str, kind: str) -> HttpResponse:

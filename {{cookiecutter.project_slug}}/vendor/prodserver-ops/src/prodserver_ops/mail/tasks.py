@@ -67,7 +67,7 @@ def get_due_digests(now: datetime) -> dict[str, datetime]:
     """
     due: dict[str, datetime] = {}
     schedules = PeriodicTask.objects.filter(enabled=True, task__in=DIGEST_TASKS)
-    for schedule in schedules.select_related("crontab", "interval"):
+    for schedule in schedules.select_related("crontab"):
         try:
             args, kwargs = loads(schedule.args), loads(schedule.kwargs)
             name = DIGEST_TASKS[schedule.task](*args, **kwargs)

@@ -203,9 +203,10 @@ def connect() -> Iterator[Server]:
     Raises Paused if e-mail pauses or another process tries whether the server can be used
     again. If it cannot, e-mail pauses and the error is raised.
     """
-    if is_paused():
+    state = cache.get_many([PAUSED, FAILURES])
+    if PAUSED in state:
         raise Paused
-    failures = get_failures()
+    failures = _read(state.get(FAILURES))
     with ExitStack() as stack:
         general = failures is not None and failures.is_general
         if general and not stack.enter_context(try_lock("mail-server")):
@@ -229,7 +230,11 @@ def is_paused() -> bool:
 
 def get_failures() -> Failures | None:
     """Return the last e-mails that failed, unless one was accepted since."""
-    values = cache.get(FAILURES)
+    return _read(cache.get(FAILURES))
+
+
+def _read(values: tuple[str, str, int] | None) -> Failures | None:
+    """Return the failures that an entry of the cache stands for."""
     if values is None:
         return None
     verdict, reason, count = values

@@ -8,6 +8,7 @@ from django.contrib.auth import get_user_model
 from django.core.signing import BadSignature, Signer
 from django.http import Http404, HttpRequest, HttpResponse
 from django.shortcuts import get_object_or_404, render
+from django.template.loader import select_template
 from django.urls import reverse
 from django.views.decorators.csrf import csrf_exempt
 from django.views.decorators.http import require_http_methods
@@ -44,9 +45,15 @@ def view(request: HttpRequest, token: str) -> HttpResponse:
     if done:
         message.unsubscribe(recipient)
     context = {
+        "base": get_base(),
         "site_name": settings.SITE_NAME,
         "email": email_of(recipient),
         "label": message.unsubscribe_label,
         "done": done,
     }
-    return render(request, "unsubscribe.html", context)
+    return render(request, ["unsubscribe.html", "ops/unsubscribe.html"], context)
+
+
+def get_base() -> Any:
+    """Return the template that pages extend: the project's, or a plain one."""
+    return select_template(["base.html", "ops/base.html"])

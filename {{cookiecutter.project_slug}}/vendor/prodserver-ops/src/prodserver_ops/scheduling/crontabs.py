@@ -9,6 +9,7 @@ late or leaves a run out (celery #6438, #10107; django-celery-beat #134, #194).
 """
 
 from bisect import bisect_right
+from calendar import monthrange
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, time, timedelta
@@ -17,14 +18,17 @@ from typing import Any
 from zoneinfo import ZoneInfo
 
 from celery.schedules import ParseException
-from celery.schedules import crontab as parse_crontab
+from celery.schedules import crontab as parse_fields
 from django_celery_beat.models import CrontabSchedule
 
 DAY = timedelta(days=1)
 MINUTE = timedelta(minutes=1)
 
-#: How far ``get_next`` looks ahead: 29 February can be eight years away.
-HORIZON = 9 * 366 * DAY
+#: How far ``get_next`` looks ahead: 29 February on one weekday can be forty years away.
+HORIZON = 41 * 366 * DAY
+
+#: The order of the fields, as in crontab(5).
+FIELDS = ("minute", "hour", "day_of_month", "month_of_year", "day_of_week")
 
 
 @dataclass(frozen=True)
@@ -44,11 +48,7 @@ class Crontab:
     @classmethod
     def from_row(cls, row: CrontabSchedule) -> "Crontab":
         """Return the crontab of a row of django-celery-beat; raise ValueError for an invalid one."""
-        fields = row.minute, row.hour, row.day_of_week, row.day_of_month, row.month_of_year
-        try:
-            return _parse(*fields, str(row.timezone))
-        except ParseException as error:
-            raise ValueError(str(error)) from error
+        return parse(*(getattr(row, name) for name in FIELDS), zone=str(row.timezone))
 
     def get_latest(self, since: datetime, now: datetime) -> datetime | None:
         """Return the last due time after ``since`` and not after ``now``, or None."""
@@ -75,11 +75,16 @@ class Crontab:
 
 
 @lru_cache(maxsize=1000)
-def _parse(
-    minute: str, hour: str, day_of_week: str, day_of_month: str, month_of_year: str, zone: str
-) -> Crontab:
-    parsed: Any = parse_crontab(minute, hour, day_of_week, day_of_month, month_of_year)
-    return Crontab(
+def parse(*fields: str, zone: str = "UTC") -> Crontab:
+    """Return the crontab of five fields; raise ValueError if it is invalid or never due."""
+    if len(fields) != len(FIELDS):
+        raise ValueError(f"it has {len(fields)} fields instead of five")
+    values: dict[str, Any] = dict(zip(FIELDS, fields, strict=True))
+    try:
+        parsed: Any = parse_fields(**values)
+    except (ParseException, ZeroDivisionError) as error:
+        raise ValueError(str(error)) from error
+    crontab = Crontab(
         frozenset(parsed.minute),
         frozenset(parsed.hour),
         frozenset(parsed.day_of_month),
@@ -87,6 +92,10 @@ def _parse(
         frozenset(parsed.day_of_week),
         ZoneInfo(zone),
     )
+    # In a leap year; each date is on each weekday in some year.
+    if not any(min(crontab.days) <= monthrange(2000, month)[1] for month in crontab.months):
+        raise ValueError("it is never due")
+    return crontab
 
 
 @lru_cache(maxsize=2000)

@@ -6,7 +6,7 @@ A new schedule is a new migration::
 
     from django.db import migrations
 
-    from ..ops.schedules import CreateSchedule
+    from prodserver_ops.scheduling.operations import CreateSchedule
 
 
     class Migration(migrations.Migration):
@@ -33,7 +33,6 @@ from datetime import timedelta
 from typing import Any
 from zoneinfo import ZoneInfo
 
-from celery.schedules import crontab as parse_crontab
 from django.conf import settings
 from django.db import models
 from django.db.backends.base.schema import BaseDatabaseSchemaEditor
@@ -44,11 +43,12 @@ from django.db.migrations.operations.base import Operation
 from django.db.migrations.state import ProjectState
 from django.utils import timezone as clock
 
+from . import crontabs
+
 #: The migration that the migration of a schedule must depend on.
 REQUIRED_MIGRATION = ("django_celery_beat", "0019_alter_periodictasks_options")
 
 APP_LABEL = REQUIRED_MIGRATION[0]
-CRONTAB_FIELDS = ("minute", "hour", "day_of_month", "month_of_year", "day_of_week")
 
 #: The units of an interval, the largest first.
 INTERVAL_UNITS = {
@@ -126,8 +126,8 @@ class CreateSchedule(Operation):
             problems.append("needs either a crontab or an interval")
         if self.crontab is not None:
             try:
-                parse_crontab.from_string(self.crontab)
-            except Exception as error:
+                crontabs.parse(*self.crontab.split())
+            except ValueError as error:
                 problems.append(f"has an invalid crontab {self.crontab!r}: {error}")
         if self.interval is not None and self.interval <= timedelta(0):
             problems.append(f"has an interval that is not positive: {self.interval}")
@@ -208,7 +208,7 @@ class CreateSchedule(Operation):
     def get_timing_values(self) -> dict[str, Any]:
         """Return the fields of the crontab or interval, by name."""
         if self.crontab is not None:
-            values: dict[str, Any] = dict(zip(CRONTAB_FIELDS, self.crontab.split(), strict=True))
+            values: dict[str, Any] = dict(zip(crontabs.FIELDS, self.crontab.split(), strict=True))
             return values | {"timezone": ZoneInfo(self.timezone)}
         assert self.interval is not None
         period, unit = next(

@@ -38,6 +38,10 @@ MAX_WAIT = timedelta(minutes=5)
 lease = Lease("beat")
 
 
+#: The kinds of schedules, each a relation of a row.
+KINDS = ("crontab", "interval", "solar", "clocked")
+
+
 class InvalidSchedule(Exception):
     """A schedule that cannot run."""
 
@@ -170,7 +174,7 @@ class Scheduler(DatabaseScheduler):  # type: ignore[misc]
         """Return the enabled schedules; disable those that have expired."""
         PeriodicTask.objects.filter(enabled=True, expires__lte=Now()).update(enabled=False)
         rows: QuerySet[PeriodicTask] = PeriodicTask.objects.filter(enabled=True).order_by("pk")
-        return rows.select_related("crontab", "interval", "solar", "clocked")
+        return rows.select_related(*KINDS)
 
     def create_run(self, row: PeriodicTask, due: datetime) -> None:
         """Store a run that is due, if the schedule is unchanged and the lease still held."""
@@ -203,9 +207,7 @@ class Scheduler(DatabaseScheduler):  # type: ignore[misc]
     def publish_runs(self, now: datetime) -> bool:
         """Publish what is not published yet; return whether the broker is available."""
         runs = ScheduleRun.objects.filter(published_at=None).order_by("due_at")
-        for run in runs.select_related(
-            "schedule__crontab", "schedule__interval", "schedule__solar", "schedule__clocked"
-        ):
+        for run in runs.select_related(*(f"schedule__{kind}" for kind in KINDS)):
             if now - run.created_at > MAX_DELAY:
                 logger.error("The run %s was not queued within %s", run, MAX_DELAY)
                 run.delete()

@@ -7,16 +7,16 @@ Either takes about ``READY_TIMEOUT`` at most, also if a server does not respond.
 """
 
 import logging
-import time
 from collections.abc import Callable
 from functools import partial
 from threading import Thread
 
 # The service's app: creating it with Django settings makes it the default in all threads.
 from celery import current_app
-from django.db import connection, connections
+from django.db import connection
 from django.http import HttpRequest, HttpResponse, JsonResponse
 
+from ..core import concurrently
 from ..scheduling import heartbeats
 
 logger = logging.getLogger(__name__)
@@ -65,33 +65,14 @@ _running: dict[str, Thread] = {}
 
 def get_readiness(checks: dict[str, Callable[[], None]]) -> dict[str, str]:
     """Run checks at the same time; return ``ok`` or ``unavailable`` by name."""
-    problems = dict.fromkeys(checks, f"no response within {READY_TIMEOUT} seconds")
-
-    def run(name: str, check: Callable[[], None]) -> None:
-        try:
-            check()
-        except Exception as error:
-            # The message may contain a password.
-            problems[name] = type(error).__name__
-        else:
-            problems.pop(name)
-        finally:
-            connections.close_all()
-
-    threads = []
-    for name, check in checks.items():
-        if name not in _running or not _running[name].is_alive():
-            # A daemon thread does not keep the process alive.
-            _running[name] = Thread(target=run, args=(name, check), daemon=True)
-            _running[name].start()
-            threads.append(_running[name])
-    deadline = time.monotonic() + READY_TIMEOUT
-    for thread in threads:
-        thread.join(max(0, deadline - time.monotonic()))
-    found = problems.copy()
-    for name, problem in found.items():
+    timeout = TimeoutError(f"no response within {READY_TIMEOUT} seconds")
+    results = concurrently.run(checks, READY_TIMEOUT, _running)
+    problems = {name: error for name in checks if (error := results.get(name, timeout))}
+    for name, error in problems.items():
+        # The message of another error may contain a password.
+        problem = error if error is timeout else type(error).__name__
         logger.warning("%s is unavailable: %s", name, problem)
-    return {name: "unavailable" if name in found else "ok" for name in checks}
+    return {name: "unavailable" if name in problems else "ok" for name in checks}
 
 
 class HealthMiddleware:

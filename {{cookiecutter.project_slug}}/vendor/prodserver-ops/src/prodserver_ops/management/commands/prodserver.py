@@ -16,10 +16,15 @@ from django.conf import settings
 from django.core.management import CommandError
 from django.core.management.base import OutputWrapper
 from django.utils.module_loading import import_string
-from django_prodserver.backends.base import BaseWorkerBackend
+from django_prodserver.backends.base import (
+    BaseProcessBackend,
+    BaseServerBackend,
+    BaseWorkerBackend,
+)
 from django_prodserver.management.base import BaseProcessCommand
 
 from ...core import logs
+from ...core.commands import get_script
 from ...core.database import find_pooler
 
 try:
@@ -33,19 +38,23 @@ STOP_TIMEOUT = 10
 #: How often to look for the parent process, in seconds.
 PARENT_INTERVAL = 0.5
 
+#: The commands for one kind of process, each with the base class of its backends.
+COMMANDS = {"server": BaseServerBackend, "worker": BaseWorkerBackend}
+
 
 class Command(BaseProcessCommand):
     """Run the web, worker or beat process in the foreground, until SIGTERM.
 
     The processes are those of the setting ``PRODUCTION_PROCESSES``. A missing or unknown
-    name exits with status 1.
+    name exits with status 1. The commands ``server`` and ``worker`` are the same for one kind
+    of process, which ``backend_base_class`` says.
     """
 
     help = "Run one process of the service in the foreground, until SIGTERM."
 
     def add_arguments(self, parser: ArgumentParser) -> None:
         """Add the name of the process, ``--reload`` and ``--list``."""
-        processes = ", ".join(settings.PRODUCTION_PROCESSES)
+        processes = ", ".join(self.get_process_names())
         parser.add_argument(
             "process_name", metavar="process", nargs="?", help=f"One of: {processes}."
         )
@@ -56,15 +65,40 @@ class Command(BaseProcessCommand):
 
     def list_process_names(self) -> None:
         """Print the names of the processes, one on each line."""
-        for name in settings.PRODUCTION_PROCESSES:
+        for name in self.get_process_names():
             self.stdout.write(name)
+
+    def get_process_names(self) -> list[str]:
+        """Return the names of the processes that this command runs."""
+        processes = settings.PRODUCTION_PROCESSES.items()
+        return [name for name, process in processes if self.find_other_command(process) is None]
+
+    def find_other_command(self, process: dict[str, Any]) -> str | None:
+        """Return the command for the kind of a process if this one is for another kind."""
+        if self.backend_base_class is BaseProcessBackend:
+            return None
+        try:
+            backend = import_string(process["BACKEND"])
+            return next(
+                command
+                for command, base in COMMANDS.items()
+                if issubclass(backend, base) and base is not self.backend_base_class
+            )
+        except (KeyError, ImportError, TypeError, StopIteration):
+            # ``check`` reports an invalid backend.
+            return None
 
     def start_process(self, process_name: str, *args: Any, **options: Any) -> None:
         """Run the process; raise CommandError if it cannot start."""
         if process_name not in settings.PRODUCTION_PROCESSES:
-            processes = ", ".join(settings.PRODUCTION_PROCESSES)
+            processes = ", ".join(self.get_process_names())
             problem = f"unknown process {process_name!r}" if process_name else "no process named"
             raise CommandError(f"{problem}; the processes are: {processes}")
+        if other := self.find_other_command(settings.PRODUCTION_PROCESSES[process_name]):
+            raise CommandError(
+                f"{process_name!r} is not a {self.process_label} process; "
+                f"run: python manage.py {other} {process_name}"
+            )
         if options.get("reload"):
             self.run_with_reload(process_name)
             return
@@ -95,7 +129,7 @@ class Command(BaseProcessCommand):
             signal.signal(number, lambda *_: stopped.set())
         threading.Thread(target=wait_for_parent, args=[stopped], daemon=True).start()
         while not stopped.is_set():
-            command = [sys.executable, settings.BASE_DIR / "manage.py", "prodserver", name]
+            command = [sys.executable, get_script(), "prodserver", name]
             child = subprocess.Popen(command)
             changes = next(watchfiles.watch(*get_packages(), stop_event=stopped), set())
             if changes:

@@ -21,6 +21,7 @@ from django.utils.module_loading import import_string
 from django_celery_beat.models import IntervalSchedule, PeriodicTask
 from django_prodserver.backends.base import BaseWorkerBackend as Worker
 
+from ...core.commands import get_script
 from ...models import Heartbeat, ScheduleRun
 
 #: The lines of a process's output that are shown if it fails.
@@ -104,10 +105,11 @@ class Processes:
         self.running: dict[str, tuple[subprocess.Popen[bytes], IO[bytes]]] = {}
         for name in settings.PRODUCTION_PROCESSES:
             output = open(os.path.join(folder, name), "w+b")  # noqa: SIM115
-            command = [sys.executable, "manage.py", "prodserver", name]
+            script = get_script()
+            command = [sys.executable, script, "prodserver", name]
             process = subprocess.Popen(
                 command,
-                cwd=settings.BASE_DIR,
+                cwd=script.parent,
                 env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
