@@ -72,7 +72,9 @@ class TestFields:
         assert crontab.get_next(utc(2026, 1, 2, 9), until=utc(2026, 1, 3, 8)) == utc(2026, 1, 3, 8)
         assert make("0 8 1 1 *").get_next(utc(2026, 1, 2), until=utc(2026, 1, 9)) is None
 
-    @pytest.mark.parametrize(("field", "value"), [("minute", "61"), ("hour", "x")])
+    @pytest.mark.parametrize(
+        ("field", "value"), [("minute", "61"), ("hour", "x"), ("day_of_week", "8")]
+    )
     def test_invalid_one_is_a_value_error(self, field, value):
         row = CrontabSchedule(minute="0", hour="8", timezone="UTC")
         setattr(row, field, value)

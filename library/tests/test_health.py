@@ -3,6 +3,7 @@
 from threading import Event
 
 import pytest
+from django.db import connections
 
 from prodserver_ops.web import health
 
@@ -12,12 +13,12 @@ def _close_databases_in_memory(monkeypatch):
     """Close what the threads of checks opened; Django keeps a database in memory open."""
 
     def close_all():
-        for connection in health.connections.all(initialized_only=True):
+        for connection in connections.all(initialized_only=True):
             if connection.connection is not None:
                 connection.connection.close()
                 connection.connection = None
 
-    monkeypatch.setattr(health.connections, "close_all", close_all)
+    monkeypatch.setattr(connections, "close_all", close_all)
 
 
 @pytest.fixture
