@@ -1,18 +1,16 @@
 """Whether the processes of ``PRODUCTION_PROCESSES`` can start: their backends and arguments."""
 
-import copy
 from importlib.util import find_spec
 from typing import Any
 
 from celery import Celery
-from celery.bin.base import CLIContext
-from celery.bin.beat import beat
-from celery.bin.worker import worker
 from click import ClickException
 from django.apps import apps
 from django.utils.module_loading import import_string
 from django_prodserver.backends.base import BaseProcessBackend
 from django_prodserver.backends.workers.celery import CeleryBeat, CeleryWorker
+
+from ..worker.app import get_command
 
 
 def check_backend(process: dict[str, Any]) -> None:
@@ -70,11 +68,9 @@ def check_arguments(process: dict[str, Any]) -> None:
 
 def parse_celery_arguments(backend: CeleryWorker, arguments: list[str]) -> None:
     """Parse the arguments of a worker or beat; raise ValueError for invalid ones."""
-    command = copy.copy(beat if isinstance(backend, CeleryBeat) else worker)
-    options = backend.app.user_options
-    command.params = [*command.params, *options[command.name], *options["preload"]]
-    context = CLIContext(app=backend.app, no_color=True, workdir=None)
+    name = "beat" if isinstance(backend, CeleryBeat) else "worker"
+    command, context = get_command(backend.app, name)
     try:
-        command.make_context(command.name, arguments, obj=context)
+        command.make_context(name, arguments, obj=context)
     except ClickException as error:
         raise ValueError(error.format_message()) from error

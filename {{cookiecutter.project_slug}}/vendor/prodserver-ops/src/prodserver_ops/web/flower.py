@@ -7,8 +7,9 @@ import sys
 from typing import Any
 
 from django.conf import settings as service_settings
-from django.core.management import CommandError
 from django_prodserver.backends.servers.flower import CeleryFlower
+
+from .servers import port_in_use
 
 #: A service has those of ``conf/flower.py`` only if it has the process.
 settings: Any = service_settings
@@ -38,7 +39,4 @@ class Flower(CeleryFlower):
         except OSError as error:
             if error.errno != errno.EADDRINUSE:
                 raise
-            raise CommandError(
-                f"Port {settings.FLOWER_PORT} is already in use. "
-                "Stop the process that uses it, or set FLOWER_PORT to another port."
-            ) from error
+            raise port_in_use(settings.FLOWER_PORT, "FLOWER_PORT") from error

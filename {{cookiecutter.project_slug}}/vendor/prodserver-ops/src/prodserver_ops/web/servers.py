@@ -9,7 +9,16 @@ from collections.abc import Callable
 from typing import Any
 
 from django.conf import settings
+from django.core.management import CommandError
 from django_prodserver.backends.base import BaseServerBackend
+
+
+def port_in_use(port: int, variable: str = "PORT") -> CommandError:
+    """Return the error of a process whose port another one uses."""
+    return CommandError(
+        f"Port {port} is already in use. "
+        f"Stop the process that uses it, or set {variable} to another port."
+    )
 
 
 class PythonServer(BaseServerBackend):

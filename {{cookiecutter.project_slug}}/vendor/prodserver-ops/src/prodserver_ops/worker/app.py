@@ -42,6 +42,19 @@ def get_failed_queue() -> str:
     return f"{settings.CELERY_TASK_DEFAULT_QUEUE}.failed"
 
 
+def get_command(app: Celery, name: str) -> tuple[Any, Any]:
+    """Return a command of Celery, such as ``worker``, with the app's own options; and its object.
+
+    The module of the whole command line also loads a shell for the terminal.
+    """
+    from celery.bin.base import CLIContext
+
+    command = copy.copy(import_string(f"celery.bin.{name}.{name}"))
+    options = app.user_options
+    command.params = [*command.params, *options[name], *options["preload"]]
+    return command, CLIContext(app=app, no_color=False, workdir=None)
+
+
 def make_failed_queue(app: Celery) -> Queue:
     """Return the queue of failed tasks; ``app.amqp.queues[name]`` would let workers consume it."""
     return app.amqp.queues.new_missing(get_failed_queue())
@@ -176,16 +189,10 @@ class CeleryApp(Celery):
 
         Celery's own method ignores the status of a worker that ends with an error.
         """
-        from celery.bin.base import CLIContext
-
         name, *arguments = argv or ["worker"]
-        # The module of the whole command line also loads a shell for the terminal.
-        command = copy.copy(import_string(f"celery.bin.{name}.{name}"))
-        options = self.user_options
-        command.params = [*command.params, *options[name], *options["preload"]]
         # Each deploy runs the system checks; here they would load the URLs and the API.
         os.environ.setdefault("CELERY_SKIP_CHECKS", "1")
-        context = CLIContext(app=self, no_color=False, workdir=None)
+        command, context = get_command(self, name)
         status = command.main(arguments, prog_name=name, obj=context, standalone_mode=False)
         if status:
             sys.exit(status)

@@ -26,6 +26,7 @@ from django_prodserver.management.base import BaseProcessCommand
 from ...core import logs
 from ...core.commands import get_script
 from ...core.database import find_pooler
+from ...web.servers import port_in_use
 
 try:
     import watchfiles
@@ -176,7 +177,4 @@ def check_port(process: dict[str, Any]) -> None:
         except OSError as error:
             if error.errno != errno.EADDRINUSE:
                 raise CommandError(f"cannot listen on port {address[1]}: {error}") from error
-            raise CommandError(
-                f"Port {address[1]} is already in use. "
-                "Stop the process that uses it, or set PORT to another port."
-            ) from error
+            raise port_in_use(address[1]) from error

@@ -102,16 +102,24 @@ class Command(BaseCommand):
             sys.exit(1)
 
 
-def run(command: list[str]) -> str:
-    """Run a command in the service's folder; return its output, or raise CommandError."""
-    done = subprocess.run(
+def execute(
+    command: list[str], env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run a command in the service's folder."""
+    return subprocess.run(
         command,
         cwd=settings.BASE_DIR,
+        env=env,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
+
+
+def run(command: list[str]) -> str:
+    """Run a command; return its output, or raise CommandError."""
+    done = execute(command)
     if done.returncode:
         last = "\n".join(done.stdout.splitlines()[-SHOWN_LINES:])
         raise CommandError(f"{' '.join(command)} failed:\n{last}")
@@ -170,15 +178,7 @@ def list_section(title: str, items: list[str], introduction: str = "") -> str:
 def run_tests(uv: str) -> tuple[bool, str]:
     """Run the service's tests; return whether they passed, and a section about them."""
     environment = {name: value for name, value in os.environ.items() if name != "DJANGO_MODE"}
-    done = subprocess.run(
-        [uv, "run", "--quiet", "pytest", "-q"],
-        cwd=settings.BASE_DIR,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    done = execute([uv, "run", "--quiet", "pytest", "-q"], environment)
     lines = done.stdout.splitlines()
     if done.returncode == 0:
         return True, f"## Tests\n\nPassed: {lines[-1]}"
