@@ -37,19 +37,21 @@ def add_settings(
             "add_settings() was called before, by a module that this one imports. Call it once, "
             "at the end of each module that DJANGO_SETTINGS_MODULE may name."
         )
-    module.setdefault("BASE_DIR", find_base_dir(module))
-    load_dotenv(Path(module["BASE_DIR"], ".env"))
+    base_dir = Path(module.get("BASE_DIR") or find_base_dir(module))
+    load_dotenv(base_dir / ".env")
     base = ProcessDefaults if module.get("DEBUG") else ProductionProcessDefaults
     domain = next(iter(module.get("ALLOWED_HOSTS", ())), "").lstrip("*.") or "localhost"
     names = {
+        "PACKAGE": package,
+        "BASE_DIR": base_dir,
         "SITE_NAME": package,
         "DOMAIN": domain,
         "ASGI_APPLICATION": f"{package}.asgi.application",
     }
-    defaults = type("Plain", (*parts, base), {"PACKAGE": package, **names})
+    defaults = type("Plain", (*parts, base), names)
     # Only settings that the classes know: cbs would call any other that is a function.
     given = {name: module[name] for name in dir(defaults) if name.isupper() and name in module}
-    settings: ProcessDefaults = type("Plain", (defaults,), given)()
+    settings: ProcessDefaults = type("Plain", (defaults,), given | {"PACKAGE": package})()
     values = evaluate(settings) | given
     values.setdefault("PRODUCTION_PROCESSES", processes.get_default(settings))
     added = values.keys() - module.keys()
@@ -64,4 +66,5 @@ def add_settings(
 def find_base_dir(module: dict[str, Any]) -> Path:
     """Return the folder that has the settings' package, usually with ``manage.py``."""
     path = Path(module["__file__"]).resolve()
-    return path.parents[module["__name__"].count(".") + (path.stem == "__init__")]
+    depth = str(module["__name__"]).count(".") + (path.stem == "__init__")
+    return path.parents[depth]

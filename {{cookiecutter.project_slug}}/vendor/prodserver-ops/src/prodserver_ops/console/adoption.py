@@ -68,7 +68,7 @@ def _find_misfit(
             return f"there is no {options.db_table}"
         with connection.cursor() as cursor:
             found = connection.introspection.get_table_description(cursor, options.db_table)
-        columns = {field.column for field in options.local_concrete_fields}
+        columns = {str(field.column) for field in options.local_concrete_fields}
         if missing := columns - {column.name for column in found}:
             return f"{options.db_table} has no {', '.join(sorted(missing))}"
     return None

@@ -175,9 +175,13 @@ def check_processes(
 
     messages: list[checks.CheckMessage] = []
     if processes.runs_other_commands():
-        problem = "The commands prodserver, server and worker are those of django-prodserver."
-        hint = 'Move "prodserver_ops" before "django_prodserver" in INSTALLED_APPS.'
-        messages.append(checks.Error(problem, hint=hint, id="processes.E004"))
+        messages.append(
+            checks.Error(
+                "The commands prodserver, server and worker are those of django-prodserver.",
+                hint='Move "prodserver_ops" before "django_prodserver" in INSTALLED_APPS.',
+                id="processes.E004",
+            )
+        )
     for name, process in settings.PRODUCTION_PROCESSES.items():
         for check, id_ in (
             (processes.check_backend, "processes.E001"),

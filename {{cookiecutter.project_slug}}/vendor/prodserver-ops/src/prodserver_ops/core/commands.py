@@ -6,7 +6,7 @@ from pathlib import Path
 from django.conf import settings
 
 
-def get_script() -> Path:
+def get_script() -> str:
     """Return the path of ``manage.py``: of the running command, otherwise in ``BASE_DIR``."""
     script = Path(sys.argv[0]).resolve()
-    return script if script.name == "manage.py" else Path(settings.BASE_DIR, "manage.py")
+    return str(script if script.name == "manage.py" else Path(settings.BASE_DIR, "manage.py"))

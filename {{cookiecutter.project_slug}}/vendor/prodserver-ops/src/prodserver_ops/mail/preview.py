@@ -7,8 +7,8 @@ from django.shortcuts import render
 from django.urls import path
 
 from .composing import Email, compose
-from .unsubscribe import get_base
 from .digests import registry
+from .unsubscribe import get_base
 
 #: An e-mail has its styles in itself and loads nothing; the page cannot run scripts.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; sandbox"

@@ -8,4 +8,4 @@ class Migration(migrations.Migration):
         ("ops", "0002_seed_schedules"),
     ]
 
-    operations: list[migrations.RunSQL] = []
+    operations = []

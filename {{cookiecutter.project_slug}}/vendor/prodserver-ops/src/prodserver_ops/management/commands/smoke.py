@@ -109,7 +109,7 @@ class Processes:
             command = [sys.executable, script, "prodserver", name]
             process = subprocess.Popen(
                 command,
-                cwd=script.parent,
+                cwd=os.path.dirname(script),
                 env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
