@@ -4,9 +4,9 @@ import pytest
 from celery import current_app
 from django.conf import settings
 from kombu import Connection
-from kombu.transport import resolve_transport
+from kombu.transport.redis import Channel
 
-from prodserver_ops import broker
+from prodserver_ops.broker import redis
 
 
 @pytest.mark.parametrize(
@@ -27,21 +27,22 @@ from prodserver_ops import broker
     ],
 )
 def test_url_has_a_database_and_the_verification_of_tls(url, expected):
-    assert broker.get_url(url) == expected
+    assert redis.get_url(url) == expected
 
 
 def test_message_of_a_running_task_is_not_delivered_again():
-    options = broker.get_options(settings.CELERY_TASK_TIME_LIMIT)
+    options = redis.get_options(settings)
     assert options["visibility_timeout"] > current_app.conf.task_time_limit
 
 
-@pytest.mark.parametrize("scheme", ["redis", "rediss"])
-def test_schemes_have_their_transport(scheme):
-    assert issubclass(resolve_transport(scheme), broker.Transport)
+def test_messages_of_lost_workers_are_looked_for_every_10_seconds():
+    throttle = redis.get_options(settings)["unacked_restore_throttle"]
+    assert "unacked_restore_throttle" in Channel.from_transport_options
+    assert throttle * Channel.unacked_restore_interval == 10
 
 
 def test_server_that_is_out_of_reach_fails_soon():
-    options = broker.get_options(300)
+    options = redis.get_options(settings)
     connection = Connection("redis://127.0.0.1:1/1", transport_options=options)
     with pytest.raises(connection.connection_errors):
         connection.connect()

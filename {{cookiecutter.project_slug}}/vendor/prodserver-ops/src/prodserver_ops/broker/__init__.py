@@ -1,6 +1,7 @@
 """Brokers: the scheme of a broker's URL decides which module of this package is used.
 
-A module has a transport of kombu and these functions; the last three are optional:
+A module has these functions, of which the last three are optional, and may have a transport of
+kombu that replaces the one of the same scheme:
 
 ``get_options(settings)``
     The options of the transport.
@@ -31,7 +32,7 @@ class Broker:
     """A broker, and what is known of it before its module is loaded.
 
     ``ports`` has the default port of each scheme that its URLs may have, ``transports`` the
-    class of each scheme that Celery gets to see. ``package`` is the package that it needs, and
+    class of each scheme whose transport this package replaces. ``package`` is the package that it needs, and
     ``extra`` the extra of this distribution that installs it.
     """
 
@@ -63,7 +64,6 @@ BROKERS = (
     Broker(
         "redis",
         {"redis": 6379, "rediss": 6379},
-        {"redis": "Transport", "rediss": "SSLTransport"},
         package="redis",
         extra="redis",
     ),

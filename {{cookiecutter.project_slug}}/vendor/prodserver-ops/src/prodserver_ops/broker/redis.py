@@ -1,8 +1,6 @@
-"""Redis: the transport, with limits for every reply, and its options."""
+"""Redis: the options of the transport, with limits for every reply."""
 
 from typing import Any
-
-from kombu.transport import redis
 
 #: The number of the database if the URL names none: caches and channels use 0.
 DATABASE = 1
@@ -12,30 +10,6 @@ TIMEOUT = 5
 
 #: How much later than the longest task a message of a lost worker is delivered again, in seconds.
 MARGIN = 60
-
-
-class QoS(redis.QoS):
-    """Looks for the messages of lost workers every 10 seconds. kombu's own does so every 100."""
-
-    def restore_visible(self, start: int = 0, num: int = 10, interval: int = 1) -> None:
-        """Redeliver the messages whose visibility timeout is over."""
-        super().restore_visible(start, num, 1)
-
-
-class Channel(redis.Channel):
-    """A channel with this class of QoS."""
-
-    QoS = QoS
-
-
-class Transport(redis.Transport):
-    """The transport of ``redis://`` URLs."""
-
-    Channel = Channel
-
-
-class SSLTransport(Transport):
-    """The transport of ``rediss://`` URLs."""
 
 
 def get_url(url: str) -> str:
@@ -57,6 +31,8 @@ def get_options(settings: Any) -> dict[str, Any]:
     return {
         # Redis gives a message of a worker that is lost to another one after this time.
         "visibility_timeout": settings.CELERY_TASK_TIME_LIMIT + MARGIN,
+        # Look for such messages every 10 seconds; kombu's default is 100.
+        "unacked_restore_throttle": 1,
         "socket_connect_timeout": TIMEOUT,
         "socket_timeout": TIMEOUT,
         "socket_keepalive": True,
