@@ -1,112 +1,63 @@
-"""Beat: one process dispatches, and one that hangs or lost its lease restarts."""
+"""Beat: it waits for a database that is away, and stops between two passes."""
 
 import pytest
-from celery import current_app
+from celery import current_app, signals
 from django.db import InterfaceError, OperationalError
+from django_celery_beat.schedulers import DatabaseScheduler
 
 from prodserver_ops.scheduling import beat
-from prodserver_ops.scheduling.leases import LostLease
-
-
-class Restarted(BaseException):
-    """The process was replaced."""
+from prodserver_ops.scheduling.scheduler import Scheduler as OwnScheduler
 
 
 @pytest.fixture(autouse=True)
-def restarts(monkeypatch):
-    """The reasons of restarts, none of which happens."""
-    reasons = []
-
-    def restart(reason):
-        reasons.append(reason)
-        raise Restarted
-
-    monkeypatch.setattr(beat, "restart", restart)
-    return reasons
+def _no_database(monkeypatch):
+    monkeypatch.setattr(beat.heartbeats, "record", lambda process: None)
+    monkeypatch.setattr(beat, "close_old_connections", lambda: None)
+    monkeypatch.setattr(beat.connections, "close_all", lambda: None)
 
 
-class FakeLease:
-    """A lease with these results of ``acquire()``, or of ``renew()``."""
+@pytest.mark.parametrize("error", [OperationalError, InterfaceError])
+def test_pass_waits_for_a_database_that_is_away(caplog, error):
+    results = iter([error("password=hunter2"), error(), 3, error()])
 
-    number = 1
-
-    def __init__(self, *results):
-        self.results = iter(results)
-
-    def acquire(self):
-        result = next(self.results)
+    def tick():
+        result = next(results)
         if isinstance(result, Exception):
             raise result
         return result
 
-    renew = acquire
+    guarded = beat.guard(tick)
+    assert [guarded() for _ in range(4)] == [1, 1, 3, 1]
+    message = f"beat: Waiting: the database does not respond ({error.__name__})"
+    assert [record.getMessage() for record in caplog.records] == [message] * 2
 
 
-@pytest.fixture
-def set_lease(monkeypatch):
-    """Return a function that replaces the lease of beat."""
-    monkeypatch.setattr(beat.heartbeats, "record", lambda process: None)
-    monkeypatch.setattr(beat, "close_old_connections", lambda: None)
-    monkeypatch.setattr(beat.connections, "close_all", lambda: None)
-    return lambda *results: monkeypatch.setattr(beat, "lease", FakeLease(*results))
+class Sender:
+    """A service of beat."""
+
+    def __init__(self, scheduler_class):
+        self.scheduler = scheduler_class(app=current_app)
 
 
-def test_standby_waits_for_the_lease_and_logs_each_reason_once(monkeypatch, caplog, set_lease):
-    unavailable = OperationalError("password=hunter2")
-    set_lease(False, unavailable, unavailable, False, True)
-    waits = []
-    monkeypatch.setattr(beat.time, "sleep", waits.append)
-    beat.wait_for_lease()
-    assert waits == [1, 1, 1, 1]
-    assert [record.getMessage() for record in caplog.records] == [
-        "beat: Standing by: another beat is running",
-        "beat: Standing by: the database does not respond (OperationalError)",
-        "beat: Standing by: another beat is running",
-    ]
+def test_another_scheduler_is_refused(monkeypatch, caplog):
+    """It would dispatch what the beat beside it dispatches too."""
+    monkeypatch.setattr(DatabaseScheduler, "setup_schedule", lambda self: None)
+    with pytest.raises(SystemExit) as exit:
+        beat.prepare(Sender(DatabaseScheduler))
+    assert exit.value.code == 1
+    assert "start beat without --scheduler" in caplog.text
 
 
-class TestPass:
-    def test_renews_the_lease_and_runs(self, set_lease):
-        set_lease(True)
-        assert beat.guard(lambda: 3)() == 3
+def test_each_pass_is_guarded(monkeypatch):
+    monkeypatch.setattr(beat.atexit, "register", lambda function: None)
 
-    def test_restarts_when_the_lease_is_lost(self, set_lease, restarts):
-        set_lease(LostLease())
-        with pytest.raises(Restarted):
-            beat.guard(lambda: pytest.fail("ran"))()
-        assert restarts == ["another beat has taken over"]
+    def fail(self, *args, **kwargs):
+        raise OperationalError
 
-    @pytest.mark.parametrize("error", [OperationalError, InterfaceError])
-    def test_waits_for_a_database_that_is_away(self, set_lease, caplog, error):
-        set_lease(error(), error(), True, error())
-        guarded = beat.guard(lambda: 3)
-        assert [guarded() for _ in range(4)] == [1, 1, 3, 1]
-        message = f"beat: Waiting: the database does not respond ({error.__name__})"
-        assert [record.getMessage() for record in caplog.records] == [message] * 2
-
-    def test_that_hangs_restarts_the_process(self, monkeypatch, restarts):
-        times = iter([0, 30, 60, 61])
-        monkeypatch.setattr(beat, "_passed_at", 0)
-        monkeypatch.setattr(beat.time, "monotonic", lambda: next(times))
-        monkeypatch.setattr(beat.time, "sleep", lambda seconds: None)
-        with pytest.raises(Restarted):
-            beat.watch()
-        assert restarts == ["no pass ended for 60 seconds"]
-        assert list(times) == []
-
-
-class TestDispatchOfAnotherScheduler:
-    def test_is_held_back_without_the_lease(self, set_lease, restarts):
-        set_lease(LostLease(), OperationalError())
-        for _ in range(2):
-            with pytest.raises(Restarted):
-                beat.hold_back_without_lease()
-        assert restarts == ["another beat has taken over", "the database does not respond"]
-
-    def test_goes_on_with_it(self, set_lease, restarts):
-        set_lease(True)
-        beat.hold_back_without_lease()
-        assert restarts == []
+    monkeypatch.setattr(OwnScheduler, "tick", fail)
+    sender = Sender(OwnScheduler)
+    beat.prepare(sender)
+    assert sender.scheduler.tick() == beat.RETRY_INTERVAL
 
 
 class Scheduler:
@@ -127,10 +78,9 @@ class Scheduler:
 
 @pytest.fixture
 def service(monkeypatch):
-    """A beat service that has the lease."""
+    """A beat service."""
     monkeypatch.setattr(beat.signal, "alarm", lambda seconds: None)
-    monkeypatch.setattr(beat, "lead", lambda sender, **kwargs: None)
-    monkeypatch.setattr(beat.signals.beat_init, "receivers", [])
+    monkeypatch.setattr(signals.beat_init, "receivers", [])
     return beat.Service(current_app, scheduler_cls=Scheduler)
 
 
@@ -152,6 +102,6 @@ def test_a_signal_does_not_interrupt_a_pass(monkeypatch, service):
     assert after == ["completed"]
 
 
-def test_celery_app_uses_its_scheduler_and_the_standby_beat():
-    assert current_app.conf.beat_scheduler.endswith(".ops.scheduler:Scheduler")
+def test_celery_app_uses_its_scheduler_and_beat():
+    assert current_app.conf.beat_scheduler == "prodserver_ops.scheduling.scheduler:Scheduler"
     assert issubclass(current_app.Beat, beat.Beat)

@@ -16,12 +16,12 @@ from django_celery_beat.models import (
 )
 from kombu.exceptions import OperationalError as BrokerError
 
-from prodserver_ops.scheduling import claims
 from prodserver_ops.mail import tasks
-from prodserver_ops.scheduling import scheduler as module
-from prodserver_ops.worker.app import CoalescingTask, Task
-from prodserver_ops.scheduling.leases import LostLease
 from prodserver_ops.models import Heartbeat, ScheduleRun
+from prodserver_ops.scheduling import claims, timing
+from prodserver_ops.scheduling import scheduler as module
+from prodserver_ops.tasks import delete_records
+from prodserver_ops.worker.app import CoalescingTask, Task
 
 pytestmark = pytest.mark.django_db
 
@@ -39,23 +39,28 @@ def coalescing():
     pass
 
 
-class FakeLease:
-    """A lease that this process holds until ``lost``, with a clock of its own."""
+class Clock:
+    """The clock of the database, as a pass sees it."""
 
     now = NOW
-    lost = False
-
-    def renew(self):
-        if self.lost:
-            raise LostLease
-        return self.now
 
 
 @pytest.fixture
-def lease(monkeypatch):
+def clock(monkeypatch):
+    """Return a clock that a test can set; delete the schedules of the migrations."""
     PeriodicTask.objects.all().delete()
-    monkeypatch.setattr(module, "lease", FakeLease())
-    return module.lease
+    clock = Clock()
+    get_rows = module.Scheduler.get_rows
+
+    def get_rows_now(self):
+        rows = get_rows(self)
+        for row in rows:
+            row.now = clock.now
+        return rows
+
+    monkeypatch.setattr(module.Scheduler, "get_rows", get_rows_now)
+    monkeypatch.setattr(module.heartbeats, "record", lambda process: None)
+    return clock
 
 
 @pytest.fixture
@@ -77,7 +82,7 @@ def published(monkeypatch):
 
 
 @pytest.fixture
-def scheduler(lease, published):
+def scheduler(clock, published):
     return module.Scheduler(app=current_app, max_interval=5)
 
 
@@ -99,69 +104,69 @@ def crontab():
 class TestDue:
     def test_interval_keeps_its_beat(self):
         row = make(last_run_at=NOW - 25 * MINUTE)
-        assert module.get_due(row, NOW) == NOW - 5 * MINUTE
-        assert module.get_next(row, NOW) == NOW + 5 * MINUTE
+        assert timing.get_due(row, NOW) == NOW - 5 * MINUTE
+        assert timing.get_next(row, NOW) == NOW + 5 * MINUTE
         row.last_run_at = NOW - 10 * MINUTE
-        assert module.get_due(row, NOW) == NOW
-        assert module.get_due(row, NOW - timedelta(microseconds=1)) is None
+        assert timing.get_due(row, NOW) == NOW
+        assert timing.get_due(row, NOW - timedelta(microseconds=1)) is None
 
     def test_change_counts_from_then_on(self):
         row = make(last_run_at=NOW - HOUR, changed=NOW - 5 * MINUTE)
-        assert module.get_due(row, NOW) is None
-        assert module.get_due(row, NOW + 5 * MINUTE) == NOW + 5 * MINUTE
+        assert timing.get_due(row, NOW) is None
+        assert timing.get_due(row, NOW + 5 * MINUTE) == NOW + 5 * MINUTE
 
     def test_interval_starts_at_its_start_time(self):
         row = make(start_time=NOW)
-        assert module.get_due(row, NOW - timedelta(microseconds=1)) is None
-        assert module.get_due(row, NOW) == NOW
-        assert module.get_next(row, NOW - HOUR) == NOW
+        assert timing.get_due(row, NOW - timedelta(microseconds=1)) is None
+        assert timing.get_due(row, NOW) == NOW
+        assert timing.get_next(row, NOW - HOUR) == NOW
 
     @pytest.mark.parametrize(
         ("minutes", "due"), [(-1, False), (0, True), (55, True), (60, True), (61, False)]
     )
     def test_crontab_is_made_up_for_within_an_hour(self, minutes, due):
         row = make(crontab=crontab(), changed=NOW - 5 * HOUR)
-        assert module.get_due(row, NOW + minutes * MINUTE) == (NOW if due else None)
+        assert timing.get_due(row, NOW + minutes * MINUTE) == (NOW if due else None)
 
     def test_crontab_without_a_deadline_is_made_up_for_at_any_time(self, monkeypatch):
         monkeypatch.setitem(current_app.conf, "beat_cron_starting_deadline", None)
         row = make(crontab=crontab(), changed=NOW - 50 * HOUR)
-        assert module.get_due(row, NOW + 20 * HOUR) == NOW
+        assert timing.get_due(row, NOW + 20 * HOUR) == NOW
 
     def test_crontab_runs_once(self):
         row = make(crontab=crontab(), changed=NOW - 5 * HOUR, last_run_at=NOW)
-        assert module.get_due(row, NOW + MINUTE) is None
-        assert module.get_next(row, NOW + MINUTE) == NOW + 24 * HOUR
-        assert module.get_next(row, NOW + MINUTE, NOW + HOUR) is None
+        assert timing.get_due(row, NOW + MINUTE) is None
+        assert timing.get_next(row, NOW + MINUTE) == NOW + 24 * HOUR
+        assert timing.get_next(row, NOW + MINUTE, NOW + HOUR) is None
 
     def test_crontab_starts_at_its_start_time(self):
         row = make(crontab=crontab(), start_time=NOW)
-        assert module.get_due(row, NOW) == NOW
+        assert timing.get_due(row, NOW) == NOW
         row.start_time = NOW + MINUTE
-        assert module.get_due(row, NOW + MINUTE) is None
+        assert timing.get_due(row, NOW + MINUTE) is None
 
     def test_clocked_runs_once(self):
         clocked = ClockedSchedule.objects.create(clocked_time=NOW)
         row = make(clocked=clocked, one_off=True)
-        assert module.get_due(row, NOW - MINUTE) is None
-        assert module.get_due(row, NOW + 9 * HOUR) == NOW
-        assert module.get_next(row, NOW - HOUR) == NOW
+        assert timing.get_due(row, NOW - MINUTE) is None
+        assert timing.get_due(row, NOW + 9 * HOUR) == NOW
+        assert timing.get_next(row, NOW - HOUR) == NOW
         row.last_run_at = NOW
-        assert module.get_due(row, NOW + 9 * HOUR) is None
+        assert timing.get_due(row, NOW + 9 * HOUR) is None
 
     def test_latest_ignores_whether_it_has_run(self):
         row = make(crontab=crontab(), changed=NOW - 5 * HOUR, last_run_at=NOW)
-        assert module.get_latest(row, NOW - HOUR, NOW + 9 * HOUR) == NOW
-        assert module.get_latest(row, NOW, NOW + 9 * HOUR) is None
+        assert timing.get_latest(row, NOW - HOUR, NOW + 9 * HOUR) == NOW
+        assert timing.get_latest(row, NOW, NOW + 9 * HOUR) is None
         row.date_changed = NOW + MINUTE
-        assert module.get_latest(row, NOW - HOUR, NOW + 9 * HOUR) is None
+        assert timing.get_latest(row, NOW - HOUR, NOW + 9 * HOUR) is None
         every = make(name="every", last_run_at=NOW)
-        assert module.get_latest(every, NOW - HOUR, NOW + HOUR) == NOW
-        assert module.get_latest(every, NOW + MINUTE, NOW + HOUR) is None
+        assert timing.get_latest(every, NOW - HOUR, NOW + HOUR) == NOW
+        assert timing.get_latest(every, NOW + MINUTE, NOW + HOUR) is None
 
 
 class TestPass:
-    def test_queues_what_is_due_once(self, scheduler, published, lease):
+    def test_queues_what_is_due_once(self, scheduler, published, clock):
         row = make(last_run_at=NOW - 10 * MINUTE)
         make(name="later", last_run_at=NOW - 5 * MINUTE)
         for _ in range(3):
@@ -208,51 +213,171 @@ class TestPass:
         assert first.startswith("Schedule a cannot run: ")
         assert second == "Schedule b cannot run: it has neither a crontab nor an interval"
 
-    def test_change_in_the_meantime_wins(self, scheduler, published, monkeypatch):
+    @pytest.mark.parametrize("change", [{"enabled": False}, {"date_changed": NOW}])
+    def test_change_in_the_meantime_wins(self, scheduler, published, monkeypatch, change):
         row = make(last_run_at=NOW - HOUR)
         check = module.check_arguments
 
-        def disable(row):
+        def change_row(row):
             check(row)
-            PeriodicTask.objects.filter(pk=row.pk).update(enabled=False)
+            PeriodicTask.objects.filter(pk=row.pk).update(**change)
 
-        monkeypatch.setattr(module, "check_arguments", disable)
+        monkeypatch.setattr(module, "check_arguments", change_row)
         scheduler.tick()
         row.refresh_from_db()
         assert (published, row.last_run_at) == ([], NOW - HOUR)
 
-    def test_lost_lease_ends_it(self, scheduler, published, lease, monkeypatch):
+    def test_run_that_another_beat_stored_is_left_alone(self, scheduler, published):
+        row = make(last_run_at=NOW - HOUR)
+        runs = [(NOW, row)]
+        scheduler.store_runs(runs)
+        scheduler.store_runs(runs)
+        assert ScheduleRun.objects.count() == 1
+        row.refresh_from_db()
+        assert row.total_run_count == 1
+
+    def test_what_was_read_too_long_ago_is_read_again(self, scheduler, published, monkeypatch):
+        """The process may have been paused."""
         make(last_run_at=NOW - HOUR)
-        check = module.check_arguments
-
-        def lose(row):
-            check(row)
-            lease.lost = True
-
-        monkeypatch.setattr(module, "check_arguments", lose)
-        with pytest.raises(LostLease):
-            scheduler.tick()
-        assert published == []
+        times = iter([0, module.MAX_AGE + 1])
+        monkeypatch.setattr(module.time, "monotonic", lambda: next(times))
+        assert scheduler.tick() == 0
         assert not ScheduleRun.objects.exists()
 
+    def test_statements_do_not_grow_with_the_number_of_runs(
+        self, scheduler, published, django_assert_max_num_queries
+    ):
+        for number in range(50):
+            make(name=f"n{number}", last_run_at=NOW - 10 * MINUTE)
+        scheduler.tick()
+        PeriodicTask.objects.update(last_run_at=NOW - 10 * MINUTE)
+        ScheduleRun.objects.all().delete()
+        published.clear()
+        with django_assert_max_num_queries(25):
+            scheduler.tick()
+        assert len(published) == 50
+
+    def test_runs_are_queued_in_order_of_their_time(self, scheduler, published):
+        for minutes in (12, 14, 11, 13):
+            make(name=f"m{minutes}", last_run_at=NOW - minutes * MINUTE)
+        scheduler.tick()
+        assert [headers["periodic_task_name"] for _, headers in published] == [
+            "m14",
+            "m13",
+            "m12",
+            "m11",
+        ]
+
     def test_database_error_ends_it(self, scheduler, monkeypatch):
-        def fail(row):
+        def fail(*args):
             raise OperationalError
 
         make(last_run_at=NOW - HOUR)
-        monkeypatch.setattr(module, "check_arguments", fail)
+        monkeypatch.setattr(scheduler, "store_runs", fail)
         with pytest.raises(OperationalError):
             scheduler.tick()
 
 
+class TestFaultyRows:
+    @pytest.mark.parametrize(
+        "fields",
+        [
+            {"headers": "[]"},
+            {"headers": '"x"'},
+            {"headers": "["},
+            {"args": "{}"},
+            {"args": "1"},
+            {"kwargs": "[1]"},
+            {"kwargs": "null"},
+        ],
+    )
+    def test_are_logged_once_and_do_not_stop_others(self, scheduler, published, caplog, fields):
+        row = make(name="faulty", last_run_at=NOW - HOUR)
+        PeriodicTask.objects.filter(pk=row.pk).update(**fields)
+        make(name="good", last_run_at=NOW - HOUR)
+        for _ in range(3):
+            scheduler.tick()
+        assert [headers["periodic_task_name"] for _, headers in published] == ["good"]
+        (record,) = (record for record in caplog.records if record.levelname == "ERROR")
+        assert record.getMessage().startswith("Schedule faulty cannot run: ")
+        assert record.exc_info is None
+
+
+class TestChanges:
+    """Which changes of a schedule restart it."""
+
+    @pytest.fixture
+    def row(self, scheduler):
+        """A schedule of every ten minutes that ran five minutes ago."""
+        row = make(last_run_at=NOW - 5 * MINUTE)
+        scheduler.tick()
+        return row
+
+    def find_due(self, scheduler, clock):
+        """Return when the schedule runs after the next pass."""
+        scheduler.tick()
+        (row,) = scheduler.get_rows()
+        return timing.get_next(row, clock.now)
+
+    def test_saving_another_field_does_not(self, row, scheduler, clock):
+        for _ in range(3):
+            row.description += "."
+            row.save()
+            PeriodicTask.objects.update_or_create(name=row.name, defaults={"description": "x"})
+        assert self.find_due(scheduler, clock) == NOW + 5 * MINUTE
+
+    def test_new_interval_counts_from_the_change(self, row, scheduler, clock):
+        row.interval = IntervalSchedule.objects.create(every=1, period="hours")
+        row.save()
+        PeriodicTask.objects.filter(pk=row.pk).update(date_changed=NOW - MINUTE)
+        assert self.find_due(scheduler, clock) == NOW + 59 * MINUTE
+
+    def test_change_without_a_save_counts_from_the_next_pass(self, row, scheduler, clock):
+        hourly = IntervalSchedule.objects.create(every=1, period="hours")
+        PeriodicTask.objects.filter(pk=row.pk).update(interval=hourly)
+        assert self.find_due(scheduler, clock) == NOW + HOUR
+
+    def test_change_of_a_shared_interval_counts(self, row, scheduler, clock):
+        IntervalSchedule.objects.filter(pk=row.interval_id).update(every=20)
+        assert self.find_due(scheduler, clock) == NOW + 20 * MINUTE
+
+    @pytest.mark.parametrize("saves", [True, False])
+    def test_schedule_that_is_enabled_again_does_not_run_at_once(
+        self, row, scheduler, clock, published, saves
+    ):
+        """The form saves the row, the action of the list only updates it."""
+        PeriodicTask.objects.filter(pk=row.pk).update(enabled=False)
+        scheduler.tick()
+        clock.now += 100 * HOUR
+        if saves:
+            row.enabled = True
+            row.save()
+            PeriodicTask.objects.filter(pk=row.pk).update(date_changed=clock.now)
+        else:
+            PeriodicTask.objects.filter(pk=row.pk).update(enabled=True)
+        assert self.find_due(scheduler, clock) == clock.now + 10 * MINUTE
+        assert published == []
+
+    def test_crontab_that_was_missed_is_made_up_for_after_a_save(self, scheduler, clock, published):
+        row = make(crontab=crontab(), changed=NOW - 5 * HOUR)
+        clock.now = NOW - MINUTE
+        scheduler.tick()
+        row.description = "saved after it was due"
+        row.save()
+        PeriodicTask.objects.filter(pk=row.pk).update(date_changed=NOW + MINUTE)
+        clock.now = NOW + 6 * MINUTE
+        scheduler.tick()
+        assert [headers["queued_at"] for _, headers in published] == [NOW.isoformat()]
+
+
 class TestPublishing:
-    def test_run_is_published_when_the_broker_is_back(self, scheduler, published, lease):
+    def test_run_is_published_when_the_broker_is_back(self, scheduler, published, clock):
         make(last_run_at=NOW - 10 * MINUTE)
         make(name="other", last_run_at=NOW - 10 * MINUTE)
         published.error = BrokerError("refused")
         assert scheduler.tick() == 1
         # The second run does not wait for the broker too.
-        assert sorted(run.attempts for run in ScheduleRun.objects.all()) == [0, 1]
+        assert {run.claimed_at for run in ScheduleRun.objects.all()} == {None}
         published.error = None
         scheduler.tick()
         assert len(published) == 2
@@ -271,25 +396,26 @@ class TestPublishing:
         scheduler.tick()
         ((_, headers),) = published
         assert headers["periodic_task_name"] == "b"
-        assert ScheduleRun.objects.get(published_at=None).schedule.name == "a"
+        # It is given up.
+        assert not ScheduleRun.objects.filter(published_at=None).exists()
 
-    def test_only_the_last_run_is_published(self, scheduler, published, lease):
+    def test_only_the_last_run_is_published(self, scheduler, published, clock):
         make(last_run_at=NOW - 10 * MINUTE)
         published.error = BrokerError("refused")
         scheduler.tick()
-        lease.now = NOW + 10 * MINUTE
+        clock.now = NOW + 10 * MINUTE
         scheduler.tick()
         published.error = None
         scheduler.tick()
         ((_, headers),) = published
-        assert headers["queued_at"] == lease.now.isoformat()
+        assert headers["queued_at"] == clock.now.isoformat()
 
-    def test_run_is_given_up_after_an_hour(self, scheduler, published, lease, caplog):
+    def test_run_is_given_up_after_an_hour(self, scheduler, published, clock, caplog):
         row = make(crontab=crontab(), changed=NOW - HOUR)
         published.error = BrokerError("refused")
         scheduler.tick()
         ScheduleRun.objects.update(created_at=NOW)
-        lease.now, published.error = NOW + 61 * MINUTE, None
+        clock.now, published.error = NOW + 61 * MINUTE, None
         scheduler.tick()
         assert published == []
         assert f"The run {row.name} {NOW:%Y-%m-%d %H:%M:%S} was not queued" in caplog.text
@@ -301,13 +427,41 @@ class TestPublishing:
         scheduler.tick()
         first, second = (headers for _, headers in published)
         assert first["schedule_run"] == second["schedule_run"]
-        assert claims.start_run(second)
-        assert not claims.start_run(first)
+        assert claims.claim(second)
+        assert not claims.claim(first)
         # Redelivered after its worker was lost
-        assert claims.start_run(second)
+        assert claims.claim(second)
+
+    def test_claim_of_a_beat_that_is_gone_expires(self, scheduler, published):
+        make(last_run_at=NOW - 10 * MINUTE)
+        (row,) = scheduler.get_rows()
+        scheduler.store_runs([(NOW, row)])
+        (run,) = scheduler.claim_runs()
+        # Another beat, at the same time and later
+        assert scheduler.claim_runs() == []
+        ScheduleRun.objects.update(claimed_at=F("claimed_at") - module.CLAIM)
+        (same,) = scheduler.claim_runs()
+        assert (same, same.attempts) == (run, 2)
+        assert scheduler.publish_batch([same])
+        assert scheduler.claim_runs() == []
+
+    def test_run_that_failed_before_is_published_alone(self, scheduler, published, monkeypatch):
+        for name in ("a", "b", "c"):
+            make(name=name, last_run_at=NOW - 10 * MINUTE)
+        accept = Task.apply_async
+
+        def break_connection(task, args=None, kwargs=None, headers=None, **options):
+            if headers["periodic_task_name"] == "b":
+                raise BrokerError("the broker closed the connection")
+            accept(task, args, kwargs, headers, **options)
+
+        monkeypatch.setattr(Task, "apply_async", break_connection)
+        for _ in range(3):
+            scheduler.tick()
+        assert {headers["periodic_task_name"] for _, headers in published} == {"a", "c"}
 
     def test_message_of_no_schedule_runs(self):
-        assert claims.start_run({})
+        assert claims.claim({})
 
     @pytest.mark.parametrize("error", [OperationalError, InterfaceError])
     def test_message_runs_while_the_database_is_away(self, monkeypatch, caplog, error):
@@ -315,7 +469,7 @@ class TestPublishing:
             raise error("password=hunter2")
 
         monkeypatch.setattr(ScheduleRun.objects, "filter", fail)
-        assert claims.start_run({"schedule_run": 1, "schedule_attempt": 1})
+        assert claims.claim({"schedule_run": 1, "schedule_attempt": 1})
         message = f"The start of a run is not recorded: {error.__name__}"
         assert [record.getMessage() for record in caplog.records] == [message]
 
@@ -342,33 +496,33 @@ class TestCoalescing:
         assert len(published) == 1
         return ScheduleRun.objects.get()
 
-    def tick_later(self, scheduler, lease, minutes):
+    def tick_later(self, scheduler, clock, minutes):
         ScheduleRun.objects.update(published_at=F("published_at") - minutes * MINUTE)
-        lease.now += 10 * MINUTE
+        clock.now += 10 * MINUTE
         scheduler.tick()
 
-    def test_run_is_left_out_while_another_waits(self, waiting, scheduler, lease, published):
-        self.tick_later(scheduler, lease, 4)
+    def test_run_is_left_out_while_another_waits(self, waiting, scheduler, clock, published):
+        self.tick_later(scheduler, clock, 4)
         assert len(published) == 1
 
-    def test_run_is_queued_after_the_other_was_started(self, waiting, scheduler, lease, published):
-        claims.start_run(published[0][1])
-        self.tick_later(scheduler, lease, 0)
+    def test_run_is_queued_after_the_other_was_started(self, waiting, scheduler, clock, published):
+        claims.claim(published[0][1])
+        self.tick_later(scheduler, clock, 0)
         assert len(published) == 2
 
-    def test_message_that_was_lost_is_replaced(self, waiting, scheduler, lease, published):
+    def test_message_that_was_lost_is_replaced(self, waiting, scheduler, clock, published):
         Heartbeat.objects.create(process="worker", host="a", pid=1, seen_at=timezone.now())
-        self.tick_later(scheduler, lease, 6)
+        self.tick_later(scheduler, clock, 6)
         assert len(published) == 2
 
-    def test_nothing_piles_up_while_no_worker_runs(self, waiting, scheduler, lease, published):
+    def test_nothing_piles_up_while_no_worker_runs(self, waiting, scheduler, clock, published):
         for _ in range(10):
-            self.tick_later(scheduler, lease, 10)
+            self.tick_later(scheduler, clock, 10)
         assert len(published) == 1
 
     def test_tasks_that_do_all_that_is_due_coalesce(self):
         assert isinstance(tasks.resume_deliveries._get_current_object(), CoalescingTask)
-        assert isinstance(tasks.delete_records._get_current_object(), CoalescingTask)
+        assert isinstance(delete_records._get_current_object(), CoalescingTask)
         assert not isinstance(tasks.send_notification._get_current_object(), CoalescingTask)
 
 
@@ -380,6 +534,6 @@ class TestRecords:
             seen_at = NOW - timedelta(hours=4 * days - 6)
             Heartbeat.objects.create(process="beat", host="a", pid=days, seen_at=seen_at)
         with time_machine.travel(NOW):
-            tasks.delete_records()
+            delete_records()
         assert [run.due_at for run in ScheduleRun.objects.all()] == [NOW - timedelta(days=6)]
         assert [row.pid for row in Heartbeat.objects.all()] == [6]

@@ -116,7 +116,7 @@ class Attempt(models.Model):
 
 
 class Lease(models.Model):
-    """Who is in charge of something: the process that knows its number; see ``scheduling/leases.py``."""
+    """Which beat of release 1.x dispatches; it may run beside later ones during a deploy."""
 
     name = models.CharField(max_length=50, unique=True)
     number = models.BigIntegerField(default=0)
@@ -155,12 +155,30 @@ class Heartbeat(models.Model):
         return self.age < HEARTBEAT_AGE
 
 
+class ScheduleTiming(models.Model):
+    """Since when a schedule has its present timing; see ``scheduling/timing.py``.
+
+    ``signature`` is empty while the schedule is disabled, and ``date_changed`` is that of the
+    schedule when the row was stored.
+    """
+
+    schedule = models.OneToOneField(
+        PeriodicTask, on_delete=models.CASCADE, primary_key=True, related_name="ops_timing"
+    )
+    signature = models.CharField(max_length=32, blank=True)
+    date_changed = models.DateTimeField()
+    since = models.DateTimeField()
+
+    def __str__(self) -> str:
+        return f"{self.schedule_id} since {self.since:%Y-%m-%d %H:%M:%S}"
+
+
 class ScheduleRun(models.Model):
     """A run of a schedule: when it was due, queued and started; see
     ``scheduling/scheduler.py``.
 
-    Each time that it is published counts as an attempt, and ``started_by`` is the number of
-    the attempt whose message a worker runs.
+    A beat claims it before it publishes it, and each claim is an attempt. ``started_by`` is the
+    number of the attempt whose message a worker runs.
     """
 
     schedule = models.ForeignKey(
@@ -169,6 +187,7 @@ class ScheduleRun(models.Model):
     due_at = models.DateTimeField()
     created_at = models.DateTimeField(db_default=Now())
     attempts = models.PositiveIntegerField(default=0)
+    claimed_at = models.DateTimeField(null=True)
     published_at = models.DateTimeField(null=True)
     started_by = models.PositiveIntegerField(null=True)
     started_at = models.DateTimeField(null=True)

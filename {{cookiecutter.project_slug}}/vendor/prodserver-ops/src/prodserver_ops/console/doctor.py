@@ -27,8 +27,8 @@ from ..core.database import find_pooler
 from ..core.logs import redact
 from ..mail import transport
 from ..models import HEARTBEAT_AGE, Attempt
-from ..scheduling import heartbeats, scheduler
-from ..scheduling.scheduler import InvalidSchedule
+from ..scheduling import heartbeats, scheduler, timing
+from ..scheduling.timing import InvalidSchedule
 from ..web import health
 from ..worker.app import get_failed_queue
 
@@ -124,7 +124,7 @@ def check_schedules() -> Result:
     """Compute the next run of each enabled schedule."""
     current_app.loader.import_default_modules()
     rows = PeriodicTask.objects.order_by("name")
-    rows = rows.select_related(*scheduler.KINDS)
+    rows = rows.select_related(*timing.RELATIONS)
     schedules = [describe_schedule(row) for row in rows.filter(enabled=True)]
     disabled = rows.filter(enabled=False).count()
     return Result(
@@ -218,7 +218,7 @@ def get_next_run(row: PeriodicTask) -> datetime:
         raise InvalidSchedule(f"its task does not exist: {row.task}")
     scheduler.check_arguments(row)
     now = timezone.now()
-    next_run = now if scheduler.get_due(row, now) else scheduler.get_next(row, now)
+    next_run = now if timing.get_due(row, now) else timing.get_next(row, now)
     assert next_run is not None
     return timezone.localtime(next_run).replace(microsecond=0)
 

@@ -25,7 +25,7 @@ from kombu.utils.json import loads
 from .. import broker
 from ..core import concurrently
 from ..models import Heartbeat, TaskRun
-from ..scheduling import heartbeats, scheduler
+from ..scheduling import heartbeats, timing
 from ..worker.app import get_failed_queue
 from . import doctor
 from .large_tables import LargeTableAdmin
@@ -64,7 +64,7 @@ class Schedule:
 def get_schedules() -> list[Schedule]:
     """Return all schedules with their latest runs, the newest first."""
     current_app.loader.import_default_modules()  # To know which tasks exist
-    rows = PeriodicTask.objects.select_related(*scheduler.KINDS)
+    rows = PeriodicTask.objects.select_related(*timing.RELATIONS)
     schedules = {}
     for row in rows.order_by("name")[:SHOWN_SCHEDULES]:
         state = doctor.describe_schedule(row) if row.enabled else {}

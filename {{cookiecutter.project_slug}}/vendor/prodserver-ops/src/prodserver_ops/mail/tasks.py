@@ -11,7 +11,7 @@ from django_celery_beat.models import PeriodicTask
 from kombu.utils.json import loads
 
 from ..models import Attempt, DigestRun
-from ..scheduling.scheduler import get_latest
+from ..scheduling.timing import RELATIONS, get_latest
 from ..worker.app import CoalescingTask
 from . import deliveries, transport
 from .digests import get_digest, get_digests, get_notification, get_notifications
@@ -67,7 +67,7 @@ def get_due_digests(now: datetime) -> dict[str, datetime]:
     """
     due: dict[str, datetime] = {}
     schedules = PeriodicTask.objects.filter(enabled=True, task__in=DIGEST_TASKS)
-    for schedule in schedules.select_related("crontab"):
+    for schedule in schedules.select_related(*RELATIONS):
         try:
             args, kwargs = loads(schedule.args), loads(schedule.kwargs)
             name = DIGEST_TASKS[schedule.task](*args, **kwargs)

@@ -1,33 +1,29 @@
-"""Beat with a standby: one beat dispatches, the others wait until it is gone.
+"""Beat: stops between two passes of the scheduler, and waits for a database that is away.
 
-At a deploy the old and the new beat overlap. The beat that holds a lease dispatches. Another
-takes over as soon as it is released, or was not renewed for ``LEASE_SECONDS``: the holder was
-killed, hangs, or is cut off. Every way to start beat takes the lease: ``prodserver beat``,
-``celery beat`` with any scheduler, and ``celery worker --beat``.
+Several beats may run at the same time, as at a deploy or on several hosts: see ``scheduler.py``.
+Every way to start beat leads here: ``prodserver beat``, ``celery beat`` and
+``celery worker --beat``.
 """
 
 import atexit
-import contextlib
 import logging
 import os
 import signal
 import sys
-import threading
 import time
-from typing import Any, NoReturn
+from collections.abc import Callable
+from typing import Any
 
 import celery.beat
-from celery import signals
 from celery.apps import beat
 from django.db import DatabaseError, InterfaceError, close_old_connections, connections
 
 from . import heartbeats
-from .leases import LEASE_SECONDS, LostLease
-from .scheduler import Scheduler, lease
+from .scheduler import Scheduler
 
 logger = logging.getLogger(__name__)
 
-#: Time between two attempts to take the lease or to reach the database, in seconds.
+#: Time between two attempts to reach the database, in seconds.
 RETRY_INTERVAL = 1
 
 #: How soon beat notices that it has to stop, in seconds.
@@ -35,9 +31,6 @@ STOP_INTERVAL = 0.2
 
 #: How long beat may take to stop, in seconds; after that it ends at once, with status 1.
 STOP_TIMEOUT = 20
-
-#: When the last pass ended, on the clock of ``time.monotonic()``.
-_passed_at: float = 0
 
 
 class Service(celery.beat.Service):
@@ -73,7 +66,7 @@ class Service(celery.beat.Service):
 
 
 class Beat(beat.Beat):
-    """Beat that waits for the lease before it starts."""
+    """Beat that logs through Django's handlers."""
 
     Service = Service
 
@@ -83,108 +76,42 @@ class Beat(beat.Beat):
             signal.signal(number, service.request_stop)
 
     def start_scheduler(self) -> None:  # type: ignore[override]
-        """Log through Django's handlers, wait for the lease, then start to dispatch."""
+        """Set up the logs, then start to dispatch."""
         self.setup_logging()
-        wait_for_lease()
         super().start_scheduler()
 
 
-def lead(sender: Any) -> None:
-    """Guard each pass of the scheduler, however beat was started."""
-    if not lease.number:
-        wait_for_lease()
-        # It may have read the schedules before the wait.
-        del sender.scheduler
-    if not isinstance(sender.scheduler, Scheduler):
-        signals.before_task_publish.connect(hold_back_without_lease)
-    sender.scheduler.tick = guard(sender.scheduler.tick)
-    atexit.register(release)
-    global _passed_at
-    _passed_at = time.monotonic()
-    threading.Thread(target=watch, daemon=True).start()
+def prepare(service: Any) -> None:
+    """Guard each pass of the scheduler, however beat was started; exit if it is another one."""
+    if not isinstance(service.scheduler, Scheduler):
+        name = type(service.scheduler).__name__
+        logger.critical(
+            "beat: %s would run schedules that another beat runs too; start beat without --scheduler",
+            name,
+        )
+        sys.exit(1)
+    service.scheduler.tick = guard(service.scheduler.tick)
+    atexit.register(heartbeats.forget)
 
 
-def wait_for_lease() -> None:
-    """Wait until the lease is held; exit with status 0 at SIGTERM or SIGINT."""
-    handlers = {}
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGTERM, signal.SIGINT):
-            handlers[number] = signal.signal(number, lambda *_: sys.exit(0))
-    logged = None
-    while True:
-        try:
-            close_old_connections()
-            heartbeats.record("beat")
-            if lease.acquire():
-                break
-            reason = "another beat is running"
-        except (DatabaseError, InterfaceError) as error:
-            reason = f"the database does not respond ({type(error).__name__})"
-            connections.close_all()
-        if logged != reason:
-            logger.warning("beat: Standing by: %s", reason)
-            logged = reason
-        time.sleep(RETRY_INTERVAL)
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-
-
-def guard(tick: Any) -> Any:
-    """Return a pass that holds the lease, and that waits for a database that is away."""
+def guard(tick: Callable[..., float]) -> Callable[..., float]:
+    """Return a pass that records a heartbeat, and that waits for a database that is away."""
     logged = None
 
     def guarded(*args: Any, **kwargs: Any) -> float:
-        global _passed_at
         nonlocal logged
         try:
             close_old_connections()
-            lease.renew()
             heartbeats.record("beat")
-            wait: float = tick(*args, **kwargs)
-        except LostLease:
-            restart("another beat has taken over")
+            wait = tick(*args, **kwargs)
         except (DatabaseError, InterfaceError) as error:
             connections.close_all()
             problem = f"the database does not respond ({type(error).__name__})"
             if logged != problem:
                 logger.warning("beat: Waiting: %s", problem)
-            logged, wait = problem, RETRY_INTERVAL
-        else:
-            logged = None
-        _passed_at = time.monotonic()
+            logged = problem
+            return RETRY_INTERVAL
+        logged = None
         return wait
 
     return guarded
-
-
-def hold_back_without_lease(**kwargs: Any) -> None:
-    """Restart the process instead of dispatching a task if another beat has taken over."""
-    try:
-        lease.renew()
-    except LostLease:
-        restart("another beat has taken over")
-    except (DatabaseError, InterfaceError):
-        restart("the database does not respond")
-
-
-def watch() -> None:
-    """Restart the process if a pass hangs: another beat may have taken over."""
-    while True:
-        time.sleep(1)
-        if time.monotonic() - _passed_at > LEASE_SECONDS:
-            restart(f"no pass ended for {LEASE_SECONDS} seconds")
-
-
-def release() -> None:
-    """Let another beat take over at once; a process that ends calls it."""
-    with contextlib.suppress(DatabaseError, InterfaceError):
-        lease.release()
-    heartbeats.forget()
-
-
-def restart(reason: str) -> NoReturn:
-    """Replace this process with a new one that has the same process id, and stands by."""
-    logger.warning("beat: Restarting: %s", reason)
-    logging.shutdown()
-    sys.stdout.flush()
-    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])

@@ -1,30 +1,36 @@
 """The scheduler of beat: each run of a schedule is queued once, at its time.
 
-Each pass reads the schedules from the database, so that a change counts at once. A run is a
-row, made together with the schedule's new ``last_run_at`` and only while this beat holds the
-lease. Then it is published, again if that failed or beat was killed. A worker runs the first
-message of a run that it gets, and ignores another one. Times are those of the database.
+Any number of beats may work at the same time. Each pass reads the schedules from the database, so
+that a change takes effect in the next one. A run is a row, unique by schedule and due time, which
+is stored together with the schedule's new ``last_run_at``. Then a beat claims rows in batches,
+publishes them and marks them as published. The claim of a beat that was killed, paused or cut off
+expires, and another beat publishes these runs. A worker runs the first message of a run that it
+gets, and ignores another one. Times are those of the database.
 """
 
 import logging
 import time
+from collections import defaultdict
+from collections.abc import Collection, Sequence
 from datetime import datetime, timedelta
+from itertools import batched
 from typing import Any
 
-from celery import current_app
 from celery.beat import SchedulingError
+from django.conf import settings
 from django.db import DatabaseError, InterfaceError, transaction
-from django.db.models import F, QuerySet
+from django.db.models import Case, DateTimeField, F, Q, When
 from django.db.models.functions import Now
+from django.utils import timezone
 from django_celery_beat.models import PeriodicTask
 from django_celery_beat.schedulers import DatabaseScheduler, ModelEntry
 from kombu.exceptions import OperationalError
 from kombu.utils.json import loads
 
+from .. import broker
 from ..models import ScheduleRun
 from . import heartbeats
-from .crontabs import Crontab
-from .leases import Lease, LostLease
+from .timing import RELATIONS, get_due, get_next, note_changes
 
 logger = logging.getLogger(__name__)
 
@@ -34,98 +40,21 @@ MAX_DELAY = timedelta(hours=1)
 #: How long a run of a task that coalesces may wait before another one is queued.
 MAX_WAIT = timedelta(minutes=5)
 
-#: The lease of the beat that dispatches.
-lease = Lease("beat")
+#: How many runs are stored, and how many are claimed, in one transaction.
+STORED, CLAIMED = 500, 100
 
+#: How long a beat may take to publish the runs that it has claimed.
+CLAIM = timedelta(seconds=4)
 
-#: The kinds of schedules, each a relation of a row.
-KINDS = ("crontab", "interval", "solar", "clocked")
-
-
-class InvalidSchedule(Exception):
-    """A schedule that cannot run."""
-
-
-# When schedules are due
-
-
-def get_due(row: PeriodicTask, now: datetime) -> datetime | None:
-    """Return the last time that a schedule was due and has not run, or None.
-
-    Runs before the last change of the schedule do not count, nor do those of a crontab
-    that are more than ``CELERY_BEAT_CRON_STARTING_DEADLINE`` ago. Earlier ones that were
-    missed are left out.
-    """
-    since = _get_start(row)
-    if row.crontab is not None:
-        deadline = current_app.conf.beat_cron_starting_deadline
-        if deadline is not None:
-            # Exactly that long ago still counts.
-            since = max(since, now - timedelta(seconds=deadline, microseconds=1))
-        return Crontab.from_row(row.crontab).get_latest(since, now)
-    if row.interval is not None:
-        period = _get_period(row)
-        return since + (now - since) // period * period if now - since >= period else None
-    if row.clocked is not None:
-        time_of_run: datetime = row.clocked.clocked_time
-        has_run = row.last_run_at is not None and row.last_run_at >= time_of_run
-        return None if has_run or time_of_run > now else time_of_run
-    return now if _get_schedule(row).is_due(since).is_due else None
-
-
-def get_next(row: PeriodicTask, after: datetime, until: datetime | None = None) -> datetime | None:
-    """Return when a schedule is due next after a time.
-
-    For a crontab, return None if that is later than ``until``, or never.
-    """
-    since = max(_get_start(row), after)
-    if row.crontab is not None:
-        return Crontab.from_row(row.crontab).get_next(since, until)
-    if row.interval is not None:
-        start, period = _get_start(row), _get_period(row)
-        return start + ((since - start) // period + 1) * period
-    if row.clocked is not None:
-        time_of_run: datetime = row.clocked.clocked_time
-        return max(time_of_run, after)
-    return after + timedelta(seconds=_get_schedule(row).is_due(after).next)
-
-
-def get_latest(row: PeriodicTask, since: datetime, now: datetime) -> datetime | None:
-    """Return the last time in a span that a schedule was due, whether it has run or not."""
-    if row.crontab is not None:
-        since = max(since, row.date_changed, row.start_time or row.date_changed)
-        return Crontab.from_row(row.crontab).get_latest(since, now)
-    last_run: datetime | None = row.last_run_at
-    return last_run if last_run is not None and last_run >= since else None
-
-
-def _get_start(row: PeriodicTask) -> datetime:
-    """Return the time after which a schedule is due: its last run, change or start."""
-    start: datetime = max(filter(None, (row.last_run_at, row.date_changed)))
-    if row.start_time is not None:
-        # The start itself counts.
-        before = _get_period(row) if row.interval is not None else timedelta(microseconds=1)
-        start = max(start, row.start_time - before)
-    return start
-
-
-def _get_period(row: PeriodicTask) -> timedelta:
-    return timedelta(**{row.interval.period: row.interval.every})
-
-
-def _get_schedule(row: PeriodicTask) -> Any:
-    if row.scheduler is None:
-        raise InvalidSchedule("it has neither a crontab nor an interval")
-    return row.schedule
+#: The age of what a pass has read, in seconds, from which it starts again: it may be outdated.
+MAX_AGE = 10
 
 
 def check_arguments(row: PeriodicTask) -> None:
-    """Raise ValueError if the arguments of a schedule are not valid JSON."""
-    for text in (row.args or "[]", row.kwargs or "{}", row.headers or "{}"):
-        loads(text)
-
-
-# Dispatch
+    """Raise ValueError unless arguments and headers of a schedule are JSON of the right type."""
+    for name, kind, shown in (("args", list, "[]"), ("kwargs", dict, "{}"), ("headers", dict, "{}")):
+        if not isinstance(loads(getattr(row, name) or shown), kind):
+            raise ValueError(f"its {name} must be JSON such as {shown}")
 
 
 class Scheduler(DatabaseScheduler):  # type: ignore[misc]
@@ -148,100 +77,186 @@ class Scheduler(DatabaseScheduler):  # type: ignore[misc]
         """Do nothing: each run is stored before it is published."""
 
     def tick(self, *args: Any, **kwargs: Any) -> float:
-        """Queue what is due; return the seconds until the next pass.
-
-        Raises LostLease if another beat has taken over.
-        """
-        start, now = time.monotonic(), lease.renew()
+        """Queue what is due; return the seconds until the next pass."""
+        start = time.monotonic()
+        rows = self.get_rows()
+        now: datetime = rows[0].now if rows else timezone.now()
+        note_changes(rows, now)
         until = now + timedelta(seconds=self.max_interval)
         soonest = until
-        for row in self.get_rows():
+        runs: list[tuple[datetime, PeriodicTask]] = []
+        for row in rows:
             try:
                 if due := get_due(row, now):
-                    self.create_run(row, due)
+                    check_arguments(row)
+                    runs.append((due, row))
                 soonest = min(soonest, get_next(row, now, until) or until)
-            except (DatabaseError, InterfaceError, LostLease):
-                raise
             except Exception as error:
                 # A mistake in one schedule must not stop the others.
                 self.log_once(row, error)
+        runs.sort(key=lambda run: run[0])
+        for batch in batched(runs, STORED):
+            if time.monotonic() - start > MAX_AGE:
+                return 0
+            self.store_runs(batch)
+            if not self.publish_runs(now):
+                return 1
         if not self.publish_runs(now):
             return 1
         elapsed = time.monotonic() - start
         return max((soonest - now).total_seconds() - elapsed, 0)
 
-    def get_rows(self) -> QuerySet[PeriodicTask]:
+    def get_rows(self) -> list[Any]:
         """Return the enabled schedules; disable those that have expired."""
         PeriodicTask.objects.filter(enabled=True, expires__lte=Now()).update(enabled=False)
-        rows: QuerySet[PeriodicTask] = PeriodicTask.objects.filter(enabled=True).order_by("pk")
-        return rows.select_related(*KINDS)
+        rows = PeriodicTask.objects.filter(enabled=True).order_by("pk").annotate(now=Now())
+        return list(rows.select_related(*RELATIONS))
 
-    def create_run(self, row: PeriodicTask, due: datetime) -> None:
-        """Store a run that is due, if the schedule is unchanged and the lease still held."""
-        check_arguments(row)
-        values: dict[str, Any] = {"last_run_at": due, "total_run_count": F("total_run_count") + 1}
-        if row.one_off:
-            values["enabled"] = False
-        unchanged = PeriodicTask.objects.filter(
-            pk=row.pk, enabled=True, last_run_at=row.last_run_at, date_changed=row.date_changed
-        )
+    # Storing
+
+    def store_runs(self, runs: Collection[tuple[datetime, PeriodicTask]]) -> None:
+        """Store runs, but those of schedules that have changed, or that another beat has stored."""
+        read = {row.pk: (row.last_run_at, row.date_changed) for _, row in runs}
+        rows = PeriodicTask.objects.filter(pk__in=read, enabled=True)
         with transaction.atomic():
-            lease.renew()
-            if unchanged.update(**values) and not self.is_waiting(row):
-                # An earlier run that could not be published is left out.
-                ScheduleRun.objects.filter(schedule=row, published_at=None).delete()
-                ScheduleRun.objects.get_or_create(schedule=row, due_at=due)
+            # Another beat that stores the same runs skips these rows, or finds them changed.
+            locked = rows.select_for_update(skip_locked=True)
+            unchanged = {
+                pk
+                for pk, *values in locked.values_list("pk", "last_run_at", "date_changed")
+                if tuple(values) == read[pk]
+            }
+            stored = [(due, row) for due, row in runs if row.pk in unchanged]
+            if not stored:
+                return
+            waiting = self.find_waiting([row for _, row in stored])
+            # An earlier run that could not be published is left out.
+            earlier = ScheduleRun.objects.filter(schedule__in=unchanged - waiting)
+            earlier.filter(published_at=None, claimed_at=None).delete()
+            ScheduleRun.objects.bulk_create(
+                [
+                    ScheduleRun(schedule=row, due_at=due)
+                    for due, row in stored
+                    if row.pk not in waiting
+                ],
+                ignore_conflicts=True,
+            )
+            by_due = defaultdict(list)
+            for due, row in stored:
+                by_due[due].append(row.pk)
+            last_run = [When(pk__in=pks, then=due) for due, pks in by_due.items()]
+            PeriodicTask.objects.filter(pk__in=unchanged).update(
+                last_run_at=Case(*last_run, output_field=DateTimeField()),
+                total_run_count=F("total_run_count") + 1,
+                enabled=Case(When(one_off=True, then=False), default=True),
+            )
 
-    def is_waiting(self, row: PeriodicTask) -> bool:
-        """Return whether a task that coalesces still waits in the queue."""
-        if not getattr(self.app.tasks.get(row.task), "coalesces", False):
-            return False
+    def find_waiting(self, rows: Collection[PeriodicTask]) -> set[int]:
+        """Return the keys of the schedules whose task coalesces and still waits in the queue."""
+        coalescing = [
+            row.pk
+            for row in rows
+            if getattr(self.app.tasks.get(row.task), "coalesces", False)
+        ]
+        if not coalescing:
+            return set()
         waiting = ScheduleRun.objects.filter(
-            schedule=row, published_at__isnull=False, started_at=None
+            schedule__in=coalescing, published_at__isnull=False, started_at=None
         )
-        lately = waiting.filter(published_at__gt=Now() - MAX_WAIT)
-        if lately.exists():
-            return True
-        return waiting.exists() and not heartbeats.get_alive() & set(heartbeats.get_workers())
+        if heartbeats.get_alive() & set(heartbeats.get_workers()):
+            # A message that waits for longer may be lost.
+            waiting = waiting.filter(published_at__gt=Now() - MAX_WAIT)
+        return set(waiting.values_list("schedule", flat=True))
+
+    # Publishing
 
     def publish_runs(self, now: datetime) -> bool:
         """Publish what is not published yet; return whether the broker is available."""
-        runs = ScheduleRun.objects.filter(published_at=None).order_by("due_at")
-        for run in runs.select_related(*(f"schedule__{kind}" for kind in KINDS)):
-            if now - run.created_at > MAX_DELAY:
+        while runs := self.claim_runs():
+            heartbeats.record("beat")
+            late = [run for run in runs if now - run.created_at > MAX_DELAY]
+            for run in late:
                 logger.error("The run %s was not queued within %s", run, MAX_DELAY)
-                run.delete()
-            elif isinstance(self.publish_run(run), OperationalError):
+            self.delete_runs(late)
+            runs = [run for run in runs if run not in late]
+            # A run that failed before may fail again: it must not hold up others.
+            alone = any(run.attempts > 1 for run in runs)
+            failed: list[int] = []
+            for batch in batched(runs, 1 if alone else CLAIMED):
+                # After two failures the others are not tried.
+                if len(failed) > 1 or not self.publish_batch(batch):
+                    failed += [run.pk for run in batch]
+            if failed:
+                ScheduleRun.objects.filter(pk__in=failed).update(claimed_at=None)
                 return False
         return True
 
-    def publish_run(self, run: ScheduleRun) -> BaseException | None:
+    def claim_runs(self) -> list[ScheduleRun]:
+        """Claim runs that are not published, and return them; new ones first, in order of time."""
+        free = Q(claimed_at=None) | Q(claimed_at__lt=Now() - CLAIM)
+        rows = ScheduleRun.objects.filter(free, published_at=None).order_by("attempts", "due_at")
+        with transaction.atomic():
+            locked = rows.select_for_update(skip_locked=True).values_list("pk", flat=True)
+            keys = list(locked[:CLAIMED])
+            if not keys:
+                return []
+            claimed = ScheduleRun.objects.filter(pk__in=keys)
+            claimed.update(claimed_at=Now(), attempts=F("attempts") + 1)
+        return list(
+            claimed.order_by("due_at").select_related(*(f"schedule__{name}" for name in RELATIONS))
+        )
+
+    def publish_batch(self, runs: Sequence[ScheduleRun]) -> bool:
+        """Publish runs together; return whether the broker is available."""
+        published, faulty = [], []
+        try:
+            with broker.open_batch(settings.CELERY_BROKER_URL, self.app) as producer:
+                for run in runs:
+                    error = self.publish_run(run, producer)
+                    if isinstance(error, OperationalError):
+                        raise error
+                    if error is None:
+                        published.append(run.pk)
+                    else:
+                        self.log_once(run.schedule, error)
+                        faulty.append(run)
+        except (OperationalError, OSError) as error:
+            logger.warning("beat: The broker does not take messages: %s", type(error).__name__)
+            return False
+        ScheduleRun.objects.filter(pk__in=published).update(published_at=Now(), claimed_at=None)
+        self.delete_runs(faulty)
+        return True
+
+    def publish_run(self, run: ScheduleRun, producer: Any) -> BaseException | None:
         """Publish a run; return the error if that failed."""
-        run.attempts += 1
-        run.save(update_fields=["attempts"])
-        entry = ModelEntry(run.schedule, app=self.app)
-        entry.options["headers"] |= {
-            "schedule": run.schedule_id,
-            "schedule_run": run.pk,
-            "schedule_attempt": run.attempts,
-            "queued_at": run.due_at.isoformat(),
-        }
-        # Sentry replaces this method, which logs errors instead of raising them.
         self.error: BaseException | None = None
-        self.apply_entry(entry, producer=self.producer)
-        if self.error is None:
-            ScheduleRun.objects.filter(pk=run.pk).update(published_at=Now())
+        try:
+            entry = ModelEntry(run.schedule, app=self.app)
+            entry.options["headers"] |= {
+                "schedule": run.schedule_id,
+                "schedule_run": run.pk,
+                "schedule_attempt": run.attempts,
+                "queued_at": run.due_at.isoformat(),
+            }
+            # Sentry replaces this method.
+            self.apply_entry(entry, producer=producer)
+        except Exception as error:
+            return error
         return self.error
 
     def apply_async(self, *args: Any, **kwargs: Any) -> Any:
-        """Publish a message; keep the error if that fails."""
+        """Publish a message; keep the error if that fails. ``apply_entry`` would log a traceback."""
         try:
             return super().apply_async(*args, **kwargs)
         except SchedulingError as error:
             self.error = error.__context__
-            raise
 
-    def log_once(self, row: PeriodicTask, error: Exception) -> None:
+    def delete_runs(self, runs: Collection[ScheduleRun]) -> None:
+        """Delete runs that are given up."""
+        if runs:
+            ScheduleRun.objects.filter(pk__in=[run.pk for run in runs]).delete()
+
+    def log_once(self, row: PeriodicTask, error: BaseException) -> None:
         """Log why a schedule cannot run, once."""
         message = f"Schedule {row.name} cannot run: {error}"
         if message not in self.logged:

@@ -199,11 +199,11 @@ class CeleryApp(Celery):
 
 
 @signals.beat_init.connect
-def lead(sender: Any, **kwargs: Any) -> None:
-    """Let one beat dispatch, however it was started."""
+def prepare_beat(sender: Any, **kwargs: Any) -> None:
+    """Prepare beat, however it was started."""
     from ..scheduling import beat
 
-    beat.lead(sender)
+    beat.prepare(sender)
 
 
 @signals.setup_logging.connect
