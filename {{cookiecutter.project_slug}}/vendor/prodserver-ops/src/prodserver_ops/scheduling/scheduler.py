@@ -11,14 +11,15 @@ gets, and ignores another one. Times are those of the database.
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import datetime, timedelta
 from itertools import batched
 from typing import Any
 
 from celery.beat import SchedulingError
 from django.conf import settings
-from django.db import DatabaseError, InterfaceError, transaction
+from django.db import connection, transaction
 from django.db.models import Case, DateTimeField, F, Q, When
 from django.db.models.functions import Now
 from django.utils import timezone
@@ -48,6 +49,16 @@ CLAIM = timedelta(seconds=4)
 
 #: The age of what a pass has read, in seconds, from which it starts again: it may be outdated.
 MAX_AGE = 10
+
+
+@contextmanager
+def short_transaction() -> Iterator[None]:
+    """Open a transaction whose locks end within seconds, even if the process is paused in it."""
+    with transaction.atomic():
+        if connection.vendor == "postgresql":
+            with connection.cursor() as cursor:
+                cursor.execute("SET LOCAL idle_in_transaction_session_timeout = '2s'")
+        yield
 
 
 def check_arguments(row: PeriodicTask) -> None:
@@ -118,7 +129,7 @@ class Scheduler(DatabaseScheduler):  # type: ignore[misc]
         """Store runs, but those of schedules that have changed, or that another beat has stored."""
         read = {row.pk: (row.last_run_at, row.date_changed) for _, row in runs}
         rows = PeriodicTask.objects.filter(pk__in=read, enabled=True)
-        with transaction.atomic():
+        with short_transaction():
             # Another beat that stores the same runs skips these rows, or finds them changed.
             locked = rows.select_for_update(skip_locked=True)
             unchanged = {
@@ -195,7 +206,7 @@ class Scheduler(DatabaseScheduler):  # type: ignore[misc]
         """Claim runs that are not published, and return them; new ones first, in order of time."""
         free = Q(claimed_at=None) | Q(claimed_at__lt=Now() - CLAIM)
         rows = ScheduleRun.objects.filter(free, published_at=None).order_by("attempts", "due_at")
-        with transaction.atomic():
+        with short_transaction():
             locked = rows.select_for_update(skip_locked=True).values_list("pk", flat=True)
             keys = list(locked[:CLAIMED])
             if not keys:
