@@ -11,6 +11,7 @@ from django.http import HttpRequest
 from ..mail.digests import get_digests
 from ..models import DigestDelivery, TaskRun, Token
 from ..web.logins import LoginForm
+from . import schedule_forms
 from .large_tables import LargeTableAdmin
 from .operations import OperationsAdmin
 
@@ -18,6 +19,8 @@ User = get_user_model()
 
 # A project may have a form of its own.
 admin.site.login_form = admin.site.login_form or LoginForm
+
+schedule_forms.install()
 
 
 class DigestFilter(admin.SimpleListFilter):

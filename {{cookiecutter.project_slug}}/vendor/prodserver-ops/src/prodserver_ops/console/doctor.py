@@ -27,7 +27,7 @@ from ..core.database import find_pooler
 from ..core.logs import redact
 from ..mail import transport
 from ..models import HEARTBEAT_AGE, Attempt
-from ..scheduling import heartbeats, scheduler, timing
+from ..scheduling import heartbeats, timing, validation
 from ..scheduling.timing import InvalidSchedule
 from ..web import health
 from ..worker.app import get_failed_queue
@@ -214,9 +214,7 @@ def describe_schedule(row: PeriodicTask) -> dict[str, Any]:
 
 def get_next_run(row: PeriodicTask) -> datetime:
     """Return when a schedule is due; raise an exception if beat cannot run it."""
-    if row.task not in current_app.tasks:
-        raise InvalidSchedule(f"its task does not exist: {row.task}")
-    scheduler.check_arguments(row)
+    validation.check(row)
     now = timezone.now()
     next_run = now if timing.get_due(row, now) else timing.get_next(row, now)
     assert next_run is not None

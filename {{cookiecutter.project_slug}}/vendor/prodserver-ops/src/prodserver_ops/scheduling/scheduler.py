@@ -26,12 +26,12 @@ from django.utils import timezone
 from django_celery_beat.models import PeriodicTask
 from django_celery_beat.schedulers import DatabaseScheduler, ModelEntry
 from kombu.exceptions import OperationalError
-from kombu.utils.json import loads
 
 from .. import broker
 from ..models import ScheduleRun
 from . import heartbeats
 from .timing import RELATIONS, get_due, get_next, note_changes
+from .validation import check_arguments
 
 logger = logging.getLogger(__name__)
 
@@ -59,13 +59,6 @@ def short_transaction() -> Iterator[None]:
             with connection.cursor() as cursor:
                 cursor.execute("SET LOCAL idle_in_transaction_session_timeout = '2s'")
         yield
-
-
-def check_arguments(row: PeriodicTask) -> None:
-    """Raise ValueError unless arguments and headers of a schedule are JSON of the right type."""
-    for name, kind, shown in (("args", list, "[]"), ("kwargs", dict, "{}"), ("headers", dict, "{}")):
-        if not isinstance(loads(getattr(row, name) or shown), kind):
-            raise ValueError(f"its {name} must be JSON such as {shown}")
 
 
 class Scheduler(DatabaseScheduler):  # type: ignore[misc]

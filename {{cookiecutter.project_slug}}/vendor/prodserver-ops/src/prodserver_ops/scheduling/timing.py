@@ -23,6 +23,9 @@ KINDS = ("crontab", "interval", "solar", "clocked")
 #: What a query for schedules must load with them.
 RELATIONS = (*KINDS, "ops_timing")
 
+#: The shortest interval of a schedule.
+MIN_PERIOD = timedelta(seconds=1)
+
 
 class InvalidSchedule(Exception):
     """A schedule that cannot run."""
@@ -90,7 +93,10 @@ def _get_start(row: PeriodicTask) -> datetime:
 
 
 def _get_period(row: PeriodicTask) -> timedelta:
-    return timedelta(**{row.interval.period: row.interval.every})
+    period = timedelta(**{row.interval.period: row.interval.every})
+    if period < MIN_PERIOD:
+        raise InvalidSchedule(f"its interval is shorter than {MIN_PERIOD.seconds} second")
+    return period
 
 
 def _get_schedule(row: PeriodicTask) -> Any:

@@ -1,0 +1,189 @@
+"""Schedules that cannot run: the form refuses them at the field, beat marks them once."""
+
+import json
+import random
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from celery import current_app, shared_task
+from django.urls import reverse
+from django.utils import timezone
+from django_celery_beat.models import (
+    ClockedSchedule,
+    CrontabSchedule,
+    IntervalSchedule,
+    PeriodicTask,
+)
+
+from prodserver_ops.models import ScheduleRun
+from prodserver_ops.scheduling import heartbeats, validation
+from prodserver_ops.scheduling import scheduler as module
+
+pytestmark = pytest.mark.django_db
+
+#: How many rows the test with random rows makes; trials/rows.py makes 10,000.
+ROWS = 300
+
+
+@shared_task(name="ops-test.report")
+def report(period, *, copies=1):
+    pass
+
+
+@pytest.fixture
+def post(client, make_user):
+    """Return a function that posts the form of a new schedule, and returns its errors by field."""
+    client.force_login(make_user("admin", is_superuser=True, is_staff=True))
+    hourly = IntervalSchedule.objects.create(every=1, period="hours")
+
+    def post(**fields):
+        data = {
+            "name": "sample",
+            "regtask": report.name,
+            "enabled": "on",
+            "interval": hourly.pk,
+            "args": '["daily"]',
+            "kwargs": "{}",
+            "headers": "{}",
+        }
+        url = reverse("admin:django_celery_beat_periodictask_add")
+        response = client.post(url, data | fields)
+        if response.status_code == 302:
+            return {}
+        return {name: list(texts) for name, texts in response.context["adminform"].errors.items()}
+
+    return post
+
+
+def test_good_row_is_accepted(post):
+    assert post(queue="dummy.mail", priority="5", expire_seconds="60") == {}
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "error"),
+    [
+        ("headers", "[]", "Must be JSON such as {}."),
+        ("headers", '"x"', "Must be JSON such as {}."),
+        ("headers", "[", "Is not valid JSON: JSONDecodeError."),
+        ("args", "{}", 'Must be JSON such as ["daily"].'),
+        ("kwargs", "[1]", "Must be JSON such as {}."),
+        ("args", "[]", "The task missing 1 required positional argument: 'period'."),
+        ("args", "[1, 2]", "The task takes 1 positional argument but 2 were given."),
+        ("kwargs", '{"sheets": 2}', "The task got an unexpected keyword argument 'sheets'."),
+        ("queue", "reports", "No worker reads it; the queues are: dummy, dummy.mail."),
+        ("routing_key", "x", "Needs the name of the queue."),
+        ("expire_seconds", "4000000000", None),
+        ("priority", "256", None),
+    ],
+)
+def test_faulty_field_is_refused_with_the_reason(post, field, value, error):
+    errors = post(**{field: value})
+    assert list(errors) == [field]
+    if error:
+        assert errors[field][0].replace("report() ", "") == error
+
+
+def test_task_that_no_code_has_is_refused(post):
+    assert list(post(regtask="", task="ops-test.gone")) == ["task"]
+
+
+@pytest.mark.parametrize(
+    ("model", "fields"),
+    [
+        (
+            "crontabschedule",
+            {"minute": "0", "hour": "0", "day_of_month": "31", "month_of_year": "2"},
+        ),
+        (
+            "crontabschedule",
+            {"minute": "61", "hour": "0", "day_of_month": "*", "month_of_year": "*"},
+        ),
+        ("intervalschedule", {"every": "1", "period": "microseconds"}),
+        ("intervalschedule", {"every": "2147483647", "period": "days"}),
+    ],
+)
+def test_timing_that_cannot_be_used_is_refused(client, make_user, model, fields):
+    client.force_login(make_user("admin", is_superuser=True, is_staff=True))
+    url = reverse(f"admin:django_celery_beat_{model}_add")
+    response = client.post(url, {"day_of_week": "*", "timezone": "UTC"} | fields)
+    assert response.status_code == 200
+    assert response.context["adminform"].errors
+
+
+def make_row(number, rng, timings):
+    """Return a schedule with a random value in each field; the name says if it is a good one."""
+    values = ["", "[]", "{}", "[1]", '{"a": 1}', "null", '"x"', "1", "[", "\\u0000", "[" * 2000]
+    good = rng.random() < 0.3
+    row = PeriodicTask(
+        name=f"{'good' if good else 'odd'}-{number}",
+        task=report.name if good else rng.choice([report.name, "no.such.task", "", "é\u2028"]),
+        args=json.dumps(["daily"]) if good else rng.choice(values),
+        kwargs="{}" if good else rng.choice(values),
+        headers="{}" if good else rng.choice(values),
+        enabled=True,
+    )
+    kind, timing = ("interval", timings["interval"][0]) if good else rng.choice(timings["all"])
+    if kind:
+        setattr(row, kind, timing)
+    if not good:
+        row.queue = rng.choice([None, "", "dummy", "nowhere", "q" * 200])
+        row.exchange = rng.choice([None, "", "x"])
+        row.routing_key = rng.choice([None, "", "x"])
+        row.priority = rng.choice([None, 0, 9, 255, 300])
+        row.expire_seconds = rng.choice([None, 0, 1, 2**31 - 1])
+        row.start_time = rng.choice(
+            [None, datetime(1, 1, 2, tzinfo=UTC), datetime.max.replace(tzinfo=UTC)]
+        )
+        row.one_off = rng.random() < 0.2
+    return row
+
+
+def test_rows_with_any_value_in_any_field_do_not_stop_beat(monkeypatch, caplog):
+    PeriodicTask.objects.all().delete()
+    monkeypatch.setattr(heartbeats, "record", lambda process: None)
+    caplog.set_level("ERROR")
+    rng = random.Random(23)
+    intervals = [
+        IntervalSchedule.objects.create(every=every, period=period)
+        for every, period in (
+            (1, "hours"),
+            (1, "microseconds"),
+            (2**31 - 1, "days"),
+            (0, "seconds"),
+        )
+    ]
+    crontabs = [
+        CrontabSchedule.objects.create(minute=minute, day_of_month=day, month_of_year=month)
+        for minute, day, month in (
+            ("*", "*", "*"),
+            ("0", "31", "2"),
+            ("99", "*", "*"),
+            ("*/0", "*", "*"),
+        )
+    ]
+    clocked = ClockedSchedule.objects.create(clocked_time=timezone.now() - timedelta(days=1))
+    timings = {
+        "interval": intervals,
+        "all": [
+            ("", None),
+            *(("interval", each) for each in intervals),
+            *(("crontab", each) for each in crontabs),
+            ("clocked", clocked),
+        ],
+    }
+    rows = [make_row(number, rng, timings) for number in range(ROWS)]
+    PeriodicTask.objects.bulk_create(rows)
+    due = timezone.now() - timedelta(hours=2)
+    PeriodicTask.objects.update(date_changed=due, last_run_at=due)
+    good = PeriodicTask.objects.filter(name__startswith="good").count()
+    scheduler = module.Scheduler(app=current_app, max_interval=5)
+    for _ in range(3):
+        scheduler.tick()
+    runs = ScheduleRun.objects.filter(schedule__name__startswith="good", published_at__isnull=False)
+    assert runs.count() == good > 0
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == len(set(messages)) > 0
+    assert not any(record.exc_info for record in caplog.records)
+    # What doctor and the page say of each row
+    assert all(validation.find_problems(row) == {} for row in rows if row.name.startswith("good"))
+    assert sum(bool(validation.find_problems(row)) for row in rows) > 0

@@ -1,0 +1,104 @@
+"""What is wrong with a schedule: the admin's form refuses it, ``doctor`` and beat report it."""
+
+from collections.abc import Callable, Iterator
+from datetime import datetime, timedelta
+from typing import Any
+
+from celery import current_app
+from django.conf import settings
+from django.utils import timezone
+from django_celery_beat.models import PeriodicTask
+from kombu.utils.json import loads
+
+from .timing import KINDS, InvalidSchedule, get_due, get_next
+
+#: The fields with JSON, the type of their values, and an example.
+JSON_FIELDS = {"args": (list, '["daily"]'), "kwargs": (dict, "{}"), "headers": (dict, "{}")}
+
+#: The longest time after which a message may expire, in seconds: ten years.
+MAX_EXPIRY = 10 * 366 * 24 * 3600
+
+
+def find_problems(row: PeriodicTask) -> dict[str, str]:
+    """Return why a schedule cannot run, by the name of the field; an empty dictionary if it can.
+
+    The modules with tasks must be loaded.
+    """
+    return dict(_find_problems(row))
+
+
+def check(row: PeriodicTask) -> None:
+    """Raise InvalidSchedule with the first reason why a schedule cannot run."""
+    for field, problem in find_problems(row).items():
+        raise InvalidSchedule(f"{field}: {problem}")
+
+
+def check_arguments(row: PeriodicTask) -> None:
+    """Raise InvalidSchedule if arguments or headers of a schedule are not what a message needs."""
+    for field, problem in _find_json_problems(row):
+        raise InvalidSchedule(f"{field}: {problem}")
+
+
+def _find_problems(row: PeriodicTask) -> Iterator[tuple[str, str]]:
+    if row.task not in current_app.tasks:
+        yield "task", f"its task does not exist: {row.task}"
+    json_problems = dict(_find_json_problems(row))
+    yield from json_problems.items()
+    if row.task in current_app.tasks and not json_problems.keys() & {"args", "kwargs"}:
+        yield from _find_argument_problem(row)
+    yield from _find_queue_problems(row)
+    if row.expire_seconds is not None and row.expire_seconds > MAX_EXPIRY:
+        yield "expire_seconds", f"must be at most {MAX_EXPIRY}"
+    if problem := _find_timing_problem(row, timezone.now()):
+        yield _get_timing_field(row), problem
+
+
+def _find_json_problems(row: PeriodicTask) -> Iterator[tuple[str, str]]:
+    for field, (kind, example) in JSON_FIELDS.items():
+        text = getattr(row, field)
+        if not text:
+            continue
+        try:
+            value = loads(text)
+        except (ValueError, RecursionError) as error:
+            yield field, f"is not valid JSON: {type(error).__name__}"
+            continue
+        if not isinstance(value, kind):
+            yield field, f"must be JSON such as {example}"
+
+
+def _find_argument_problem(row: PeriodicTask) -> Iterator[tuple[str, str]]:
+    """Compare the arguments with the function of the task, as Celery does for each message."""
+    bind: Callable[..., Any] | None = getattr(current_app.tasks[row.task], "__header__", None)
+    args, kwargs = loads(row.args or "[]"), loads(row.kwargs or "{}")
+    try:
+        if bind is not None:
+            bind(*args, **kwargs)
+    except TypeError as error:
+        _, _, reason = str(error).partition("() ")
+        yield "kwargs" if "keyword argument" in reason else "args", f"the task {reason or error}"
+
+
+def _find_queue_problems(row: PeriodicTask) -> Iterator[tuple[str, str]]:
+    """Compare the queue with those that workers consume: no other is read."""
+    names = [queue.name for queue in settings.CELERY_TASK_QUEUES]
+    if row.queue and row.queue not in names:
+        yield "queue", f"no worker reads it; the queues are: {', '.join(names)}"
+    for field in ("exchange", "routing_key"):
+        if getattr(row, field) and not row.queue:
+            yield field, "needs the name of the queue"
+
+
+def _find_timing_problem(row: PeriodicTask, now: datetime) -> str:
+    try:
+        get_due(row, now)
+        get_next(row, now, now + timedelta(days=1))
+    except InvalidSchedule as error:
+        return str(error)
+    except (ValueError, OverflowError, TypeError) as error:
+        return f"is never due: {error}"
+    return ""
+
+
+def _get_timing_field(row: PeriodicTask) -> str:
+    return next((kind for kind in KINDS if getattr(row, kind) is not None), "crontab")
