@@ -153,5 +153,5 @@ def test_a_signal_does_not_interrupt_a_pass(monkeypatch, service):
 
 
 def test_celery_app_uses_its_scheduler_and_the_standby_beat():
-    assert current_app.conf.beat_scheduler.endswith(".ops.scheduler:Scheduler")
+    assert current_app.conf.beat_scheduler.endswith(".scheduling.scheduler:Scheduler")
     assert issubclass(current_app.Beat, beat.Beat)

@@ -7,8 +7,8 @@ import pytest
 from django.db.models import F
 from django.utils import timezone
 
-from prodserver_ops.scheduling import leases as module
 from prodserver_ops import models
+from prodserver_ops.scheduling import leases as module
 from prodserver_ops.scheduling.leases import LEASE_SECONDS, Lease, LostLease
 
 pytestmark = pytest.mark.django_db

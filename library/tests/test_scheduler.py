@@ -16,12 +16,13 @@ from django_celery_beat.models import (
 )
 from kombu.exceptions import OperationalError as BrokerError
 
-from prodserver_ops.scheduling import claims
+from prodserver_ops import tasks as ops_tasks
 from prodserver_ops.mail import tasks
-from prodserver_ops.scheduling import scheduler as module
-from prodserver_ops.worker.app import CoalescingTask, Task
-from prodserver_ops.scheduling.leases import LostLease
 from prodserver_ops.models import Heartbeat, ScheduleRun
+from prodserver_ops.scheduling import claims
+from prodserver_ops.scheduling import scheduler as module
+from prodserver_ops.scheduling.leases import LostLease
+from prodserver_ops.worker.app import CoalescingTask, Task
 
 pytestmark = pytest.mark.django_db
 
@@ -301,13 +302,13 @@ class TestPublishing:
         scheduler.tick()
         first, second = (headers for _, headers in published)
         assert first["schedule_run"] == second["schedule_run"]
-        assert claims.start_run(second)
-        assert not claims.start_run(first)
+        assert claims.claim(second)
+        assert not claims.claim(first)
         # Redelivered after its worker was lost
-        assert claims.start_run(second)
+        assert claims.claim(second)
 
     def test_message_of_no_schedule_runs(self):
-        assert claims.start_run({})
+        assert claims.claim({})
 
     @pytest.mark.parametrize("error", [OperationalError, InterfaceError])
     def test_message_runs_while_the_database_is_away(self, monkeypatch, caplog, error):
@@ -315,7 +316,7 @@ class TestPublishing:
             raise error("password=hunter2")
 
         monkeypatch.setattr(ScheduleRun.objects, "filter", fail)
-        assert claims.start_run({"schedule_run": 1, "schedule_attempt": 1})
+        assert claims.claim({"schedule_run": 1, "schedule_attempt": 1})
         message = f"The start of a run is not recorded: {error.__name__}"
         assert [record.getMessage() for record in caplog.records] == [message]
 
@@ -352,7 +353,7 @@ class TestCoalescing:
         assert len(published) == 1
 
     def test_run_is_queued_after_the_other_was_started(self, waiting, scheduler, lease, published):
-        claims.start_run(published[0][1])
+        claims.claim(published[0][1])
         self.tick_later(scheduler, lease, 0)
         assert len(published) == 2
 
@@ -368,7 +369,7 @@ class TestCoalescing:
 
     def test_tasks_that_do_all_that_is_due_coalesce(self):
         assert isinstance(tasks.resume_deliveries._get_current_object(), CoalescingTask)
-        assert isinstance(tasks.delete_records._get_current_object(), CoalescingTask)
+        assert isinstance(ops_tasks.delete_records._get_current_object(), CoalescingTask)
         assert not isinstance(tasks.send_notification._get_current_object(), CoalescingTask)
 
 
@@ -380,6 +381,6 @@ class TestRecords:
             seen_at = NOW - timedelta(hours=4 * days - 6)
             Heartbeat.objects.create(process="beat", host="a", pid=days, seen_at=seen_at)
         with time_machine.travel(NOW):
-            tasks.delete_records()
+            ops_tasks.delete_records()
         assert [run.due_at for run in ScheduleRun.objects.all()] == [NOW - timedelta(days=6)]
         assert [row.pid for row in Heartbeat.objects.all()] == [6]
