@@ -353,6 +353,13 @@ def is_comparison():
     return folder.is_absolute() and folder.resolve().is_relative_to(temporary)
 
 
+def is_update_from_1():
+    """Return whether the project is rendered for ``cruft update`` of a service of 1.x."""
+    update = find_caller("cruft._commands.update", "update") or {}
+    state = update.get("cruft_state")
+    return bool(state) and state["context"]["cookiecutter"]["_version"].startswith("1.")
+
+
 @pass_context
 def cruft_state(context):
     """Return the content of ``.cruft.json``, exactly as ``cruft create`` writes it.
@@ -479,7 +486,9 @@ class Filters(Extension):
             *local_schedules.FILTERS,
         )
         environment.filters.update({function.__name__: function for function in filters})
-        environment.globals.update(cruft_state=cruft_state, is_comparison=is_comparison)
+        environment.globals.update(
+            cruft_state=cruft_state, is_comparison=is_comparison, is_update_from_1=is_update_from_1
+        )
         renew_replay()
         # cruft renders two versions of the template in one process: each needs its own filters.
         modules = {__name__: __cached__, local_schedules.__name__: local_schedules.__cached__}

@@ -14,6 +14,12 @@ COMPARISON = {{is_comparison()}}
 
 SETUP = {{cookiecutter.setup}} and not COMPARISON
 
+#: The upgrade command of 1.x reads this file after the update. upgrade_from_1.py deletes it.
+if {{is_update_from_1()}}:
+    SETTINGS = Path("{{cookiecutter.project_slug}}", "ops", "settings.py")
+    SETTINGS.parent.mkdir()
+    SETTINGS.write_text("# Run: python3 vendor/prodserver-ops/upgrade_from_1.py\n")
+
 # uvx sets UV to its own path, which may not be on the PATH.
 UV = "uv" if shutil.which("uv") else os.environ.get("UV") or None
 
