@@ -109,7 +109,7 @@ def test_other_choices_are_asked_only_if_they_are_wanted(run_cookiecutter):
         (
             ["realtime=channels"],
             'realtime: "channels" does not go with web_server=gunicorn: Channels needs an ASGI'
-            " server, and gunicorn is none; choose web_server=uvicorn",
+            " server, and gunicorn is a WSGI server; choose web_server=uvicorn",
         ),
         (
             ["lifecycle=archive", "example=none"],
