@@ -333,7 +333,8 @@ def read_history() -> list[Record]:
             # The last commit before the upgrade has the team's files as they were.
             record = Record.parse(text, f"{later}^" if later else "HEAD")
             known = {record.commit for record in records}
-            if record.version.startswith("1.") and record.commit not in known:
+            shipped = git("ls-tree", "--name-only", record.revision, f"{VENDOR}/pyproject.toml")
+            if not shipped and record.commit not in known:
                 records.append(record)
         later = revision
     return records
@@ -1363,10 +1364,10 @@ def main() -> int:
         print("There is no .cruft.json here. Run this script in the folder of the service.")
         return 1
     record = Record.parse(text)
-    if record.version.startswith("1."):
+    history = read_history()
+    if record.commit in {past.commit for past in history}:
         print(f"This service is at {record.version}. First run: uv run manage.py upgrade")
         return 1
-    history = read_history()
     if not history:
         print("Nothing to do: this service was never at 1.x.")
         return 0
