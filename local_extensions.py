@@ -238,7 +238,8 @@ def supported(context, answer, field):
             reject(
                 field,
                 answers[field],
-                f"cannot be combined with {other}={answers[other]}: {row['reason']}; choose {instead}",
+                f"cannot be combined with {other}={answers[other]}: {row['reason']};"
+                f" choose {instead}",
             )
         except FailedHookException as error:
             if caller is None or caller["no_input"]:
@@ -357,7 +358,7 @@ def is_update_from_1(context):
     """Return whether the project is rendered for ``cruft update`` of a service of 1.x."""
     update = find_caller("cruft._commands.update", "update")
     slug = context["cookiecutter"]["project_slug"]
-    return bool(update) and (update["project_dir"] / slug / "ops" / "settings.py").exists()
+    return bool(update) and (START / update["project_dir"] / slug / "ops" / "settings.py").exists()
 
 
 @pass_context

@@ -52,7 +52,7 @@ IGNORED_VARIABLES = {
 
 
 def run(command, progress=False):
-    """Run a command; return its exit status and output lines. ``progress`` prints a dot per second."""
+    """Run a command; return its exit status and output. ``progress`` prints a dot each second."""
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as output:
         try:
             process = subprocess.Popen(
