@@ -25,7 +25,7 @@ from unittest.mock import Mock
 
 import pytest
 import services
-from celery import current_app
+from celery import current_app, signals
 from celery.contrib.testing.worker import start_worker
 from django.conf import settings
 from django.contrib.auth import get_user_model
@@ -119,10 +119,16 @@ def run_worker(monkeypatch):
         patch.setattr(record.threading, "Thread", Mock())
         monkeypatch.setattr(record, "_recorder", record.Recorder())
 
+    def look_often(sender, **kwargs):
+        if sender.hub:
+            sender.hub.call_repeatedly(0.1, lambda: None)
+
     def run(app=current_app):
         return start_worker(app, perform_ping_check=False, shutdown_timeout=30)
 
-    return run
+    signals.worker_ready.connect(look_often)
+    yield run
+    signals.worker_ready.disconnect(look_often)
 
 
 @pytest.fixture(autouse=True)

@@ -97,7 +97,7 @@ def test_message_stays_if_neither_database_nor_broker_is_available(run_worker, m
     assert apply_async.call_count == 1
 
 
-NUMBERS = range(1500)
+NUMBERS = range(500)
 
 
 def connect(folder):

@@ -133,6 +133,7 @@ class TestBatch:
     def test_fails_if_rabbitmq_is_unavailable(self, monkeypatch):
         # Celery prefers it to the argument.
         monkeypatch.delenv("CELERY_BROKER_URL", raising=False)
+        monkeypatch.setattr("kombu.utils.functional.sleep", lambda seconds: None)
         app = Celery(broker="amqp://127.0.0.1:1", set_as_current=False)
         batch = rabbitmq.open_batch(app)
         with pytest.raises(OperationalError, match="refused"), batch:
