@@ -357,8 +357,8 @@ def is_comparison():
 def is_update_from_1(context):
     """Return whether the project is rendered for ``cruft update`` of a service of 1.x."""
     update = find_caller("cruft._commands.update", "update")
-    slug = context["cookiecutter"]["project_slug"]
-    return bool(update) and (START / update["project_dir"] / slug / "ops" / "settings.py").exists()
+    settings = Path(context["cookiecutter"]["project_slug"], "ops", "settings.py")
+    return bool(update) and (update["current_template_dir"] / settings).exists()
 
 
 @pass_context
