@@ -214,7 +214,11 @@ def get_self_uses(cls):
         for node in ast.walk(tree)
         if isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("self", "super()")
     ]
-    written = {node.attr for node in found if not isinstance(node.ctx, ast.Load)}
+    # ``self.count += 1`` reads it too.
+    counted = {node.target for node in ast.walk(tree) if isinstance(node, ast.AugAssign)}
+    written = {
+        node.attr for node in found if not isinstance(node.ctx, ast.Load) and node not in counted
+    }
     return {node.attr for node in found} - written, written
 
 
@@ -229,11 +233,10 @@ class TestTable:
             own = [base for base in cls.__mro__ if base.__module__.startswith("prodserver_ops")]
             if not foreign:
                 continue
-            used, written = get_self_uses(cls)
             defined = {name for base in own for name in vars(base)}
-            for base in own:
-                written |= get_self_uses(base)[1] | set(inspect.get_annotations(base))
-            for name in (vars(cls).keys() | used) - written:
+            used, written = map(set().union, *map(get_self_uses, own))
+            written = written.union(*map(inspect.get_annotations, own))
+            for name in (defined | used) - written:
                 if name.startswith("__") and name != "__init__":
                     continue
                 inherited = [base for base in foreign if name in vars(base)]

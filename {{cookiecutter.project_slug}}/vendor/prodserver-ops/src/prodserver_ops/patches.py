@@ -46,6 +46,7 @@ PATCHES = (
             "channel.Channel.events": "",
             "connection.Connection.__init__": "(self, host=..., userid=..., password=..., login_method=...,... 62e249e2",
             "connection.Connection.collect": "(self) 47fafe17",
+            "abstract_channel.AbstractChannel.connection": "",
             "connection.Connection.ssl": "",
             "connection.Connection.host": "",
             "transport.SSLTransport._wrap_socket_sni": "(self, sock, keyfile=..., certfile=..., server_side=..., cer... 2f704622",
