@@ -25,8 +25,8 @@ from unittest.mock import Mock
 
 import pytest
 import services
-from celery import current_app, signals
-from celery.contrib.testing.worker import start_worker
+from celery import current_app
+from celery.contrib.testing.worker import TestWorkController, start_worker
 from django.conf import settings
 from django.contrib.auth import get_user_model
 from django.core.cache import caches
@@ -34,7 +34,6 @@ from django.db import connection
 from django.db.models import CharField
 from kombu.transport import memory
 
-from prodserver_ops.scheduling import heartbeats
 from prodserver_ops.worker import record
 from prodserver_ops.worker.app import Task
 
@@ -81,13 +80,17 @@ def pytest_unconfigure(config):
 
 @pytest.fixture(scope="session")
 def make_part(request, worker_id):
-    """A function that returns the URL of an empty part of a server; skips if it is not running."""
+    """A function that returns the URL of a part of a server; skips if it is not running.
+
+    Tests use queues whose names no other test has, and delete them.
+    """
     urls = {}
 
     def make(name):
         if name not in urls:
             try:
-                urls[name] = services.create(name, worker_id)
+                is_shared = name == services.RABBITMQ
+                urls[name] = services.share() if is_shared else services.create(name, worker_id)
             except services.Unavailable as error:
                 if request.config.getoption("--require-services"):
                     pytest.fail(str(error))
@@ -95,8 +98,17 @@ def make_part(request, worker_id):
         return urls[name]
 
     yield make
-    for name, url in urls.items():
-        services.delete(name, url)
+    for name in urls.keys() - {services.RABBITMQ}:
+        services.delete(name, urls[name])
+
+
+class Worker(TestWorkController):
+    """A worker that looks often whether it has to stop, also if the broker sends nothing."""
+
+    def on_consumer_ready(self, consumer):
+        if self.hub:
+            self.hub.call_repeatedly(0.1, lambda: None)
+        super().on_consumer_ready(consumer)
 
 
 @pytest.fixture
@@ -113,22 +125,17 @@ def run_worker(monkeypatch):
         ),
     )
 
-    # Its threads would use the database of later tests.
-    monkeypatch.setattr(heartbeats, "record_forever", lambda *args: None)
+    # The thread would use the database of later tests.
     with monkeypatch.context() as patch:
         patch.setattr(record.threading, "Thread", Mock())
         monkeypatch.setattr(record, "_recorder", record.Recorder())
 
-    def look_often(sender, **kwargs):
-        if sender.hub:
-            sender.hub.call_repeatedly(0.1, lambda: None)
-
     def run(app=current_app):
-        return start_worker(app, perform_ping_check=False, shutdown_timeout=30)
+        return start_worker(
+            app, WorkController=Worker, perform_ping_check=False, shutdown_timeout=60
+        )
 
-    signals.worker_ready.connect(look_often)
-    yield run
-    signals.worker_ready.disconnect(look_often)
+    return run
 
 
 @pytest.fixture(autouse=True)

@@ -9,6 +9,8 @@ from urllib.parse import urlsplit
 
 import psycopg
 import redis
+from amqp import NotAllowed
+from kombu import Connection
 from pgmq.install import get_embedded_install_sql
 
 RABBITMQ, REDIS, POSTGRESQL = "rabbitmq", "redis", "postgresql"
@@ -53,15 +55,28 @@ def create(name, process):
     check(name)
     part = f"prodserver_ops_{os.getpid()}_{process}"
     if name == RABBITMQ:
-        _run_rabbitmqctl("add_vhost", part)
-        user = urlsplit(URLS[name]).username
-        _run_rabbitmqctl("set_permissions", "-p", part, user, ".*", ".*", ".*")
+        _create_virtual_host(part)
         return urlsplit(URLS[name])._replace(path=f"/{part}").geturl()
     if name == REDIS:
         return f"{URLS[name]}/{_claim_number()}"
     _execute(URLS[name], f"CREATE DATABASE {part}")
     url = urlsplit(URLS[name])._replace(path=f"/{part}").geturl()
     _execute(url, get_embedded_install_sql())
+    return url
+
+
+def share():
+    """Return the URL of RabbitMQ's virtual host for tests with queues of their own names.
+
+    It is kept: rabbitmqctl takes longer than such a test.
+    """
+    check(RABBITMQ)
+    url = urlsplit(URLS[RABBITMQ])._replace(path="/prodserver_ops").geturl()
+    try:
+        with Connection(url) as connection:
+            connection.connect()
+    except NotAllowed:
+        _create_virtual_host("prodserver_ops")
     return url
 
 
@@ -75,6 +90,12 @@ def delete(name, url):
             client.flushdb()
     else:
         _execute(URLS[name], f"DROP DATABASE {part} WITH (FORCE)")
+
+
+def _create_virtual_host(name):
+    _run_rabbitmqctl("add_vhost", name)
+    user = urlsplit(URLS[RABBITMQ]).username
+    _run_rabbitmqctl("set_permissions", "-p", name, user, ".*", ".*", ".*")
 
 
 def _claim_number():

@@ -33,10 +33,23 @@ def app(request, make_part, settings, monkeypatch):
     app.config_from_object(SimpleNamespace(**values), namespace="CELERY")
     assert broker.find(app.conf.broker_url).module == request.param
     yield app
+    if request.param == services.RABBITMQ:
+        delete_all(app)
     app.close()
     # A worker makes its app the default one.
     before.set_current()
     before.set_default()
+
+
+def delete_all(app):
+    """Delete the queues and exchanges of a service."""
+    name = app.conf.task_default_queue
+    with app.connection_for_write() as connection:
+        channel = connection.default_channel
+        for queue in (name, f"{name}.mail", f"{name}.failed"):
+            channel.queue_delete(queue)
+        for exchange in (name, f"{name}.failed", f"{name}.pidbox", f"reply.{name}.pidbox"):
+            channel.exchange_delete(exchange)
 
 
 @pytest.fixture
