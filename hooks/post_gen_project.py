@@ -104,7 +104,7 @@ def install():
         return False
     choose_python()
     print("Install:", end="", flush=True)
-    status, lines = run([UV, "sync", "--compile-bytecode"], progress=True)
+    status, lines = run([UV, "sync"], progress=True)
     print(f" failed: {get_summary(lines)}" if status else " done", flush=True)
     return status == 0
 
