@@ -5,9 +5,8 @@ field. At a prompt an invalid answer is asked again; otherwise the filter raises
 ``FailedHookException`` with a one-line message, which cookiecutter prints before it
 exits with status 1, and no file is written.
 
-Cookiecutter tells an extension neither whether it prompts, replays or renders for a
-comparison of cruft. The extension reads that from the functions that call it;
-docs/decisions.md has the reasons.
+Cookiecutter does not tell an extension whether it asks questions, replays answers or renders
+for cruft. The extension finds this out from the call stack; see docs/decisions.md.
 """
 
 import contextlib
@@ -47,7 +46,7 @@ QUESTIONS = "questions.json", "cookiecutter.json"
 #: Maximum length of a package name, which is part of table, host and queue names.
 SLUG_LENGTH = 30
 
-#: Names of modules, scripts and app labels that a generated service uses, without the
+#: Names of modules, scripts and app labels that a generated service uses, except those of the
 #: standard library. ``tests/test_answers.py`` compares them with the installed packages.
 RESERVED_NAMES = frozenset(
     """
@@ -78,7 +77,7 @@ def reject(field, value, reason):
 
 
 def name_conflict(name):
-    """Return a description of what already uses the name, or None if it is available."""
+    """Return a description of what uses the name already, or None if it is available."""
     if keyword.iskeyword(name):
         return "a Python keyword"
     if name in sys.stdlib_module_names:
@@ -183,7 +182,7 @@ CHECKS = {
 
 
 def check_folder(slug):
-    """Reject the name of an existing folder: the service may be there already."""
+    """Reject the name of an existing folder, which may be the service."""
     main = find_caller("cookiecutter.main", "cookiecutter")
     if not main or main["overwrite_if_exists"] or main["skip_if_file_exists"]:
         return
@@ -226,9 +225,9 @@ def check(context, answer, field):
 
 @pass_context
 def supported(context, answer, field):
-    """Ask again while an answer does not go with an earlier one; otherwise reject it.
+    """Ask again while an answer cannot be combined with an earlier one; otherwise reject it.
 
-    The table ``_unsupported`` has the combinations. Renders an empty string.
+    The table ``_unsupported`` contains these combinations. Renders an empty string.
     """
     answers = context["cookiecutter"]
     caller = find_caller("cookiecutter.prompt", "prompt_for_config")
@@ -239,7 +238,8 @@ def supported(context, answer, field):
             reject(
                 field,
                 answers[field],
-                f"does not go with {other}={answers[other]}: {row['reason']}; choose {instead}",
+                f"cannot be combined with {other}={answers[other]}: {row['reason']};"
+                f" choose {instead}",
             )
         except FailedHookException as error:
             if caller is None or caller["no_input"]:
@@ -251,7 +251,7 @@ def supported(context, answer, field):
 
 
 def find_unsupported(answers, field):
-    """Return the row of an unsupported combination that the answer to a question completes."""
+    """Return the row of the unsupported combination that an answer is part of, or None."""
     for row in answers["_unsupported"]:
         if field in row["answers"] and row["answers"].items() <= answers.items():
             return row
@@ -260,10 +260,10 @@ def find_unsupported(answers, field):
 
 @pass_context
 def check_schedules(context, field):
-    """Reject an invalid table of schedules; take one from the command line as JSON.
+    """Reject an invalid table of schedules. On the command line the table is JSON.
 
-    Renders an empty string. Cookiecutter asks for objects last, so that it renders this
-    twice, and makes text of their numbers unless they were typed at a prompt.
+    Renders an empty string. Cookiecutter asks for objects last, so it renders this twice. It
+    converts numbers in objects to text, except those that were typed at a prompt.
     """
     answers = context["cookiecutter"]
     caller = find_caller("cookiecutter.prompt", "prompt_for_config")
@@ -288,9 +288,9 @@ def each(items, text):
 
 
 def ask_more(wanted):
-    """Take the defaults of all questions that follow, unless they are wanted.
+    """Use the defaults for all later questions, unless they are wanted.
 
-    Renders an empty string. Cookiecutter has no questions that depend on another one.
+    Renders an empty string. Cookiecutter has no questions that depend on other answers.
     """
     if not wanted:
         prompt.read_user_choice = lambda name, options, *others: options[0]
@@ -301,7 +301,7 @@ def ask_more(wanted):
 
 
 def find_caller(module, function=None):
-    """Return the local variables of the nearest calling function of a module, or None."""
+    """Return the local variables of the nearest caller in a module, or None."""
     frame = sys._getframe(1)
     while frame:
         if frame.f_globals.get("__name__") == module and (
@@ -313,10 +313,10 @@ def find_caller(module, function=None):
 
 
 def renew_replay():
-    """Give a replay the tables of this template and defaults for its new questions.
+    """Make a replay use the tables of this template, and defaults for new questions.
 
-    Cookiecutter takes all variables from the replay file, also private ones. The answers
-    are checked again. Raises FailedHookException for an invalid one.
+    Cookiecutter takes all variables from the replay file, including private variables. The
+    answers are checked again. Raises FailedHookException for an invalid answer.
     """
     main = find_caller("cookiecutter.main", "cookiecutter")
     is_rendering = find_caller("cookiecutter.prompt", "prompt_for_config") is None
@@ -326,9 +326,9 @@ def renew_replay():
 
 
 def render_answers(answers):
-    """Return all variables of ``cookiecutter.json`` for answers; others get their defaults."""
+    """Return all variables of ``cookiecutter.json`` for answers; the others have defaults."""
     given = {name: value for name, value in answers.items() if not name.startswith("_")}
-    # hooks/pre_prompt.py moves the questions, so that a replay asks none.
+    # hooks/pre_prompt.py moves the questions, so that a replay does not ask them.
     files = [path for name in QUESTIONS if (path := ROOT / name).exists()]
     try:
         questions = generate_context(str(files[0]), extra_context=given)
@@ -340,8 +340,8 @@ def render_answers(answers):
 def is_comparison():
     """Return whether the project is rendered for a comparison, not for a user.
 
-    That is so in ``cruft update``, ``diff`` and ``check``, and in a replay whose output
-    folder is in the system's temporary folder.
+    This is the case in ``cruft update``, ``diff`` and ``check``, and in a replay whose output
+    folder is in the temporary folder of the system.
     """
     if find_caller("cruft._commands.utils.generate"):
         return True
@@ -354,11 +354,19 @@ def is_comparison():
 
 
 @pass_context
+def is_update_from_1(context):
+    """Return whether the project is rendered for ``cruft update`` of a service of 1.x."""
+    update = find_caller("cruft._commands.update", "update")
+    settings = Path(context["cookiecutter"]["project_slug"], "ops", "settings.py")
+    return bool(update) and (update["current_template_dir"] / settings).exists()
+
+
+@pass_context
 def cruft_state(context):
     """Return the content of ``.cruft.json``, exactly as ``cruft create`` writes it.
 
-    It is the record of template, version and answers, and part of the first commit; cruft
-    writes it again after that, and then requires a clean working tree.
+    The file records the template, its version and the answers. It is part of the first commit:
+    cruft writes it again later, and then requires a clean working tree.
     """
     created = find_caller("cruft._commands.create", "create") or {}
     answers = {
@@ -383,14 +391,14 @@ def cruft_state(context):
 
 
 def get_template_url(template):
-    """Return where git finds a template that cookiecutter found."""
+    """Return the path or URL from which git can clone the template."""
     if (START / template).exists():
         return os.path.abspath(START / template)
     return git("remote", "get-url", "origin") or template
 
 
 def git(*arguments):
-    """Return the output of a git command in the template's folder; empty if it fails."""
+    """Return the output of a git command in the template's folder, or "" if it fails."""
     try:
         done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
     except OSError:
@@ -425,7 +433,7 @@ def python_value(text):
 
 
 class SchemaDumper(getattr(pyyaml, "CSafeDumper", pyyaml.SafeDumper)):
-    """Writes text with line breaks as a block, as drf-spectacular does."""
+    """Writes text with line breaks as a block, like drf-spectacular."""
 
     def represent_text(self, text):
         return self.represent_scalar("tag:yaml.org,2002:str", text, "|" if "\n" in text else None)
@@ -479,9 +487,11 @@ class Filters(Extension):
             *local_schedules.FILTERS,
         )
         environment.filters.update({function.__name__: function for function in filters})
-        environment.globals.update(cruft_state=cruft_state, is_comparison=is_comparison)
+        environment.globals.update(
+            cruft_state=cruft_state, is_comparison=is_comparison, is_update_from_1=is_update_from_1
+        )
         renew_replay()
-        # cruft renders two versions of the template in one process: each needs its own filters.
+        # cruft renders two versions of the template in one process. Each needs its own filters.
         modules = {__name__: __cached__, local_schedules.__name__: local_schedules.__cached__}
         for name, bytecode in modules.items():
             sys.modules.pop(name, None)

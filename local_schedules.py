@@ -1,16 +1,16 @@
-"""The table of schedules that a service starts with, and the code that is made from it.
+"""The table of schedules of a new service, and the code that is generated from it.
 
 The table maps the name of a schedule to an object with these keys:
 
 ``task``
-    Name of a function in ``tasks.py``.
+    The name of a function in ``tasks.py``.
 ``crontab``
-    When to run: five fields as in crontab(5).
+    When to run the task: five fields as in crontab(5).
 ``interval``
-    Or how often to run: an object such as ``{"minutes": 5}``, with ``days``, ``hours``,
-    ``minutes`` or ``seconds``.
+    How often to run the task: an object such as ``{"minutes": 5}``, with ``days``, ``hours``,
+    ``minutes`` or ``seconds``. Either this or ``crontab`` is required.
 ``args``
-    The task's arguments, a list of JSON values; none by default.
+    The arguments of the task, a list of JSON values. The default is no arguments.
 """
 
 import json
@@ -44,40 +44,40 @@ DAYS = ("Sunday", "Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Satur
 
 
 def find_problem(schedules):
-    """Return what is wrong with a table of schedules, or None."""
+    """Return a description of the first problem in a table of schedules, or None."""
     if not isinstance(schedules, dict):
-        return "must be an object with a schedule for each name"
+        return "must be an object that maps names to schedules"
     for name, schedule in schedules.items():
         if not name.strip() or len(name) > 200 or not name.isprintable():
             return (
                 f"has a name that is blank, longer than 200 characters or not printable: {name!r}"
             )
         if problem := find_schedule_problem(name, schedule):
-            return f"has a schedule {name!r} that {problem}"
+            return f"has an invalid schedule {name!r}: {problem}"
     return None
 
 
 def find_schedule_problem(name, schedule):
-    """Return what is wrong with one schedule, or None."""
+    """Return a description of the first problem of a schedule, or None."""
     if name in RESERVED_NAMES:
-        return "every service has already"
+        return "this name is reserved, because every service has a schedule with this name"
     if not isinstance(schedule, dict):
-        return "is no object"
+        return "it must be an object"
     if unknown := sorted(schedule.keys() - {"task", "crontab", "interval", "args"}):
-        return f"has an unknown key {unknown[0]!r}; the keys are task, crontab, interval and args"
+        return f"unknown key {unknown[0]!r}; the keys are task, crontab, interval and args"
     task = schedule.get("task")
     if not isinstance(task, str) or not re.fullmatch(r"[a-z_][a-z0-9_]{0,99}", task):
-        return f"needs the name of a function in tasks.py as its task, not {task!r}"
+        return f"task must be the name of a function in tasks.py, not {task!r}"
     if keyword.iskeyword(task) or task in RESERVED_TASKS:
-        return f"has a task whose name is taken: {task}"
+        return f"task cannot be {task}: this name is reserved"
     if ("crontab" in schedule) == ("interval" in schedule):
-        return "needs either a crontab or an interval"
+        return "it must have either a crontab or an interval"
     if "crontab" in schedule and not is_crontab(schedule["crontab"]):
-        return f"has an invalid crontab: {schedule['crontab']!r}"
+        return f"invalid crontab: {schedule['crontab']!r}"
     if "interval" in schedule and not is_interval(schedule["interval"]):
-        return 'has an interval that is no object such as {"minutes": 5}'
+        return 'interval must be an object such as {"minutes": 5}'
     if not isinstance(schedule.get("args", []), list):
-        return "has arguments that are no list"
+        return "args must be a list"
     return None
 
 
@@ -111,7 +111,7 @@ def is_interval(value):
     )
 
 
-# What the files of a service say
+# Text and code for the files of a service
 
 
 def get_seeds(answers):
@@ -121,7 +121,7 @@ def get_seeds(answers):
 
 
 def get_missing_tasks(answers):
-    """Return the arguments of each task that a schedule runs and no example has, by name."""
+    """Return the arguments of each scheduled task that the example does not have, by name."""
     known = [
         *answers["_examples"][answers["example"]]["tasks"],
         *answers["_lifecycles"][answers["lifecycle"]]["tasks"],
@@ -140,7 +140,7 @@ def get_last_migration(answers):
 
 
 def import_timedelta(answers):
-    """Return the import that the intervals need."""
+    """Return the import that intervals require."""
     intervals = [seed for seed in get_seeds(answers).values() if "interval" in seed]
     return "from datetime import timedelta\n\n" if intervals else ""
 
@@ -189,12 +189,12 @@ def get_timedelta(schedule):
 
 
 def import_shared_task(answers):
-    """Return the import that the tasks without code need."""
+    """Return the import that the tasks without code require."""
     return "\nfrom celery import shared_task\n" if get_missing_tasks(answers) else ""
 
 
 def create_tasks(answers):
-    """Return a task that fails for each one that is to be written."""
+    """Return a task that raises NotImplementedError for each task without code."""
     return "".join(
         f"\n\n@shared_task\ndef {task}(*args):\n"
         f'    """Not written yet."""\n'
@@ -204,7 +204,7 @@ def create_tasks(answers):
 
 
 def create_task_tests(answers):
-    """Return a test for each task that is to be written."""
+    """Return a test for each task without code."""
     return "".join(
         f"\n\n@pytest.mark.xfail(\n    raises=NotImplementedError,\n"
         f'    reason="{task} is not written yet",\n    strict=True,\n)\n'
@@ -223,12 +223,12 @@ def describe_schedules(answers):
 
 
 def describe_arguments(schedule):
-    """Return the arguments of a call, or nothing."""
+    """Return the arguments of a call in parentheses, or an empty string."""
     return f"({python(schedule['args'])[1:-1]})" if schedule.get("args") else ""
 
 
 def describe_timing(schedule):
-    """Return in words when a schedule runs, or its crontab."""
+    """Return a description of when a schedule runs, or its crontab."""
     if "interval" in schedule:
         parts = [
             f"{number} {unit}" if number > 1 else unit[:-1]
@@ -248,7 +248,7 @@ def describe_timing(schedule):
 def python(value, indent=0, used=0):
     """Return a JSON value as Python code, as ``ruff format`` writes it.
 
-    ``indent`` is the indentation of its line in characters, ``used`` what else is on the line.
+    ``indent`` is the indentation of the line, and ``used`` the length of its other code.
     """
     if isinstance(value, list | dict):
         opening, closing = "[]" if isinstance(value, list) else "{}"

@@ -161,8 +161,8 @@ def send_in_chunks():
     """Run the scheduled task, then the tasks that it queued."""
     from unittest.mock import patch
 
-    from prodserver_ops.mail.tasks import send_digest_chunk
     from prayer_room_api.tasks import send_user_digest
+    from prodserver_ops.mail.tasks import send_digest_chunk
 
     queued = []
     with patch.object(

@@ -1,4 +1,4 @@
-"""Set up the new service, prove that it works, make a first commit, and print the next steps."""
+"""Set up the new service, check that it runs, make a first commit, and print the next steps."""
 
 import os
 import shlex
@@ -9,28 +9,34 @@ import tempfile
 import time
 from pathlib import Path
 
-#: Nothing but rendering happens for a comparison of two versions.
+#: For a comparison of two versions the files are only rendered.
 COMPARISON = {{is_comparison()}}
 
 SETUP = {{cookiecutter.setup}} and not COMPARISON
 
+#: The upgrade command of 1.x reads this file after the update. upgrade_from_1.py deletes it.
+if {{is_update_from_1()}}:
+    SETTINGS = Path("{{cookiecutter.project_slug}}", "ops", "settings.py")
+    SETTINGS.parent.mkdir()
+    SETTINGS.write_text("# Run: python3 vendor/prodserver-ops/upgrade_from_1.py\n")
+
 # uvx sets UV to its own path, which may not be on the PATH.
 UV = "uv" if shutil.which("uv") else os.environ.get("UV") or None
 
-#: The Pythons that the service runs on, the newest first.
+#: The Python versions that a service supports, the newest first.
 PYTHONS = ("3.14", "3.13", "3.12")
 
-#: The files that name the service's Python.
+#: The files that contain the Python version of the service, and their lines.
 PYTHON_FILES = {
     ".python-version": "{}\n",
     "Dockerfile": "FROM python:{}-slim",
     "compose.dev.yaml": "FROM python:{}-slim",
 }
 
-#: How many lines of a failed command are shown.
+#: The number of lines that are shown if a command fails.
 SHOWN_LINES = 30
 
-# Variables that would make setup act on something other than the new project.
+# Variables that would make the setup use another project, database or broker.
 IGNORED_VARIABLES = {
     "CELERY_BROKER_URL",
     "DATABASE_URL",
@@ -46,7 +52,7 @@ IGNORED_VARIABLES = {
 
 
 def run(command, progress=False):
-    """Run a command, with a dot each second if wanted. Return its status and printed lines."""
+    """Run a command; return its exit status and output. ``progress`` prints a dot each second."""
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as output:
         try:
             process = subprocess.Popen(
@@ -73,14 +79,14 @@ def run(command, progress=False):
 
 
 def get_summary(lines):
-    """Return the lines of uv or git that say what went wrong, as one line."""
+    """Return the error messages of uv or git as one line."""
     lines = [line.strip() for line in lines]
     errors = [line for line in lines if line.startswith(("error:", "fatal:", "cause:"))]
     return "; ".join(dict.fromkeys([errors[0], errors[-1]])) if errors else lines[-1]
 
 
 def choose_python():
-    """Let the service use the newest Python that this machine has."""
+    """Make the service use the newest supported Python that is installed."""
     named = Path(".python-version").read_text().strip()
     find = [UV, "python", "find", "--quiet", "--no-python-downloads"]
     found = next((version for version in PYTHONS if run([*find, version])[0] == 0), named)
@@ -92,19 +98,19 @@ def choose_python():
 
 
 def install():
-    """Install the dependencies. Return whether that worked; without network it does not."""
+    """Install the dependencies. Return False if this fails, for example without network."""
     if UV is None:
         print("Install: skipped: uv not found. Run: python3 -m pip install uv")
         return False
     choose_python()
     print("Install:", end="", flush=True)
-    status, lines = run([UV, "sync", "--compile-bytecode"], progress=True)
+    status, lines = run([UV, "sync"], progress=True)
     print(f" failed: {get_summary(lines)}" if status else " done", flush=True)
     return status == 0
 
 
 def prove(title, *arguments):
-    """Run a management command, which prints what it proved; exit if it fails."""
+    """Run a management command, and print its result; exit if it fails."""
     print(f"{title}:", end="", flush=True)
     start = time.monotonic()
     status, lines = run([UV, "run", "--quiet", "manage.py", *arguments], progress=True)
@@ -113,7 +119,7 @@ def prove(title, *arguments):
     if status:
         print(" failed", flush=True)
         print("\n".join(f"  {line}" for line in lines[-SHOWN_LINES:]))
-        print(f"{title} failed: add --keep-project-on-failure to look at the service.", flush=True)
+        print(f"{title} failed: use --keep-project-on-failure to keep the service.", flush=True)
         sys.exit(1)
     shown = lines[-1] if arguments[0] == "smoke" else f"{time.monotonic() - start:.1f} s"
     print(f" {shown}", flush=True)
@@ -130,7 +136,7 @@ def create_first_commit():
         print(f"{title}: skipped: git not found. Install git, then run: {manual}")
         return
     status, lines = run(["git", "rev-parse", "--show-toplevel"])
-    # A repository in a folder that the outer one ignores is nested for nobody else.
+    # A nested repository is no problem if the outer repository ignores its folder.
     if status == 0 and run(["git", "check-ignore", "--quiet", "."])[0] != 0:
         print(f"{title}: skipped: this folder is in the repository {lines[-1]}. Commit it there.")
         return
@@ -148,7 +154,7 @@ def create_first_commit():
 
 
 def main():
-    """Set up the service if that was wanted."""
+    """Set up the service, if requested, and print the next steps."""
     installed = SETUP and install()
     if installed:
         prove("Migrate", "migrate", "--verbosity=0")

@@ -1,7 +1,7 @@
-"""Refuse answers on the command line that cookiecutter would refuse with a traceback.
+"""Reject answers on the command line that cookiecutter would reject with a traceback.
 
-Cookiecutter runs this in a copy of the template. A replay asks no new questions: they are
-moved to another file, and local_extensions.py gives them their defaults.
+Cookiecutter runs this in a copy of the template. A replay does not ask new questions: they are
+moved to another file, and local_extensions.py uses their defaults.
 """
 
 import json
@@ -20,7 +20,7 @@ BOOLEANS = "1 true t yes y on 0 false f no n off".split()
 
 
 def get_command():
-    """Return the arguments of cookiecutter's command, an empty list if they are unknown."""
+    """Return the arguments of the cookiecutter command, or an empty list if they are unknown."""
     pid = os.getppid()
     try:
         arguments = Path(f"/proc/{pid}/cmdline").read_text(errors="replace").split("\0")
@@ -33,12 +33,12 @@ def get_command():
 
 
 def find_error(questions, arguments):
-    """Return what is wrong with the answers among the arguments, or None."""
+    """Return a description of the first invalid answer among the arguments, or None."""
     version = re.findall(r"\d+", cookiecutter.__version__)
     if tuple(map(int, version[:2])) < OLDEST:
         return (
             f"This template needs cookiecutter {'.'.join(map(str, OLDEST))} or later,"
-            f" and this is {cookiecutter.__version__}: python3 -m pip install -U cookiecutter"
+            f" but this is {cookiecutter.__version__}: python3 -m pip install -U cookiecutter"
         )
     for argument in arguments:
         name, _, value = argument.partition("=")
@@ -59,7 +59,7 @@ def find_error(questions, arguments):
 if __name__ == "__main__":
     variables = json.loads(Path("cookiecutter.json").read_text(encoding="utf-8"))
     questions = {name: value for name, value in variables.items() if not name.startswith("_")}
-    # A service gets no bytecode that tests of the library left in a clone.
+    # Tests of the library leave bytecode in a clone, which must not be copied to a service.
     for folder in list(Path().rglob("__pycache__")):
         shutil.rmtree(folder)
     command = get_command()

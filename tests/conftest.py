@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import fcntl
-import functools
 import hashlib
 import json
 import os
@@ -26,7 +25,7 @@ import redis
 from aiosmtpd.controller import Controller
 from aiosmtpd.handlers import Message
 
-from tests.generate import copy_template, get_template
+from tests.generate import OTHER_FOLDERS, copy_template, get_template
 from tests.servers import PostgreSQL, RabbitMQ, free_port, reachable, wait_for
 
 ROOT = Path(__file__).parent.parent
@@ -133,26 +132,57 @@ def uv_cache(uv):
 def template_copy(tmp_path):
     """The folder of a copy of the template that the test may change."""
     folder = tmp_path / "template"
-    copy_template(folder)
+    copy_template(folder, without=OTHER_FOLDERS)
     return folder
 
 
-@pytest.fixture
-def bake(cookies):
-    """A function that generates a service with the given answers and returns its folder."""
-    return functools.partial(generate_project, cookies)
+@pytest.fixture(scope="session")
+def shared_folder(tmp_path_factory, worker_id):
+    """A folder that all test processes share."""
+    folder = tmp_path_factory.getbasetemp()
+    return folder if worker_id == "master" else folder.parent
+
+
+@contextlib.contextmanager
+def made_once(folder):
+    """Hold the lock of a folder. Yield whether it has to be made."""
+    with folder.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield not folder.exists()
 
 
 @pytest.fixture(scope="session")
-def default_project(cookies_session):
+def bake(cookies_session, shared_folder, tmp_path_factory):
+    """A function that generates a service with the given answers and returns its folder.
+
+    The same answers are rendered once; each call returns a copy of its own.
+    """
+    rendered = shared_folder / "rendered"
+    rendered.mkdir(exist_ok=True)
+
+    def bake(**answers):
+        key = hashlib.sha256(json.dumps(answers).encode()).hexdigest()[:16]
+        with made_once(rendered / key) as is_missing:
+            if is_missing:
+                generate_project(cookies_session, **answers).parent.rename(rendered / key)
+        (original,) = (rendered / key).iterdir()
+        folder = tmp_path_factory.mktemp("service") / original.name
+        shutil.copytree(original, folder)
+        return folder
+
+    return bake
+
+
+@pytest.fixture(scope="session")
+def default_project(bake):
     """The default service, for tests that do not change it."""
-    return generate_project(cookies_session)
+    return bake()
 
 
 @pytest.fixture(scope="session")
-def none_project(cookies_session):
+def none_project(bake):
     """The service without the example, for tests that do not change it."""
-    return generate_project(cookies_session, example="none")
+    return bake(example="none")
 
 
 # Servers
@@ -336,9 +366,8 @@ class Service:
         key = [project["project"]["dependencies"], python, library, options]
         name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
         environment = self.environments / name
-        with environment.with_suffix(".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if not environment.exists():
+        with made_once(environment) as is_missing:
+            if is_missing:
                 command = [self.uv, "sync", "--quiet", "--compile-bytecode", *options]
                 self.run(shlex.join(command), UV_PROJECT_ENVIRONMENT=str(environment))
         (self.folder / ".venv").symlink_to(environment)
@@ -393,12 +422,9 @@ class Service:
 
 
 @pytest.fixture(scope="session")
-def environments(tmp_path_factory, worker_id):
+def environments(shared_folder):
     """The folder of the services' virtual environments, which all test processes share."""
-    folder = tmp_path_factory.getbasetemp()
-    if worker_id != "master":
-        folder = folder.parent
-    folder = folder / "environments"
+    folder = shared_folder / "environments"
     folder.mkdir(exist_ok=True)
     return folder
 

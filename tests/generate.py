@@ -16,18 +16,29 @@ from cookiecutter.main import cookiecutter
 
 ROOT = Path(__file__).resolve().parent.parent
 
+#: The folder of the template that becomes a service.
+TEMPLATE = ROOT / "{{cookiecutter.project_slug}}"
+
+#: The library in a service, and its Python package.
+LIBRARY = Path("vendor", "prodserver-ops")
+SOURCES = LIBRARY / "src" / "prodserver_ops"
+
+#: Folders of this repository that no service is made of. Cookiecutter copies a template as a
+#: whole for each service.
+OTHER_FOLDERS = {"bench", "docs", "library", "tests", "trials"}
+
 
 @functools.cache
 def get_template(release=None):
     """Return a copy of the template without what git ignores, such as virtual environments.
 
-    Cookiecutter copies a template as a whole before it runs its first hook. ``release`` is the
-    version of a release, such as ``"1.0.0"``; otherwise the copy has the files as they are now.
+    ``release`` is the version of a release, such as ``"1.0.0"``; otherwise the copy has the files
+    as they are now, without the folders that no service is made of.
     """
     folder = Path(tempfile.mkdtemp(prefix="template-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     if release is None:
-        copy_template(folder)
+        copy_template(folder, without=OTHER_FOLDERS)
     else:
         extract_release(release, folder)
     return folder
@@ -50,13 +61,13 @@ def extract_release(release, folder):
         file.extractall(folder, filter="data")
 
 
-def copy_template(folder):
-    """Copy the files of the template that git knows or would add."""
+def copy_template(folder, without=()):
+    """Copy the files of the template that git knows or would add, but for some of its folders."""
     command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     for name in set(done.stdout.split("\0")):
         # A file that is deleted but not committed is still listed.
-        if name and (ROOT / name).is_file():
+        if name and name.split("/")[0] not in without and (ROOT / name).is_file():
             path = folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, path)

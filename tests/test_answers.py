@@ -108,13 +108,13 @@ def test_other_choices_are_asked_only_if_they_are_wanted(run_cookiecutter):
     [
         (
             ["realtime=channels"],
-            'realtime: "channels" does not go with web_server=gunicorn: Channels needs an ASGI'
-            " server, and gunicorn is none; choose web_server=uvicorn",
+            'realtime: "channels" cannot be combined with web_server=gunicorn: Channels needs an'
+            " ASGI server, and gunicorn is a WSGI server; choose web_server=uvicorn",
         ),
         (
             ["lifecycle=archive", "example=none"],
-            'lifecycle: "archive" does not go with example=none: there is nothing to archive'
-            " without the example's submissions; choose lifecycle=none",
+            'lifecycle: "archive" cannot be combined with example=none: without the example there'
+            " are no submissions to archive; choose lifecycle=none",
         ),
     ],
 )
@@ -172,7 +172,7 @@ def test_old_cookiecutter_is_refused(tmp_path, monkeypatch):
     assert find_error({}, []) is None
     monkeypatch.setattr("cookiecutter.__version__", "2.6.0")
     assert find_error({}, []) == (
-        "This template needs cookiecutter 2.7 or later, and this is 2.6.0:"
+        "This template needs cookiecutter 2.7 or later, but this is 2.6.0:"
         " python3 -m pip install -U cookiecutter"
     )
 
@@ -218,7 +218,7 @@ def test_replay_takes_tables_of_this_template_and_defaults_for_new_questions(rep
     questions = json.loads(file.read_text())
     django = questions["_django_versions"]["6.0"]
     django["requirements"] = ["django>=6.0.99,<6.1"]
-    django["csp_middleware"] = "SLUG.new.Middleware"
+    django["csp_middleware"] = "other.Middleware"
     questions = {"city": "Berlin", "__check_city": "{{ cookiecutter.city | upper }}"} | questions
     file.write_text(json.dumps(questions))
     readme = template_copy / "{{cookiecutter.project_slug}}" / "README.md"
@@ -232,7 +232,7 @@ def test_replay_takes_tables_of_this_template_and_defaults_for_new_questions(rep
     assert "django>=6.0.99,<6.1" in pyproject["dependencies"]
     assert pyproject["license"] == "LicenseRef-Proprietary"
     settings = (project / "prayer_room_api" / "settings.py").read_text()
-    assert "prayer_room_api.new.Middleware" in settings
+    assert '"other.Middleware",' in settings
     assert 'TIME_ZONE = "Europe/Berlin"' in settings
 
 

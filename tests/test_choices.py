@@ -65,37 +65,35 @@ def test_files_of_each_deploy_have_every_process(bake):
 
 
 def test_template_has_few_conditionals():
-    """Fewer than 2 in 1,000 lines of what becomes a service; Django's own templates aside."""
+    """Fewer than 20 in all of what becomes a service; Django's own templates aside."""
     paths = [
         path
         for folder in ("templates", "{{cookiecutter.project_slug}}")
         for path in (get_template() / folder).rglob("*")
-        if path.is_file() and path.suffix not in (".html", ".txt")
+        if path.is_file() and not {".html", ".txt"} & set(re.findall(r"\.\w+", path.name))
     ]
     texts = [path.read_text() for path in paths]
-    conditionals = sum(len(re.findall(r"\{%-? *(?:el)?if\b", text)) for text in texts)
-    lines = sum(text.count("\n") for text in texts)
-    assert lines > 10_000
-    assert conditionals / lines < 2 / 1000
+    assert len(texts) > 100
+    assert sum(len(re.findall(r"\{%-? *(?:el)?if\b", text)) for text in texts) < 20
 
 
 def test_another_web_server_is_one_row_and_its_files(cookies, template_copy):
     questions = json.loads((template_copy / "cookiecutter.json").read_text())
     questions["web_server"].append("made_up")
     row = questions["_web_servers"]["uvicorn"]
-    questions["_web_servers"]["made_up"] = row | {"requirements": ["made-up>=1,<2"]}
+    questions["_web_servers"]["made_up"] = row
     questions["__prompts__"]["web_server"]["made_up"] = "Made up"
     (template_copy / "cookiecutter.json").write_text(json.dumps(questions))
-    for folder in ("templates/web_servers", "{{cookiecutter.project_slug}}"):
-        for path in (template_copy / folder).rglob("*uvicorn*"):
-            copy = path.with_name(path.name.replace("uvicorn", "made_up"))
-            copy.write_text(path.read_text().replace("uvicorn", "made_up"))
+    servers = template_copy / "templates" / "web_servers"
+    text = (servers / "uvicorn.j2").read_text().replace("uvicorn", "made_up")
+    (servers / "made_up.j2").write_text(text)
     answers = {"setup": False, "web_server": "made_up"}
     result = cookies.bake(extra_context=answers, template=str(template_copy))
     assert result.exception is None
     project = result.project_path
-    assert '"made-up>=1,<2"' in (project / "pyproject.toml").read_text()
-    assert "made_up.run(" in (project / project.name / "ops" / "web_backend.py").read_text()
+    assert "prodserver-ops[api,made_up,sentry]" in (project / "pyproject.toml").read_text()
+    settings = (project / project.name / "settings.py").read_text()
+    assert '"web": processes.made_up(self),' in settings
     assert "(made_up) |" in (project / "README.md").read_text()
 
 
@@ -152,12 +150,12 @@ GOOD = {"task": "clean", "crontab": "0 3 * * *"}
         ([], "must be an object"),
         ({" ": GOOD}, "blank"),
         ({"x" * 201: GOOD}, "longer than 200"),
-        ({"records-delete": GOOD}, "every service has already"),
-        ({"x": "daily"}, "is no object"),
+        ({"records-delete": GOOD}, "name is reserved"),
+        ({"x": "daily"}, "must be an object"),
         ({"x": GOOD | {"when": "now"}}, "unknown key 'when'"),
-        ({"x": {"crontab": "0 3 * * *"}}, "needs the name of a function"),
-        ({"x": GOOD | {"task": "my.task"}}, "needs the name of a function"),
-        ({"x": GOOD | {"task": "class"}}, "is taken"),
+        ({"x": {"crontab": "0 3 * * *"}}, "must be the name of a function"),
+        ({"x": GOOD | {"task": "my.task"}}, "must be the name of a function"),
+        ({"x": GOOD | {"task": "class"}}, "is reserved"),
         ({"x": GOOD | {"interval": {"hours": 1}}}, "either a crontab or an interval"),
         ({"x": {"task": "clean"}}, "either a crontab or an interval"),
         ({"x": GOOD | {"crontab": "0 3 * *"}}, "invalid crontab"),
@@ -167,7 +165,7 @@ GOOD = {"task": "clean", "crontab": "0 3 * * *"}
         ({"x": {"task": "clean", "interval": {"hours": 0}}}, "interval"),
         ({"x": {"task": "clean", "interval": {"weeks": 1}}}, "interval"),
         ({"x": {"task": "clean", "interval": 5}}, "interval"),
-        ({"x": GOOD | {"args": "daily"}}, "arguments that are no list"),
+        ({"x": GOOD | {"args": "daily"}}, "args must be a list"),
     ],
 )
 def test_invalid_schedule_is_reported(schedules, problem):

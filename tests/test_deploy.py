@@ -11,7 +11,8 @@ import pytest
 import yaml
 
 from tests.conftest import read_procfile
-from tests.test_output import ANSWERS, texts
+from tests.generate import SOURCES
+from tests.test_output import ANSWERS, files, texts
 
 
 @pytest.fixture
@@ -43,9 +44,9 @@ def test_app_json_runs_checks_before_a_deploy(default_project):
     # Dokku's request has neither the domain nor HTTPS, so only the log may precede the check.
     settings = (default_project / "prayer_room_api" / "settings.py").read_text()
     middleware = re.search(r"MIDDLEWARE = \[(.*?)\]", settings, re.S)[1]
-    assert re.findall(r'"prayer_room_api\.(.*)"', middleware)[:2] == [
-        "ops.logs.RequestLogMiddleware",
-        "ops.health.HealthMiddleware",
+    assert re.findall(r'"prodserver_ops\.(.*)"', middleware)[:2] == [
+        "core.logs.RequestLogMiddleware",
+        "web.health.HealthMiddleware",
     ]
     assert middleware.index("HealthMiddleware") < middleware.index("django.")
     assert app["scripts"]["dokku"]["predeploy"] == (
@@ -96,7 +97,7 @@ def test_compose_processes_wait_for_servers_and_migrations(containers):
         "migrate"
     }
     # A worker can finish its task before Docker kills it.
-    settings = (containers / "prayer_room_api" / "ops" / "settings.py").read_text()
+    settings = (containers / SOURCES / "conf" / "defaults.py").read_text()
     limit = int(re.search(r"CELERY_TASK_TIME_LIMIT = (\d+)", settings)[1])
     assert int(services["worker"]["stop_grace_period"].rstrip("s")) > limit
 
@@ -172,6 +173,6 @@ def test_units_are_valid_and_hardened(bake, tmp_path, process):
 
 def test_service_under_systemd_says_nothing_about_dokku(bake):
     project = bake(deploy="systemd")
-    for path in project.rglob("*"):
-        if path.is_file() and path.name != ".cruft.json":
-            assert not re.search("dokku|heroku", path.read_text(), re.IGNORECASE), path
+    for path in files(project):
+        if path != ".cruft.json":
+            assert not re.search("dokku|heroku", (project / path).read_text(), re.I), path

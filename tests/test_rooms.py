@@ -1,4 +1,4 @@
-"""Rooms: ops/ is independent of the service, imports run one way, and choices are data."""
+"""Rooms: the library knows nothing of a service, imports run one way, and choices are data."""
 
 import ast
 import graphlib
@@ -9,31 +9,34 @@ import shlex
 import pytest
 
 from tests.conftest import ROOT
-
-TEMPLATE = ROOT / "{{cookiecutter.project_slug}}"
+from tests.generate import LIBRARY, SOURCES, TEMPLATE, get_template
+from tests.test_output import ANSWERS
 
 #: Words of the example, which is the team's to replace. A word counts wherever it starts.
 DOMAIN_WORDS = ("submission", "moderator", "author", "answer", "approve", "flagged", "archive")
 
-#: Imports inside functions, by file, with the reason for each.
+#: Imports inside functions of the library, with the reason for each.
 IMPORTS_IN_FUNCTIONS = {
     # They need loaded models.
-    ("ops/apps.py", "adoption"),
-    ("ops/apps.py", "checks"),
-    ("ops/apps.py", "overlaps"),
-    ("ops/apps.py", "heartbeats"),
-    ("ops/celery.py", "beat"),
-    ("ops/celery.py", "beat.Beat"),
-    ("ops/celery.py", "celery.bin.base.CLIContext"),  # Web needs neither a command line
-    ("ops/celery.py", "celery.worker.state"),  # nor the parts of a worker.
-    ("ops/checks.py", "processes"),  # So do the command lines that it parses.
-    ("ops/apps.py", "sentry"),  # It is not needed without SENTRY_DSN.
-    ("ops/celery.py", "runs.start_run"),
-    ("ops/database.py", "psycopg"),  # SQLite does not need it.
-    ("ops/locks.py", "fcntl"),  # Available only on Unix.
+    ("apps.py", "console.checks"),
+    ("apps.py", "scheduling.heartbeats"),
+    ("worker/app.py", "scheduling.beat"),
+    ("worker/app.py", "scheduling.beat.Beat"),
+    ("worker/app.py", "scheduling.claims.claim"),
+    ("console/checks.py", "console.adoption"),
+    ("console/checks.py", "console.migration_safety"),
+    ("console/checks.py", "console.processes"),
+    ("templatetags/operations.py", "console.operations.VIEW_PERMISSION"),
+    ("templatetags/operations.py", "console.operations.get_summary"),
+    ("worker/app.py", "celery.bin.base.CLIContext"),  # Web needs neither a command line
+    ("worker/app.py", "celery.worker.state"),  # nor the parts of a worker.
+    ("web/flower.py", "celery.bin.celery.celery"),
+    ("apps.py", "core.sentry"),  # It is not needed without SENTRY_DSN.
+    ("core/database.py", "psycopg"),  # SQLite does not need it.
+    ("core/locks.py", "fcntl"),  # Available only on Unix.
     # Production does not have drf-spectacular.
-    ("ops/management/commands/openapi.py", "openapi.generate_schema"),
-    ("ops/schema.py", "openapi.generate_schema"),
+    ("management/commands/openapi.py", "api.openapi.generate_schema"),
+    ("api/schema.py", "api.openapi.generate_schema"),
 }
 
 #: Answers as different as possible, to find what depends on them.
@@ -50,6 +53,23 @@ OTHER_ANSWERS = {
     "deploy": "dockerfile",
     "compose": True,
 }
+
+#: Answers that use each part of the library.
+USES = [
+    {},
+    OTHER_ANSWERS,
+    {
+        "django_version": "5.2",
+        "web_server": "uvicorn",
+        "broker": "redis",
+        "task_results": "database",
+        "monitoring": "flower",
+        "realtime": "channels",
+        "lifecycle": "archive",
+        "queues": "high",
+    },
+    {"web_server": "granian", "broker": "postgresql", "deploy": "systemd"},
+]
 
 
 @pytest.fixture(scope="session", params=["submissions", "none"])
@@ -95,76 +115,12 @@ def is_inside(name, package):
     return name == package or name.startswith(f"{package}.")
 
 
-def text_of(paths):
-    return "\n".join(path.read_text() for path in paths)
+# The library
 
 
-# ops/ on its own
-
-
-def test_ops_imports_nothing_from_the_rest_of_the_service(package):
-    slug = package.name
-    leaving = [
-        (path, name)
-        for path, tree in python_files(package).items()
-        if path.startswith("ops/")
-        for node in imports(tree)
-        for name in imported_names(package, path, node)
-        if is_inside(name, slug) and not is_inside(name, f"{slug}.ops")
-    ]
-    assert leaving == []
-
-
-def test_ops_refers_to_no_module_of_the_rest_by_a_string(package):
-    """``f"{PACKAGE}.models"`` would; ``f"{PACKAGE}.ops.logs"`` refers to a module of ops."""
-    leaving = [
-        (path, ast.unparse(node))
-        for path, tree in python_files(package / "ops").items()
-        for node in ast.walk(tree)
-        if isinstance(node, ast.JoinedStr)
-        for text in [ast.unparse(node)]
-        if re.search(r"\{PACKAGE\}\.(?!ops\.)", text)
-    ]
-    assert leaving == []
-
-
-def test_tests_of_ops_import_nothing_from_the_rest_of_the_service(default_project):
-    slug = default_project.name
-    folder = default_project / "tests" / "ops"
-    leaving = [
-        (path, name)
-        for path, tree in python_files(folder).items()
-        for node in imports(tree)
-        for name in imported_names(folder, path, node)
-        if is_inside(name, slug) and not is_inside(name, f"{slug}.ops")
-    ]
-    assert python_files(folder)
-    assert leaving == []
-
-
-def find_words(folder, *words):
-    """Return path, number and text of the lines in which a word starts with one of these."""
-    pattern = rf"(?<![a-z])({'|'.join(words)})"
-    return [
-        (path.relative_to(folder).as_posix(), number, line.strip())
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-        for number, line in enumerate(path.read_text().splitlines(), 1)
-        if re.search(pattern, line, re.IGNORECASE)
-    ]
-
-
-def test_ops_names_nothing_of_the_example(default_project):
-    slug = default_project.name
-    assert find_words(default_project / slug / "ops", slug, *DOMAIN_WORDS) == []
-
-
-def test_tests_of_ops_name_no_model_of_the_example(default_project):
-    assert find_words(default_project / "tests" / "ops", "submission", "moderator") == []
-
-
-def ops_files(project):
-    folder = project / project.name / "ops"
+def library_files(project):
+    """Return the content of each file of the library of a service or of the template."""
+    folder = project / LIBRARY
     return {
         path.relative_to(folder).as_posix(): path.read_bytes()
         for path in folder.rglob("*")
@@ -172,13 +128,115 @@ def ops_files(project):
     }
 
 
-def test_ops_is_the_same_in_every_service(default_project, bake):
-    expected = ops_files(default_project)
-    assert len(expected) > 20
-    assert ops_files(bake(**OTHER_ANSWERS)) == expected
-    lts = ops_files(bake(django_version="5.2", project_slug="lts"))
-    changed = {path for path in expected.keys() | lts.keys() if expected.get(path) != lts.get(path)}
-    assert changed <= {"csp.py"}
+@pytest.fixture(scope="session")
+def library():
+    """The content of each file of the library in the template."""
+    found = library_files(get_template() / TEMPLATE.name)
+    assert len(found) > 80
+    return found
+
+
+@pytest.mark.parametrize("answers", [*ANSWERS.values(), *USES[1:]], ids=str)
+def test_the_library_is_the_same_in_every_service(bake, library, answers):
+    project = bake(**answers)
+    assert library_files(project) == library
+    # Nothing else is in vendor.
+    assert [path.name for path in (project / "vendor").iterdir()] == [LIBRARY.name]
+
+
+def test_the_library_names_nothing_of_the_example(library):
+    pattern = rf"(?<![a-z])({'|'.join(DOMAIN_WORDS)}|prayer)"
+    found = [
+        (path, number, line)
+        for path, content in library.items()
+        for number, line in enumerate(content.decode().splitlines(), 1)
+        if re.search(pattern, line, re.IGNORECASE)
+    ]
+    assert found == []
+
+
+def test_the_library_has_no_jinja_and_no_conditional_names(library):
+    for path, content in library.items():
+        assert not re.search(r"[{}%]", path)
+        # The templates of Django are files of their own.
+        if not path.endswith((".html", ".txt")):
+            assert not re.search(r"\{\{|\{%", content.decode()), path
+
+
+def test_the_library_has_no_tests(library):
+    parts = {part for path in library for part in path.split("/")}
+    assert not {part for part in parts if re.match(r"(test|conftest)", part)}
+
+
+def test_the_library_imports_itself_by_relative_imports_alone(library):
+    """A name that starts with that of a service's package could not be told from another one."""
+    for path, content in library.items():
+        if path.endswith(".py"):
+            for node in imports(ast.parse(content)):
+                if isinstance(node, ast.Import):
+                    assert not any(is_inside(a.name, SOURCES.name) for a in node.names), path
+                elif not node.level:
+                    assert not is_inside(node.module, SOURCES.name), path
+
+
+def service_files(project):
+    """Return the syntax tree of each Python file of a service outside the library."""
+    return {
+        path: tree for path, tree in python_files(project).items() if not path.startswith("vendor/")
+    }
+
+
+def find_module(project, name):
+    """Return the longest part of a dotted name that is a module of the library, and the rest."""
+    parts = name.split(".")
+    for length in range(len(parts), 0, -1):
+        path = (project / SOURCES.parent).joinpath(*parts[:length])
+        for file in (path.with_suffix(".py"), path / "__init__.py"):
+            if file.exists():
+                return file, parts[length:]
+        if path.is_dir():  # Migrations are found in it by number.
+            return None, []
+    raise AssertionError(f"no module of the library: {name}")
+
+
+def defines(file, name):
+    """Return whether a module has a name, or a module in it has."""
+    if (file.parent / f"{name}.py").exists() or (file.parent / name).is_dir():
+        return True
+    for node in ast.walk(ast.parse(file.read_text())):
+        names = {getattr(node, "name", None), getattr(node, "id", None)}
+        if isinstance(node, ast.alias):
+            names = {node.asname or node.name}
+        if name in names:
+            return True
+    return False
+
+
+@pytest.mark.parametrize("answers", USES, ids=str)
+def test_a_service_names_the_library_as_prodserver_ops_and_what_it_names_exists(bake, answers):
+    """In imports and in strings, such as those in settings."""
+    project = bake(**answers)
+    found = set()
+    for path, tree in service_files(project).items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                names = imported_names(project, path, node)
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                names = re.findall(r"(?:ops|vendor|prodserver_ops)(?:\.\w+)+", node.value)
+            else:
+                continue
+            roots = {name.split(".")[0] for name in names}
+            # The label and the names of tasks are those of 1.x.
+            if isinstance(node, ast.Constant):
+                assert all(name.count(".") == 1 for name in names if name.startswith("ops."))
+                roots -= {"ops"}
+            assert not roots & {"ops", "vendor"}, path
+            found |= {name for name in names if is_inside(name, SOURCES.name)}
+    assert found
+    for name in found:
+        file, rest = find_module(project, name)
+        if rest:
+            assert defines(file, rest[0]), name
 
 
 # Imports
@@ -206,9 +264,23 @@ def test_imports_of_the_package_form_no_circle(package):
         pytest.fail(f"modules that import each other: {' <- '.join(error.args[1])}")
 
 
-def test_functions_import_only_what_is_not_always_available(package):
+def test_functions_of_a_service_import_nothing(package):
+    """Imports are at the top of a module; the library has reasons for others."""
     found = {
-        (path, name.removeprefix(f"{package.name}.ops."))
+        (path, name)
+        for path, tree in python_files(package).items()
+        for function in ast.walk(tree)
+        if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef)
+        for node in imports(function)
+        for name in imported_names(package, path, node)
+    }
+    assert found == set()
+
+
+def test_functions_of_the_library_import_only_what_is_not_always_available():
+    package = TEMPLATE / SOURCES
+    found = {
+        (path, name.removeprefix(f"{package.name}."))
         for path, tree in python_files(package).items()
         for function in ast.walk(tree)
         if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef)
@@ -238,7 +310,7 @@ def test_domain_imports_run_one_way(default_project):
 
 
 def test_settings_are_short(package):
-    assert len((package / "settings.py").read_text().splitlines()) < 200
+    assert len((package / "settings.py").read_text().splitlines()) < 170
 
 
 @pytest.mark.slow
@@ -262,10 +334,6 @@ def test_importing_the_settings_creates_no_files(bake, make_service):
 def test_template_python_files_contain_no_jinja_statements():
     files = sorted(TEMPLATE.rglob("*.py"))
     assert [path.name for path in files if re.search(r"\{%", path.read_text())] == []
-    ops = [path for path in files if "ops" in path.relative_to(TEMPLATE).parts[1:-1]]
-    in_package = [path for path in ops if not path.is_relative_to(TEMPLATE / "tests")]
-    assert in_package
-    assert [path.name for path in in_package if "{{" in path.read_text()] == []
 
 
 def test_tables_hold_data_and_neither_code_nor_prose():

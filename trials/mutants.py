@@ -1,10 +1,10 @@
-"""Change the delicate modules of a service in small ways, and see whether their tests notice.
+"""Change the delicate modules of the library in small ways, and see whether their tests notice.
 
     uv run trials/mutants.py [MODULE ...]
 
-Generates the default service, and runs mutmut on each module of ``ops`` with the tests that are
-its own. Prints the changes that no test notices, and their number. Those of leases and locks
-run on the PostgreSQL server of this machine.
+Copies the library and its tests, and runs mutmut on each module, such as ``scheduling.leases``,
+with the tests that are its own. Prints the changes that no test notices, and their number. Those
+of leases and locks run on the PostgreSQL server of this machine.
 """
 
 import os
@@ -12,29 +12,34 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
+from contextlib import contextmanager
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tests.conftest import clean_environment
-from tests.generate import generated_project
+from tests.generate import copy_template
 
 #: The modules, and the files with their tests.
 MODULES = {
-    "attempts": ["test_deliveries"],
-    "beat": ["test_beat"],
-    "crontabs": ["test_crontabs"],
-    "deliveries": ["test_deliveries"],
-    "leases": ["test_leases"],
-    "locks": ["test_locks"],
-    "logins": ["test_logins"],
-    "mailer": ["test_deliveries"],
-    "scheduler": ["test_scheduler"],
-    "schedules": ["test_schedules"],
+    "core.locks": ["test_locks"],
+    "mail.attempts": ["test_deliveries"],
+    "mail.deliveries": ["test_deliveries"],
+    "mail.transport": ["test_deliveries"],
+    "scheduling.beat": ["test_beat"],
+    "scheduling.crontabs": ["test_crontabs"],
+    "scheduling.leases": ["test_leases"],
+    "scheduling.operations": ["test_schedules"],
+    "scheduling.scheduler": ["test_scheduler"],
+    "web.logins": ["test_logins"],
 }
 
 #: The modules whose tests need a PostgreSQL server.
-POSTGRESQL = {"leases", "locks"}
+POSTGRESQL = {"core.locks", "scheduling.leases"}
+
+#: The folder with the source of the library, from that of its tests.
+SOURCE = "../{{cookiecutter.project_slug}}/vendor/prodserver-ops/src"
 
 #: Changes that make no difference that matters, by a part of the changed line.
 ACCEPTED = {
@@ -70,16 +75,33 @@ ACCEPTED = {
 
 CONFIGURATION = """
 [tool.mutmut]
-paths_to_mutate = ["prayer_room_api/ops/{module}.py"]
+paths_to_mutate = ["src/prodserver_ops/{module}.py"]
 tests_dir = [{tests}]
-also_copy = ["prayer_room_api", "tests", "manage.py"]
+also_copy = ["src", "tests"]
 """
+
+
+@contextmanager
+def copied_library():
+    """Yield the folder of a copy of the tests, with the source in ``src``; it is deleted after."""
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        copy_template(Path(folder))
+        library = Path(folder, "library")
+        shutil.copytree(library / SOURCE, library / "src")
+        pyproject = library / "pyproject.toml"
+        text = pyproject.read_text()
+        # mutmut runs pytest in its own process.
+        for old, new in ((f'"{SOURCE}"]', '"src"]'), ("--numprocesses=auto", "--numprocesses=0")):
+            assert text.count(old) == 1, old
+            text = text.replace(old, new)
+        pyproject.write_text(text)
+        yield library
 
 
 def main(modules):
     """Run mutmut on each module; return the number of changes that no test noticed."""
     survivors = 0
-    with generated_project() as project:
+    with copied_library() as project:
 
         def run(*command, check=True, **variables):
             done = subprocess.run(
@@ -97,8 +119,8 @@ def main(modules):
         run("add", "--quiet", "--dev", "mutmut>=3,<4")
         pyproject = (project / "pyproject.toml").read_text()
         for module in modules:
-            tests = ", ".join(f'"tests/ops/{name}.py"' for name in MODULES[module])
-            configuration = CONFIGURATION.format(module=module, tests=tests)
+            tests = ", ".join(f'"tests/{name}.py"' for name in MODULES[module])
+            configuration = CONFIGURATION.format(module=module.replace(".", "/"), tests=tests)
             (project / "pyproject.toml").write_text(pyproject + configuration)
             shutil.rmtree(project / "mutants", ignore_errors=True)
             variables, options = {}, []

@@ -15,8 +15,9 @@ from django.db import connection
 from django.test import override_settings
 from django_celery_beat.models import CrontabSchedule, PeriodicTask
 from django_celery_beat.tzcrontab import TzAwareCrontab
-from prodserver_ops.mail import digests; from prodserver_ops.scheduling import scheduler
+from prodserver_ops.mail import digests
 from prodserver_ops.models import ScheduleRun
+from prodserver_ops.scheduling import scheduler
 
 START, END = datetime(2026, 1, 1, tzinfo=UTC), datetime(2036, 1, 1, tzinfo=UTC)
 DAY, HOUR, MINUTE = timedelta(days=1), timedelta(hours=1), timedelta(minutes=1)

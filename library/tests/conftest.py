@@ -1,14 +1,141 @@
+"""Fixtures, and the servers that tests use.
+
+=============================================  ==================================================
+Command, in the folder ``library``             What it tests
+=============================================  ==================================================
+``uv run pytest``                              with SQLite and a broker in memory; the modules of
+                                               the other brokers with their servers, if these run
+``DATABASE_URL=URL uv run pytest``             with PostgreSQL, such as
+                                               ``postgres://postgres@127.0.0.1:5432/postgres``
+``uv run pytest --broker=rabbitmq``            with a server as the broker of all tests;
+                                               or ``redis``, or ``postgresql``
+``uv run pytest --require-services``           as above, and fails if one of the servers, which
+                                               are those in services.py, is not running
+``uv run pytest -n0 tests/test_locks.py``      one module, in one process
+=============================================  ==================================================
+
+Each process of pytest-xdist has its own database, part of a broker and range of ports, so that
+several runs may take place at the same time.
+"""
+
+import os
 import shutil
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
+import services
+from celery import current_app
+from celery.contrib.testing.worker import TestWorkController, start_worker
 from django.conf import settings
 from django.contrib.auth import get_user_model
 from django.core.cache import caches
 from django.db import connection
 from django.db.models import CharField
+from kombu.transport import memory
 
+from prodserver_ops.worker import record
 from prodserver_ops.worker.app import Task
+
+#: How many ports each test process has, and the first one of all.
+PORTS, FIRST_PORT = 100, 20_000
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--broker", choices=list(services.URLS), help="the broker of all tests, a server"
+    )
+    parser.addoption(
+        "--require-services",
+        action="store_true",
+        help="fail instead of skip if a server is not running",
+    )
+
+
+def pytest_configure(config):
+    # Without pytest-xdist the settings were read before this file.
+    is_alone = not config.getoption("numprocesses") and "PYTEST_XDIST_WORKER" not in os.environ
+    if config.getoption("--broker") and is_alone:
+        raise pytest.UsageError("--broker needs pytest-xdist; use -n1 for one process")
+    config.parts = []
+
+
+def pytest_xdist_setupnodes(config, specs):
+    """Give each process its ports and its part of the broker, before it reads the settings."""
+    name = config.getoption("--broker")
+    for number, spec in enumerate(specs):
+        spec.env["PORT"] = str(FIRST_PORT + PORTS * number)
+        if name:
+            try:
+                spec.env["CELERY_BROKER_URL"] = services.create(name, number)
+            except services.Unavailable as error:
+                raise pytest.UsageError(str(error)) from None
+            config.parts.append(spec.env["CELERY_BROKER_URL"])
+
+
+def pytest_unconfigure(config):
+    for url in config.parts:
+        services.delete(config.getoption("--broker"), url)
+
+
+@pytest.fixture(scope="session")
+def make_part(request, worker_id):
+    """A function that returns the URL of a part of a server; skips if it is not running.
+
+    Tests use queues whose names no other test has, and delete them.
+    """
+    urls = {}
+
+    def make(name):
+        if name not in urls:
+            try:
+                is_shared = name == services.RABBITMQ
+                urls[name] = services.share() if is_shared else services.create(name, worker_id)
+            except services.Unavailable as error:
+                if request.config.getoption("--require-services"):
+                    pytest.fail(str(error))
+                pytest.skip(str(error))
+        return urls[name]
+
+    yield make
+    for name in urls.keys() - {services.RABBITMQ}:
+        services.delete(name, urls[name])
+
+
+class Worker(TestWorkController):
+    """A worker that looks often whether it has to stop, also if the broker sends nothing."""
+
+    def on_consumer_ready(self, consumer):
+        if self.hub:
+            self.hub.call_repeatedly(0.1, lambda: None)
+        super().on_consumer_ready(consumer)
+
+
+@pytest.fixture
+def run_worker(monkeypatch):
+    """A function that returns the context manager of a worker in a thread."""
+    # It looks for messages, and whether it has to stop, more often.
+    monkeypatch.setattr(memory.Transport, "polling_interval", 0.02)
+    drain_events = memory.Transport.drain_events
+    monkeypatch.setattr(
+        memory.Transport,
+        "drain_events",
+        lambda transport, connection, timeout=None: drain_events(
+            transport, connection, min(timeout, 0.1) if timeout else timeout
+        ),
+    )
+
+    # The thread would use the database of later tests.
+    with monkeypatch.context() as patch:
+        patch.setattr(record.threading, "Thread", Mock())
+        monkeypatch.setattr(record, "_recorder", record.Recorder())
+
+    def run(app=current_app):
+        return start_worker(
+            app, WorkController=Worker, perform_ping_check=False, shutdown_timeout=60
+        )
+
+    return run
 
 
 @pytest.fixture(autouse=True)

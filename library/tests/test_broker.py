@@ -12,31 +12,30 @@ from unittest.mock import Mock
 
 import pytest
 from celery import current_app
-from app.app.task import Context
-from app.bin.worker import worker as command
-from app.contrib.testing.worker import start_worker
-from app.exceptions import Reject
-from app.worker import state
+from celery.app.task import Context
+from celery.bin.worker import worker as command
+from celery.exceptions import Reject
+from celery.worker import state
 from django.db import InterfaceError, OperationalError
 from django.utils import timezone
 from kombu import Connection
 from kombu.exceptions import OperationalError as BrokerError
 from kombu.transport import resolve_transport
 
-from prodserver_ops.worker import app
 from prodserver_ops.broker.embedded import Transport
+from prodserver_ops.worker import app
 from prodserver_ops.worker.app import MAX_DELIVERIES, get_failed_queue
 
 
 @pytest.mark.django_db(transaction=True, serialized_rollback=True)
-def test_worker_runs_queued_tasks_and_tells_when_they_were_queued():
+def test_worker_runs_queued_tasks_and_tells_when_they_were_queued(run_worker):
     done = Queue()
 
     @current_app.task(name="tests.note", bind=True, shared=False)
     def note(self, text):
         done.put((text, self.queued_at))
 
-    with start_worker(current_app, perform_ping_check=False, shutdown_timeout=30):
+    with run_worker():
         now = timezone.now()
         note.delay("first")
         note.delay("second")
@@ -46,14 +45,14 @@ def test_worker_runs_queued_tasks_and_tells_when_they_were_queued():
 
 
 @pytest.mark.django_db(transaction=True, serialized_rollback=True)
-def test_worker_runs_many_tasks_that_were_queued_together():
+def test_worker_runs_many_tasks_that_were_queued_together(run_worker):
     done = Queue()
 
     @current_app.task(name="tests.note_number", bind=True, shared=False)
     def note(self, number):
         done.put((number, self.queued_at, self.request.expires))
 
-    with start_worker(current_app, perform_ping_check=False, shutdown_timeout=30):
+    with run_worker():
         now = timezone.now()
         note.apply_many([])
         note.apply_many(((number,) for number in range(100)), expires=600)
@@ -80,7 +79,7 @@ def test_task_is_tried_again_if_the_database_is_unavailable(error):
 
 
 @pytest.mark.django_db(transaction=True, serialized_rollback=True)
-def test_message_stays_if_neither_database_nor_broker_is_available(monkeypatch):
+def test_message_stays_if_neither_database_nor_broker_is_available(run_worker, monkeypatch):
     attempts = Queue()
 
     @current_app.task(name="tests.cut_off", shared=False)
@@ -92,13 +91,13 @@ def test_message_stays_if_neither_database_nor_broker_is_available(monkeypatch):
     cut_off.delay()
     apply_async = Mock(side_effect=BrokerError("the broker does not respond"))
     monkeypatch.setattr(app.Task, "apply_async", apply_async)
-    with start_worker(current_app, perform_ping_check=False, shutdown_timeout=30):
+    with run_worker():
         for _ in range(2):
             attempts.get(timeout=30)
     assert apply_async.call_count == 1
 
 
-NUMBERS = range(1500)
+NUMBERS = range(500)
 
 
 def connect(folder):

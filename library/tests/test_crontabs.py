@@ -73,13 +73,23 @@ class TestFields:
         assert make("0 8 1 1 *").get_next(utc(2026, 1, 2), until=utc(2026, 1, 9)) is None
 
     @pytest.mark.parametrize(
-        ("field", "value"), [("minute", "61"), ("hour", "x"), ("day_of_week", "8")]
+        ("field", "value"),
+        [("minute", "61"), ("hour", "x"), ("day_of_week", "8"), ("month_of_year", "*/0")],
     )
     def test_invalid_one_is_a_value_error(self, field, value):
         row = CrontabSchedule(minute="0", hour="8", timezone="UTC")
         setattr(row, field, value)
         with pytest.raises(ValueError):
             Crontab.from_row(row)
+
+
+    @pytest.mark.parametrize("text", ["0 0 31 2 *", "0 0 30 2 *", "0 0 31 4,6,9,11 *"])
+    def test_one_that_is_never_due_is_a_value_error(self, text):
+        with pytest.raises(ValueError, match="never occurs"):
+            make(text)
+
+    def test_leap_day_on_one_weekday_is_due_after_many_years(self):
+        assert make("0 0 29 2 1").get_next(utc(2080, 1, 1)) == utc(2112, 2, 29)
 
 
 class TestClockChanges:

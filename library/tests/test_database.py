@@ -9,17 +9,19 @@ from django.core.management import CommandError
 from django.db import OperationalError, connection
 from psycopg.pq import TransactionStatus
 
+from prodserver_ops.conf.defaults import limit_database
 from prodserver_ops.console import checks
 from prodserver_ops.core import database
 from prodserver_ops.management.commands import prodserver
-from prodserver_ops.conf.defaults import limit_database
 
 postgresql = pytest.mark.skipif("connection.vendor != 'postgresql'", reason="needs PostgreSQL")
 
 
-def test_limits_apply_to_postgresql_only_and_the_url_can_change_them():
-    sqlite = {"ENGINE": "django.db.backends.sqlite3"}
-    assert limit_database(sqlite) is sqlite
+def test_options_are_those_of_the_backend_and_the_url_can_change_them():
+    other = {"ENGINE": "django.db.backends.mysql"}
+    assert limit_database(other) is other
+    sqlite = {"ENGINE": "django.db.backends.sqlite3", "OPTIONS": {"timeout": 3}}
+    assert limit_database(sqlite)["OPTIONS"]["timeout"] == 3
     url = {"ENGINE": "django.db.backends.postgresql", "OPTIONS": {"connect_timeout": "9"}}
     options = limit_database(url)["OPTIONS"]
     assert options == database.CONNECT_OPTIONS | {"connect_timeout": "9"}

@@ -1,7 +1,6 @@
 """Deliveries: each message is sent once, after rejections, repetitions and crashes."""
 
 import contextlib
-import os
 import signal
 import smtplib
 import threading
@@ -20,14 +19,11 @@ from django.utils import timezone
 from django_celery_beat.models import CrontabSchedule, IntervalSchedule, PeriodicTask
 from kombu.exceptions import OperationalError
 
-from prodserver_ops.mail import attempts
-from prodserver_ops.mail import deliveries
 from prodserver_ops.console import doctor
-from prodserver_ops.mail import transport
-from prodserver_ops.mail import tasks
-from prodserver_ops.worker.app import Task
+from prodserver_ops.mail import attempts, deliveries, tasks, transport
 from prodserver_ops.mail.digests import DailyDigest, Notification, registry
 from prodserver_ops.models import Attempt, DigestDelivery, DigestRun
+from prodserver_ops.worker.app import Task
 
 pytestmark = [pytest.mark.django_db, pytest.mark.usefixtures("sample_templates")]
 
@@ -493,7 +489,7 @@ class TestServerThatRejectsAll:
                 pytest.raises(transport.Paused),
             ):
                 # In this process the lock could be taken again.
-                patch.setattr(mailer, "try_lock", lambda name: contextlib.nullcontext(False))
+                patch.setattr(transport, "try_lock", lambda name: contextlib.nullcontext(False))
                 deliveries.send_chunk(run, chunk)
             with pytest.raises(transport.ServerFailed):
                 deliveries.send_chunk(run, chunk)
@@ -673,7 +669,7 @@ class TestPeriods:
         """Return a function that starts the digest that is due some days from now."""
 
         def start(days):
-            return deliveries.start_run(digest, NOW + timedelta(days=days))
+            return deliveries.get_run(digest, NOW + timedelta(days=days))
 
         return start
 
@@ -778,23 +774,23 @@ class TestFolding:
     def test_other_digests_and_other_periods_count_for_themselves(
         self, digest, readers, other_digest
     ):
-        first = deliveries.start_run(digest, EIGHT)
+        first = deliveries.get_run(digest, EIGHT)
         fields = {
             "digest": "another" if other_digest else NAME,
             "period_end": first.period_end - timedelta(days=0 if other_digest else 1),
         }
         DigestDelivery.objects.create(**fields, recipient=readers[0], status="sent")
         DigestRun.objects.get_or_create(**fields, period_start=first.period_start)
-        second = deliveries.start_run(digest, EIGHT + timedelta(days=1))
+        second = deliveries.get_run(digest, EIGHT + timedelta(days=1))
         assert second.period_start == first.period_start
         assert not DigestRun.objects.filter(pk=first.pk).exists()
         assert DigestRun.objects.filter(**fields).exists()
         assert DigestDelivery.objects.filter(**fields).count() == 1
 
     def test_run_that_a_server_may_have_accepted_is_kept(self, digest, readers):
-        first = deliveries.start_run(digest, EIGHT)
+        first = deliveries.get_run(digest, EIGHT)
         deliveries.record(first, (readers[0], "sending", ""))
-        second = deliveries.start_run(digest, EIGHT + timedelta(days=1))
+        second = deliveries.get_run(digest, EIGHT + timedelta(days=1))
         assert (second.period_start, DigestRun.objects.count()) == (first.period_end, 2)
 
 
@@ -1052,7 +1048,8 @@ class TestSeveralConnections:
 
         def stop_and_accept(connection, messages):
             if len(mail.outbox) == 1:
-                os.kill(os.getpid(), signal.SIGTERM)
+                # The threads of pytest-xdist do not block it, unlike those of a worker.
+                signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)
             return accept(connection, messages)
 
         def stop(*_):

@@ -10,9 +10,7 @@ import time_machine
 from django.core.exceptions import ImproperlyConfigured
 from django.utils import timezone
 
-from prodserver_ops.mail import digests
-from prodserver_ops.mail import composing
-from prodserver_ops.mail import tasks
+from prodserver_ops.mail import composing, digests, tasks
 from prodserver_ops.models import DigestRun
 
 HOURLY, DAILY, WEEKLY = digests.HourlyDigest(), digests.DailyDigest(), digests.WeeklyDigest()

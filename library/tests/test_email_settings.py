@@ -5,8 +5,8 @@ from django.conf import settings as current
 from django.core.checks import run_checks
 from django.core.signing import Signer
 
-from prodserver_ops.conf.environment import EnvironmentVariableError
 from prodserver_ops.conf.defaults import Defaults
+from prodserver_ops.conf.environment import EnvironmentVariableError
 
 ACCOUNT = {"EMAIL_HOST": "mail.example.com", "EMAIL_HOST_USER": "user"}
 

@@ -3,35 +3,48 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from django.conf import settings
 
 from prodserver_ops import broker
-from prodserver_ops.conf.environment import EnvironmentVariableError, use
 from prodserver_ops.conf.defaults import Defaults, ProductionDefaults
+from prodserver_ops.conf.environment import EnvironmentVariableError, use
+
+BROKER_URL = "amqp://user:hunter2@mq.example.com:5672/vhost"
 
 PRODUCTION = {
     "DJANGO_MODE": "sampleprod",
     "SECRET_KEY": "a-key-for-this-test-alone-of-more-than-fifty-characters",
     "DATABASE_URL": "postgres://user:hunter2@db.example.com:5432/name",
+    "CELERY_BROKER_URL": BROKER_URL,
 }
-
-#: The URL of the broker in production, if that is not the database.
-SCHEME = next(iter(broker.PORTS))
-BROKER_URL = f"{SCHEME}://user:hunter2@mq.example.com:5672/vhost"
-PRODUCTION.setdefault(broker.VARIABLE, BROKER_URL)
 
 
 class SampleSettings(Defaults):
     """Development of another service."""
 
+    PACKAGE = "sample"
+    BASE_DIR = Path(__file__).parent
     DOMAIN = "sample.example.com"
     TIME_ZONE = "UTC"
 
 
 class SampleprodSettings(ProductionDefaults, SampleSettings):
     """Production of another service."""
+
+
+class SampleothervariableSettings(SampleprodSettings):
+    """Production of a service whose platform has a variable of its own for the broker."""
+
+    BROKER_VARIABLE = "SAMPLE_URL"
+
+
+class SampledatabaseSettings(SampleprodSettings):
+    """Production of a service whose broker is its database."""
+
+    BROKER_VARIABLE = "DATABASE_URL"
 
 
 @pytest.fixture
@@ -71,14 +84,36 @@ class TestValidVariables:
     def test_production_requires_three(self, read):
         value = read(**PRODUCTION)
         assert value("DATABASES")["default"]["HOST"] == "db.example.com"
-        url = PRODUCTION[broker.VARIABLE]
-        assert value("CELERY_BROKER_URL") == broker.get_url(url)
+        assert value("CELERY_BROKER_URL") == BROKER_URL
 
-    def test_celery_broker_url_replaces_the_url_of_the_broker(self, read):
-        variables = PRODUCTION | {"CELERY_BROKER_URL": BROKER_URL}
-        if broker.VARIABLE != "DATABASE_URL":
-            del variables[broker.VARIABLE]
-        assert read(**variables)("CELERY_BROKER_URL") == broker.get_url(BROKER_URL)
+    @pytest.mark.parametrize(
+        ("url", "expected"),
+        [
+            (BROKER_URL, BROKER_URL),
+            ("redis://:hunter2@mq.example.com", "redis://:hunter2@mq.example.com/1"),
+            ("postgres://user@db.example.com/name", "pgmq://user@db.example.com/name"),
+        ],
+    )
+    def test_broker_is_that_of_the_scheme(self, read, url, expected):
+        value = read(**PRODUCTION | {"CELERY_BROKER_URL": url})
+        assert value("CELERY_BROKER_URL") == expected
+
+    def test_url_of_the_broker_may_have_another_variable(self, read):
+        variables = PRODUCTION | {"DJANGO_MODE": "sampleothervariable", "SAMPLE_URL": "redis://a/2"}
+        assert read(**variables)("CELERY_BROKER_URL") == BROKER_URL
+        del variables["CELERY_BROKER_URL"]
+        assert read(**variables)("CELERY_BROKER_URL") == "redis://a/2"
+
+    def test_database_may_be_the_broker(self, read):
+        variables = PRODUCTION | {"DJANGO_MODE": "sampledatabase"}
+        assert read(**variables)("CELERY_BROKER_URL") == BROKER_URL
+        del variables["CELERY_BROKER_URL"]
+        expected = PRODUCTION["DATABASE_URL"].replace("postgres:", "pgmq:")
+        assert read(**variables)("CELERY_BROKER_URL") == expected
+
+    def test_development_may_use_any_broker(self, read):
+        assert read()("CELERY_BROKER_URL") == "filesystem://localhost"
+        assert read(CELERY_BROKER_URL=BROKER_URL)("CELERY_BROKER_URL") == BROKER_URL
 
     @pytest.mark.parametrize(
         ("name", "text", "value"),
@@ -174,8 +209,8 @@ def test_invalid_value_is_reported_with_what_was_expected(problem, name, text, l
             "postgres://user:hunter2@db/name?conn_max_age=long",
             "a URL with an invalid option after the ?",
         ),
-        (broker.VARIABLE, None, "nothing"),
-        (broker.VARIABLE, "sqs://user:hunter2@mq", "a URL that starts with sqs://"),
+        ("CELERY_BROKER_URL", None, "nothing"),
+        ("CELERY_BROKER_URL", "sqs://user:hunter2@mq", "a URL that starts with sqs://"),
         ("CELERY_BROKER_URL", "user:hunter2@mq", "not a URL"),
         ("SENTRY_DSN", "https://hunter2@sentry.example.com", "an incomplete DSN"),
     ],
@@ -186,6 +221,21 @@ def test_invalid_secret_is_reported_without_its_value(problem, name, text, got):
     assert message.startswith(f"{name}: got {got}, expected ")
     assert "hunter2" not in message
     assert "\n" not in message
+
+
+def test_missing_url_of_the_broker_is_reported_by_its_variable(problem):
+    variables = PRODUCTION | {"DJANGO_MODE": "sampleothervariable"}
+    del variables["CELERY_BROKER_URL"]
+    assert problem(**variables).startswith("SAMPLE_URL: got nothing, expected amqp://, ")
+    message = problem(**variables, SAMPLE_URL="memory://")
+    assert message.startswith("SAMPLE_URL: got a URL that starts with memory://, expected ")
+
+
+def test_broker_whose_package_is_missing_is_reported_with_the_extra(problem, monkeypatch):
+    monkeypatch.setattr(broker, "find_spec", lambda package: None)
+    message = problem(**PRODUCTION | {"CELERY_BROKER_URL": "redis://:hunter2@mq.example.com"})
+    assert message.startswith("CELERY_BROKER_URL: got redis://, which needs prodserver-ops[redis],")
+    assert "hunter2" not in message
 
 
 def test_password_in_another_variable_is_redacted(problem):
@@ -200,7 +250,8 @@ def test_all_invalid_variables_are_reported_at_once(problem):
 
 def test_unknown_mode_is_reported_with_the_known_ones(problem):
     assert problem(DJANGO_MODE="production") == (
-        'DJANGO_MODE: got "production", expected one of sampleprod, or unset for development'
+        'DJANGO_MODE: got "production", expected one of sampledatabase, sampleothervariable, '
+        "sampleprod, or unset for development"
     )
 
 

@@ -1,5 +1,6 @@
 """Failed tasks: no message of an unknown task is lost, and each can run again."""
 
+import threading
 import time
 from contextlib import suppress
 from queue import Empty, Queue
@@ -7,7 +8,6 @@ from types import SimpleNamespace
 
 import pytest
 from celery import current_app
-from celery.contrib.testing.worker import start_worker
 from django.core.management import call_command
 
 from prodserver_ops.worker import failed
@@ -20,20 +20,23 @@ pytestmark = pytest.mark.django_db(transaction=True, serialized_rollback=True)
 
 @pytest.fixture(autouse=True)
 def short_times(monkeypatch):
-    monkeypatch.setattr(failed, "UNKNOWN_SECONDS", 1)
+    monkeypatch.setattr(failed, "UNKNOWN_SECONDS", 0.5)
     monkeypatch.setattr(failed, "HOLD_SECONDS", 0.1)
-    monkeypatch.setattr("kombu.transport.memory.Transport.polling_interval", 0.05)
     # As brokers do that are servers: a worker that stops returns what it has not acknowledged.
     monkeypatch.setattr("kombu.transport.memory.Channel.do_restore", True)
 
 
 @pytest.fixture(autouse=True)
-def no_failed_tasks():
+def no_other_tasks():
+    """Empty the queues before and after each test."""
+
     def purge():
+        own = current_app.amqp.queues[current_app.conf.task_default_queue]
         with current_app.connection_for_write() as connection:
-            queue = make_failed_queue(current_app)(connection.default_channel)
-            queue.declare()
-            queue.purge()
+            for queue in (own, make_failed_queue(current_app)):
+                bound = queue(connection.default_channel)
+                bound.declare()
+                bound.purge()
 
     purge()
     yield
@@ -56,10 +59,6 @@ def learn():
     current_app.tasks.pop(NAME, None)
 
 
-def run_worker():
-    return start_worker(current_app, perform_ping_check=False, shutdown_timeout=30)
-
-
 def count_failed():
     with current_app.connection_for_read() as connection:
         channel = connection.default_channel
@@ -72,7 +71,7 @@ def wait_for_failed(number):
     deadline = time.monotonic() + 20
     while count_failed() != number:
         assert time.monotonic() < deadline
-        time.sleep(0.1)
+        time.sleep(0.02)
 
 
 def give_up(numbers):
@@ -86,23 +85,40 @@ def give_up(numbers):
     wait_for_failed(len(numbers))
 
 
+def return_known_tasks():
+    """Do what a worker does when it starts, and wait for its thread."""
+    before = set(threading.enumerate())
+    failed.return_known_tasks(SimpleNamespace(app=current_app))
+    for thread in set(threading.enumerate()) - before:
+        thread.join(timeout=20)
+
+
 def get_all(done, count):
     return sorted(done.get(timeout=20) for _ in range(count))
 
 
-def test_message_goes_back_until_a_worker_knows_its_task(learn, monkeypatch):
+def test_message_goes_back_until_a_worker_knows_its_task(learn, run_worker, monkeypatch):
     monkeypatch.setattr(failed, "UNKNOWN_SECONDS", 1000)
     for number in range(3):
         current_app.send_task(NAME, [number])
+    returned = Queue()
+    republish = failed.republish
+
+    def note_and_republish(*args):
+        republish(*args)
+        returned.put(args)
+
+    monkeypatch.setattr(failed, "republish", note_and_republish)
     with run_worker():
-        time.sleep(1)
+        for _ in range(4):
+            returned.get(timeout=20)
     done = learn()
     with run_worker():
         assert get_all(done, 3) == [0, 1, 2]
     assert count_failed() == 0
 
 
-def test_unknown_task_is_given_up_and_kept(caplog):
+def test_unknown_task_is_given_up_and_kept(run_worker, caplog):
     for number in range(2):
         current_app.send_task(NAME, [number])
     with run_worker():
@@ -110,10 +126,10 @@ def test_unknown_task_is_given_up_and_kept(caplog):
     assert f"{NAME} is unknown to all workers and is given up" in caplog.text
 
 
-def test_worker_that_knows_the_task_returns_it_when_it_starts(learn):
+def test_worker_that_knows_the_task_returns_it_when_it_starts(learn, run_worker):
     give_up([1, 2])
     done = learn()
-    failed.return_known_tasks(SimpleNamespace(app=current_app))
+    return_known_tasks()
     with run_worker():
         assert get_all(done, 2) == [1, 2]
     assert count_failed() == 0
@@ -121,12 +137,11 @@ def test_worker_that_knows_the_task_returns_it_when_it_starts(learn):
 
 def test_worker_that_does_not_know_the_task_leaves_it():
     give_up([1])
-    failed.return_known_tasks(SimpleNamespace(app=current_app))
-    time.sleep(0.5)
+    return_known_tasks()
     assert count_failed() == 1
 
 
-def test_requeue_runs_all_or_some_again(learn, capsys):
+def test_requeue_runs_all_or_some_again(learn, run_worker, capsys):
     give_up([1, 2])
     call_command("requeue", "another.task")
     assert "0 tasks queued again" in capsys.readouterr().out
@@ -145,10 +160,7 @@ def test_task_that_was_given_up_for_another_reason_is_returned_by_command_alone(
     learn()
     queue = make_failed_queue(current_app)
     current_app.tasks[NAME].apply_async([7], queue=queue)
-    failed.return_known_tasks(SimpleNamespace(app=current_app))
-    time.sleep(0.5)
+    return_known_tasks()
     assert count_failed() == 1
     assert failed.requeue(current_app, lambda message: True) == 1
     assert count_failed() == 0
-    with current_app.connection_for_write() as connection:
-        current_app.amqp.queues[current_app.conf.task_default_queue](connection).purge()

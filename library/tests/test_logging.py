@@ -12,8 +12,7 @@ from celery import current_app
 from django.http import HttpResponse
 from django.urls import path
 
-from prodserver_ops.core import logs
-from prodserver_ops.core import sentry
+from prodserver_ops.core import logs, sentry
 
 
 def fail(request, token):

@@ -6,15 +6,15 @@ from datetime import UTC, datetime, timedelta
 import pytest
 import time_machine
 from django.contrib.auth import authenticate
-from django.core.cache import caches
 from django.core.cache.backends.db import DatabaseCache
 from django.core.management import call_command
 from django.db import connection
 from django.urls import reverse
 from rest_framework.test import APIRequestFactory
 
-from prodserver_ops.web import logins
 from prodserver_ops.api.views import TokenView
+from prodserver_ops.core import limits
+from prodserver_ops.web import logins
 
 pytestmark = pytest.mark.django_db
 
@@ -147,7 +147,7 @@ def test_attempts_while_locked_do_not_prolong_the_lock(log_in):
     fail(log_in, 3)
     fail(log_in, 10)
     with connection.cursor() as cursor:
-        cursor.execute(f"SELECT count(*) FROM {caches['limits']._table}")
+        cursor.execute(f"SELECT count(*) FROM {limits.cache._table}")
         assert cursor.fetchone() == (6,)
 
 
@@ -169,13 +169,13 @@ def test_token_requests_are_throttled(user):
 
 
 def test_all_web_processes_count_together():
-    assert isinstance(caches["limits"], DatabaseCache)
+    assert isinstance(limits.cache, DatabaseCache)
 
 
 def test_neither_count_nor_log_contains_who_failed(log_in, user, caplog):
     fail(log_in, 3)
     with connection.cursor() as cursor:
-        cursor.execute(f"SELECT cache_key, value FROM {caches['limits']._table}")
+        cursor.execute(f"SELECT cache_key, value FROM {limits.cache._table}")
         stored = str(cursor.fetchall())
     assert "Too many failed logins of one address" in caplog.text
     assert user.get_username() not in stored + caplog.text

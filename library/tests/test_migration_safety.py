@@ -5,7 +5,7 @@ from django.db import migrations, models
 from django.db.migrations.executor import MigrationExecutor
 from django.db.migrations.state import ModelState, ProjectState
 
-from prodserver_ops.console import migration_safety
+from prodserver_ops.console import checks, migration_safety
 
 CREATE = migrations.CreateModel(
     "Room",
@@ -20,7 +20,11 @@ CREATE = migrations.CreateModel(
 def find(*operations):
     state = ProjectState()
     state.add_model(ModelState("app", "Room", CREATE.fields))
-    return [problem for problem, hint in migration_safety.find_problems(operations, "app", state) if hint]
+    return [
+        problem
+        for problem, hint in migration_safety.find_problems(operations, "app", state)
+        if hint
+    ]
 
 
 @pytest.mark.parametrize(
@@ -96,17 +100,17 @@ class TestCheck:
         return migration
 
     def test_names_the_migration_and_what_to_do(self, plan):
-        (warning,) = migration_safety.check_migrations(None, databases=["default"])
+        (warning,) = checks.check_migrations(None, databases=["default"])
         assert warning.id == "migrations.W001"
         assert "ops.0099_danger: the table of Heartbeat is deleted" in warning.msg
         assert "set old_version_works = True in the migration" in warning.hint
 
     def test_migration_that_says_so_is_accepted(self, plan):
         plan.old_version_works = True
-        assert migration_safety.check_migrations(None, databases=["default"]) == []
+        assert checks.check_migrations(None, databases=["default"]) == []
 
     def test_nothing_is_reported_without_a_database(self, plan):
-        assert migration_safety.check_migrations(None) == []
+        assert checks.check_migrations(None) == []
 
     def test_nothing_is_left_to_apply(self):
-        assert migration_safety.check_migrations(None, databases=["default"]) == []
+        assert checks.check_migrations(None, databases=["default"]) == []

@@ -7,8 +7,8 @@ from django.conf import settings
 from django.core.management import CommandError, call_command
 from django.urls import reverse
 
-from prodserver_ops.console.checks import check_schema
 from prodserver_ops.api.openapi import generate_schema
+from prodserver_ops.console.checks import check_schema
 
 
 @pytest.fixture

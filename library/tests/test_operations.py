@@ -16,10 +16,10 @@ from django.utils import timezone
 from django_celery_beat.models import IntervalSchedule, PeriodicTask
 
 from prodserver_ops.console import operations
+from prodserver_ops.models import Heartbeat, TaskRun
+from prodserver_ops.tasks import delete_records
 from prodserver_ops.worker import record
 from prodserver_ops.worker.app import Task
-from prodserver_ops.models import Heartbeat, TaskRun
-from prodserver_ops.mail.tasks import delete_records
 
 pytestmark = pytest.mark.django_db
 
@@ -200,17 +200,23 @@ class TestPage:
         assert "slow.task" in text
         assert "lost.task" not in text
 
-    def test_shows_processes_and_the_version_of_the_template(self, page):
+    def test_shows_the_version_of_the_template_if_it_is_known(self, page, settings, tmp_path):
+        settings.BASE_DIR = tmp_path
+        assert "Template " not in page()
+        record = {"commit": None, "context": {"cookiecutter": {"_version": "1.2.3"}}}
+        (tmp_path / ".cruft.json").write_text(json.dumps(record))
+        assert "Template 1.2.3" in page()
+
+    def test_shows_processes(self, page):
         assert "No worker and no beat is at work." in page()
         Heartbeat.objects.create(process="beat", host="web1", pid=7, seen_at=timezone.now())
         assert re.search(r"beat 7 on web1: \d seconds ago", page())
-        assert "Template " in page()
 
     def test_loads_without_a_broker(self, page, monkeypatch):
-        def fail():
+        def fail(*args):
             raise OSError("connection refused")
 
-        monkeypatch.setattr(operations, "count_waiting", fail)
+        monkeypatch.setattr(operations.broker, "count_messages", fail)
         assert "The broker is unavailable: OSError: connection refused" in page()
 
     def test_shows_how_many_tasks_wait(self, page, settings):

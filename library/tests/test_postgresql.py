@@ -9,13 +9,13 @@ from kombu.transport import pgmq, resolve_transport
 from psycopg.conninfo import conninfo_to_dict
 from psycopg.errors import DuplicateObject
 
-from prodserver_ops import broker
+from prodserver_ops.broker import postgresql
 
 
 @pytest.mark.parametrize("scheme", ["postgres", "postgresql", "pgmq"])
 def test_url_of_the_database_is_that_of_the_broker(scheme):
     url = f"{scheme}://user:secret@db.example.com:5433/name?sslmode=require"
-    assert broker.get_url(url) == "pgmq://user:secret@db.example.com:5433/name"
+    assert postgresql.get_url(url) == "pgmq://user:secret@db.example.com:5433/name"
 
 
 class FakePool:
@@ -28,9 +28,9 @@ class FakePool:
 def test_tls_is_that_of_the_database(monkeypatch):
     tls = {"sslmode": "verify-full", "sslrootcert": "/etc/ca.pem"}
     monkeypatch.setitem(connection.settings_dict, "OPTIONS", {"timeout": 20, **tls})
-    monkeypatch.setattr(broker, "ConnectionPool", FakePool)
+    monkeypatch.setattr(postgresql, "ConnectionPool", FakePool)
     url = "pgmq://user:a%20b%27@db.example.com:5433/name"
-    transport = Connection(url, transport_options=broker.get_options(60)).transport
+    transport = Connection(url, transport_options=postgresql.get_options(settings)).transport
     for conninfo in (
         transport._get_pgmq_client().pool.conninfo,
         transport._get_notify_waiter()._dsn,
@@ -41,21 +41,21 @@ def test_tls_is_that_of_the_database(monkeypatch):
 
 
 def test_message_of_a_running_task_is_not_delivered_again():
-    options = broker.get_options(settings.CELERY_TASK_TIME_LIMIT)
+    options = postgresql.get_options(settings)
     assert options["visibility_timeout"] > current_app.conf.task_time_limit
 
 
 def test_names_of_queues_are_valid_short_and_unique():
-    channel = object.__new__(broker.Channel)
+    channel = object.__new__(postgresql.Channel)
     short = channel.entity_name("service.mail")
     assert short == "service_mail"
     names = {channel.entity_name(f"{'long.' * 20}{number}") for number in range(3)}
     assert len(names) == 3
-    assert all(len(name) <= broker.NAME_LENGTH for name in names)
+    assert all(len(name) <= postgresql.NAME_LENGTH for name in names)
 
 
 def test_scheme_has_its_transport():
-    assert resolve_transport("pgmq") is broker.Transport
+    assert resolve_transport("pgmq") is postgresql.Transport
 
 
 @pytest.mark.django_db
@@ -63,7 +63,7 @@ def test_schema_is_installed_once():
     if connection.vendor != "postgresql":
         pytest.skip("PGMQ needs PostgreSQL; set DATABASE_URL")
     for _ in range(2):
-        broker.install()
+        postgresql.install()
     with connection.cursor() as cursor:
         cursor.execute("SELECT count(*) FROM pgmq.list_queues()")
         assert cursor.fetchone() == (0,)
@@ -77,6 +77,6 @@ def test_trigger_that_another_process_creates_at_the_same_time_is_no_error(monke
             raise errors.pop()
 
     monkeypatch.setattr(pgmq.Channel, "_maybe_enable_notify", enable)
-    channel = object.__new__(broker.Channel)
+    channel = object.__new__(postgresql.Channel)
     channel._maybe_enable_notify("mail")
     assert errors == []

@@ -1,36 +1,40 @@
 """Processes: all run under ``python manage.py prodserver``; ``check`` finds what cannot start."""
 
-import re
 import signal
 import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from django.core.management import CommandError
 
+from prodserver_ops.conf import processes
 from prodserver_ops.console import checks
-from prodserver_ops.web import web_backend
-from prodserver_ops.web import web_server
 from prodserver_ops.management.commands import prodserver
 from prodserver_ops.management.commands.prodserver import Command
 
 WORKER = "django_prodserver.backends.workers.celery.CeleryWorker"
 BEAT = "django_prodserver.backends.workers.celery.CeleryBeat"
-APP = "{{ cookiecutter.project_slug }}.celery_app"
+APP = "dummy.celery_app"
 
 
-def test_each_process_of_the_procfile_is_in_the_settings(settings):
-    procfile = (Path(settings.BASE_DIR) / "Procfile").read_text()
-    names = re.findall(r"^\w[\w-]*: python manage.py prodserver (\S+)$", procfile, re.M)
-    assert names
-    assert set(names) <= set(settings.PRODUCTION_PROCESSES)
+def test_default_processes_are_web_worker_and_beat(settings):
+    default = processes.get_default(settings)
+    assert default == settings.PRODUCTION_PROCESSES
+    assert {name: process["BACKEND"] for name, process in default.items()} == {
+        "web": "prodserver_ops.web.gunicorn.Server",
+        "worker": WORKER,
+        "beat": BEAT,
+    }
 
 
-def test_web_listens_where_the_settings_say(settings):
-    address = web_backend.get_address(settings.PRODUCTION_PROCESSES["web"])
-    assert address == (settings.BIND_HOST, settings.PORT)
+def test_arguments_of_celery_add_to_the_usual_ones_or_replace_them(settings):
+    worker = processes.worker(settings, queues="reports", concurrency=1, max_tasks_per_child=9)
+    assert worker["APP"] == APP
+    assert worker["ARGS"].items() > {"queues": "reports", "concurrency": 1}.items()
+    assert worker["ARGS"]["max-tasks-per-child"] == 9
+    assert worker["ARGS"]["pool"] == settings.WORKER_POOL
+    assert processes.beat(settings, max_interval=9)["ARGS"]["max-interval"] == 9
 
 
 def test_list_prints_the_processes(settings, capsys):
@@ -132,14 +136,15 @@ class TestReload:
     def test_missing_watchfiles_is_reported(self, settings, monkeypatch):
         monkeypatch.setattr(prodserver, "watchfiles", None)
         name = next(iter(settings.PRODUCTION_PROCESSES))
-        with pytest.raises(CommandError, match="needs the development dependencies: run uv sync"):
+        with pytest.raises(CommandError, match="--reload needs the package watchfiles"):
             Command().start_process(name, reload=True)
 
-    def test_port_in_use_is_reported(self, settings):
+    @pytest.mark.parametrize("make", [processes.gunicorn, processes.granian, processes.uvicorn])
+    def test_port_in_use_is_reported(self, settings, make):
         settings.BIND_HOST = "127.0.0.1"
         with socket.create_server(("127.0.0.1", 0)) as server:
             port = settings.PORT = server.getsockname()[1]
-            process = {"ARGS": web_server.get_web_arguments(settings)}
+            process = make(settings)
             with pytest.raises(CommandError) as caught:
                 prodserver.check_port(process)
         assert str(caught.value) == (
@@ -148,8 +153,9 @@ class TestReload:
         )
         prodserver.check_port(process)
 
-    def test_process_without_a_port_needs_no_free_port(self):
-        prodserver.check_port({})
+    def test_process_without_a_port_needs_no_free_port(self, settings):
+        prodserver.check_port(processes.worker(settings))
+        prodserver.check_port(processes.gunicorn(settings, bind="unix:/run/web.sock"))
 
     @pytest.mark.parametrize(
         ("ignored", "status"), [(False, -signal.SIGTERM), (True, -signal.SIGKILL)]
@@ -160,5 +166,5 @@ class TestReload:
         code += "print('ready', flush=True); time.sleep(60)"
         with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as child:
             child.stdout.readline()
-            prodserver.stop(child, timeout=1)
+            prodserver.stop(child, timeout=0.2 if ignored else 30)
         assert child.returncode == status

@@ -7,12 +7,13 @@ from types import SimpleNamespace
 
 import pytest
 from amqp import RecoverableConnectionError
-from celery import Celery, current_app
+from celery import Celery
 from kombu import Producer
 from kombu.exceptions import OperationalError
 from kombu.transport import pyamqp, resolve_transport
 
 from prodserver_ops import broker
+from prodserver_ops.broker import rabbitmq
 
 
 @pytest.mark.parametrize(
@@ -20,10 +21,10 @@ from prodserver_ops import broker
     [("amqp", "Transport", "Connection"), ("amqps", "SSLTransport", "SSLConnection")],
 )
 def test_rabbitmq_has_limits(scheme, name, connection):
-    assert current_app.conf.task_default_queue_type == "quorum"
-    assert resolve_transport(scheme) is getattr(production_broker, name)
-    assert resolve_transport(scheme).Connection is getattr(production_broker, connection)
-    assert resolve_transport(scheme).Connection.Channel is broker.Channel
+    assert broker.find(f"{scheme}://mq.example.com").queue_type == "quorum"
+    assert resolve_transport(scheme) is getattr(rabbitmq, name)
+    assert resolve_transport(scheme).Connection is getattr(rabbitmq, connection)
+    assert resolve_transport(scheme).Connection.Channel is rabbitmq.Channel
 
 
 @pytest.mark.parametrize(
@@ -42,7 +43,7 @@ def test_rabbitmq_has_limits(scheme, name, connection):
     ],
 )
 def test_tls_verifies_the_certificate_and_the_name_of_the_server(options, expected):
-    connection = broker.SSLConnection(host="mq.example.com:5671", ssl=options)
+    connection = rabbitmq.SSLConnection(host="mq.example.com:5671", ssl=options)
     assert connection.ssl == expected
 
 
@@ -54,7 +55,7 @@ class Silent:
         raise TimeoutError
 
 
-class SilentChannel(broker.ReplyLimit, Silent):
+class SilentChannel(rabbitmq.ReplyLimit, Silent):
     def __init__(self):
         self.closed = False
         self.connection = SimpleNamespace(collect=lambda: setattr(self, "closed", True))
@@ -64,16 +65,16 @@ def test_a_connection_without_a_reply_is_closed():
     channel = SilentChannel()
     with pytest.raises(RecoverableConnectionError, match="did not reply within 5 seconds"):
         channel.wait("method")
-    assert (channel.waited, channel.closed) == (broker.REPLY_TIMEOUT, True)
+    assert (channel.waited, channel.closed) == (rabbitmq.REPLY_TIMEOUT, True)
 
 
 def test_a_message_without_a_confirmation_is_not_repeated(monkeypatch):
     def fail(*args, **kwargs):
-        raise broker.NoReply("no reply")
+        raise rabbitmq.NoReply("no reply")
 
     monkeypatch.setattr(pyamqp.Channel, "basic_publish_confirm", fail)
     with pytest.raises(OperationalError, match="no reply"):
-        broker.Channel.basic_publish_confirm(object.__new__(broker.Channel))
+        rabbitmq.Channel.basic_publish_confirm(object.__new__(rabbitmq.Channel))
 
 
 class TestBatch:
@@ -97,7 +98,7 @@ class TestBatch:
     def batch(self, channel, monkeypatch):
         monkeypatch.setattr(Producer, "__init__", lambda *args: None)
         monkeypatch.setattr(Producer, "publish", lambda *args, **kwargs: None)
-        batch = broker.BatchProducer(channel)
+        batch = rabbitmq.BatchProducer(channel)
         for _ in range(5):
             batch.publish("body")
         return batch
@@ -123,7 +124,7 @@ class TestBatch:
             batch.wait()
 
     def test_waits_before_too_many_are_open(self, batch, channel, monkeypatch):
-        monkeypatch.setattr(broker.BatchProducer, "LIMIT", 6)
+        monkeypatch.setattr(rabbitmq.BatchProducer, "LIMIT", 6)
         (confirm,) = channel.events["basic_ack"]
         channel.replies.append(partial(confirm, 6, True))
         batch.publish("body")
@@ -132,8 +133,9 @@ class TestBatch:
     def test_fails_if_rabbitmq_is_unavailable(self, monkeypatch):
         # Celery prefers it to the argument.
         monkeypatch.delenv("CELERY_BROKER_URL", raising=False)
+        monkeypatch.setattr("kombu.utils.functional.sleep", lambda seconds: None)
         app = Celery(broker="amqp://127.0.0.1:1", set_as_current=False)
-        batch = broker.open_batch(app)
+        batch = rabbitmq.open_batch(app)
         with pytest.raises(OperationalError, match="refused"), batch:
             pytest.fail("a batch without RabbitMQ")
 
@@ -145,9 +147,9 @@ class TestBatch:
             channel=lambda: channel, connection_errors=(OSError,), channel_errors=()
         )
         app = SimpleNamespace(connection_for_write=lambda **options: nullcontext(connection))
-        monkeypatch.setattr(broker, "BatchProducer", lambda channel: batch)
+        monkeypatch.setattr(rabbitmq, "BatchProducer", lambda channel: batch)
         channel.replies.append(lose)
-        with pytest.raises(OperationalError, match="lost"), broker.open_batch(app):
+        with pytest.raises(OperationalError, match="lost"), rabbitmq.open_batch(app):
             pass
 
     def test_message_is_not_repeated_on_another_connection(self, batch, monkeypatch):

@@ -41,7 +41,8 @@ def test_messages_of_lost_workers_are_looked_for_every_10_seconds():
     assert throttle * Channel.unacked_restore_interval == 10
 
 
-def test_server_that_is_out_of_reach_fails_soon():
+def test_server_that_is_out_of_reach_fails_soon(monkeypatch):
+    monkeypatch.setattr("kombu.utils.functional.sleep", lambda seconds: None)
     options = redis.get_options(settings)
     connection = Connection("redis://127.0.0.1:1/1", transport_options=options)
     with pytest.raises(connection.connection_errors):

@@ -6,8 +6,8 @@ from rest_framework import permissions, response, views
 from rest_framework.settings import api_settings
 from rest_framework.test import APIRequestFactory
 
-from prodserver_ops.core.limits import Limit
 from prodserver_ops.api.throttles import AnonymousThrottle, SharedThrottle
+from prodserver_ops.core.limits import Limit
 
 pytestmark = pytest.mark.django_db
 

@@ -10,8 +10,8 @@ from rest_framework.exceptions import AuthenticationFailed
 from rest_framework.test import APIClient
 
 from prodserver_ops.api import tokens
-from prodserver_ops.models import Token
 from prodserver_ops.api.tokens import TokenAuthentication, create_token
+from prodserver_ops.models import Token
 
 pytestmark = pytest.mark.django_db
 

@@ -1,1 +1,523 @@
-"""x"""
+"""What this library uses, overrides or replaces of other packages, beyond what they document.
+
+Each of these may change with any release of its package: ``library/tests/test_patches.py`` fails
+when one does, or when a use is not listed here.
+"""
+
+from dataclasses import dataclass
+
+#: Called or read as it is.
+USES = "uses"
+
+#: Extended: a method of a subclass that calls the original one, or a class that refers to another.
+OVERRIDES = "overrides"
+
+#: Not run any more, or only in part: its behaviour is copied or given another form.
+REPLACES = "replaces"
+
+
+@dataclass(frozen=True)
+class Patch:
+    """Names of another package, and what this library does with them.
+
+    ``names`` are relative to ``owner``, a package, a module or a class. Each has its signature, without the
+    values of defaults, or "" if it is no function. Where the library depends on what a function
+    does, the first digits of a hash of its source follow. ``where`` are modules of this library,
+    ``request`` is an open public request that may end the need for it.
+    """
+
+    owner: str
+    how: str
+    where: str
+    why: str
+    names: dict[str, str]
+    request: str = "none"
+
+
+PATCHES = (
+    Patch(
+        "amqp",
+        OVERRIDES,
+        "broker.rabbitmq",
+        "RabbitMQ may never reply: each wait has a limit. TLS verifies the name of the server.",
+        {
+            "abstract_channel.AbstractChannel.wait": "(self, method, callback=..., timeout=..., returns_tuple=...) 063f9143",
+            "channel.Channel.basic_publish_confirm": "(self, *args, **kwargs) 1edc1240",
+            "channel.Channel.events": "",
+            "connection.Connection.__init__": "(self, host=..., userid=..., password=..., login_method=...,... 62e249e2",
+            "connection.Connection.collect": "(self) 47fafe17",
+            "abstract_channel.AbstractChannel.connection": "",
+            "connection.Connection.ssl": "",
+            "connection.Connection.host": "",
+            "transport.SSLTransport._wrap_socket_sni": "(self, sock, keyfile=..., certfile=..., server_side=..., cer... 2f704622",
+        },
+    ),
+    Patch(
+        "kombu.transport.pyamqp",
+        OVERRIDES,
+        "broker.rabbitmq",
+        "Connections and channels have those limits.",
+        {"Connection.Channel": "", "Transport.Connection": ""},
+    ),
+    Patch(
+        "kombu.messaging.Producer",
+        OVERRIDES,
+        "broker.rabbitmq",
+        "Publish many messages before the first is confirmed.",
+        {
+            "__init__": "(self, channel, exchange=..., routing_key=..., serializer=..... 174d8b2d",
+            "publish": "(self, body, routing_key=..., delivery_mode=..., mandatory=.... 1e5fb9bf",
+            "channel": "(self)",
+        },
+    ),
+    Patch(
+        "kombu.transport",
+        USES,
+        "broker",
+        "A URL gets a transport of this library.",
+        {"TRANSPORT_ALIASES": ""},
+    ),
+    Patch(
+        "kombu.transport.virtual.base",
+        OVERRIDES,
+        "broker.embedded broker.postgresql",
+        "A worker that has to stop does so soon, and returns messages. Replies find their queue.",
+        {
+            "Channel.__init__": "(self, connection, **kwargs)",
+            "Channel._lookup": "(self, exchange, routing_key, default=...) 49e6b691",
+            "Channel.qos": "(self)",
+            "Transport.drain_events": "(self, connection, timeout=...) 286977bd",
+            "Transport.polling_interval": "",
+            "QoS.restore_at_shutdown": "",
+        },
+    ),
+    Patch(
+        "kombu.transport.filesystem",
+        REPLACES,
+        "broker.embedded",
+        "A file is complete before others see it, and no write of two processes is lost.",
+        {
+            "Channel._put": "(self, queue, payload, **kwargs) b2437893",
+            "Channel._get": "(self, queue) 3d9f10c2",
+            "Channel._queue_bind": "(self, exchange, routing_key, pattern, queue) 1516f7a3",
+            "Channel._exchange_file": "(self, exchange)",
+            "Channel.data_folder_in": "(self)",
+            "Channel.data_folder_out": "(self)",
+            "Channel.control_folder": "(self)",
+            "Transport.Channel": "",
+        },
+    ),
+    Patch(
+        "kombu.transport.pgmq",
+        REPLACES,
+        "broker.postgresql",
+        "TLS and quoted values in the address, long names of queues, and a pool that ends at once.",
+        {
+            "Channel.__init__": "(self, *args, **kwargs)",
+            "Channel.entity_name": "(self, name, table=...) bd90b0b7",
+            "Channel._maybe_enable_notify": "(self, queue, queue_name=...) 13c0c64f",
+            "Channel._pgmq_send_kwargs": "(self, message) 26bba901",
+            "Transport.Channel": "",
+            "Transport._create_pgmq_client": "(self) e1483898",
+            "Transport._get_notify_waiter": "(self) 17461a58",
+            "Transport.close_connection": "(self, connection) 71b74189",
+            "Transport._pgmq_client": "",
+            "Transport._notify_waiter": "",
+            "Transport.client": "",
+            "_NotifyWaiter.__init__": "(self, dsn)",
+        },
+    ),
+    Patch(
+        "pgmq",
+        USES,
+        "broker.postgresql",
+        "PGMQ with that pool, without a server extension.",
+        {"queue.PGMQueue": "", "install.get_embedded_install_sql": "()"},
+    ),
+    Patch(
+        "psycopg.Connection",
+        REPLACES,
+        "core.database",
+        "A frozen server ends no statement: the client limits its wait.",
+        {"wait": "(self, gen, interval=..., timeout=...) 2c1b3980"},
+    ),
+    Patch(
+        "celery.app.base.Celery",
+        OVERRIDES,
+        "worker.app",
+        "A URL from the environment passes the same checks as the setting.",
+        {"_connection": "(self, url, userid=..., password=..., virtual_host=..., port... d5357f23"},
+        "https://github.com/celery/celery/issues/4284",
+    ),
+    Patch(
+        "celery.app",
+        OVERRIDES,
+        "worker.app",
+        "A failed worker has an exit status, a retry without a broker loses no message.",
+        {
+            "base.Celery.start": "(self, argv=...) 431773f8",
+            "base.Celery.Beat": "(self, **kwargs) ff2d9e6b",
+            "base.Celery.task_cls": "",
+            "base.Celery.subclass_with_self": "(self, Class, name=..., attribute=..., reverse=..., keep_red... dda5181f",
+            "task.Task.retry": "(self, args=..., kwargs=..., exc=..., throw=..., eta=..., co... be678e39",
+            "amqp.Queues.new_missing": "(self, name) 4d7f7fd5",
+        },
+    ),
+    Patch(
+        "celery.contrib.django.task.DjangoTask",
+        OVERRIDES,
+        "worker.app",
+        "An unavailable broker fails no request whose transaction is committed.",
+        {"delay_on_commit": "(self, *args, **kwargs) cfdc039b"},
+    ),
+    Patch(
+        "celery.bin",
+        USES,
+        "worker.app",
+        "Commands without the module of the whole command line.",
+        {
+            "base.CLIContext.__init__": "(self, app, no_color, workdir, quiet=...)",
+            "worker.worker": "",
+            "beat.beat": "",
+        },
+    ),
+    Patch(
+        "celery.bin.celery",
+        USES,
+        "web.flower",
+        "Flower is a plugin of the whole command line.",
+        {"celery": ""},
+    ),
+    Patch(
+        "celery.worker",
+        REPLACES,
+        "worker.app worker.failed",
+        "The message of an unknown task goes back instead of being discarded.",
+        {
+            "state.active_requests": "",
+            "consumer.consumer.Consumer.on_unknown_task": "(self, body, message, exc) e1b21bae",
+            "consumer.consumer.Consumer.timer": "",
+            "consumer.consumer.Consumer.app": "",
+        },
+    ),
+    Patch(
+        "celery.apps.beat.Beat",
+        OVERRIDES,
+        "scheduling.beat",
+        "Beat waits for the lease, and stops between two passes.",
+        {
+            "Service": "",
+            "install_sync_handler": "(self, service) e656af35",
+            "start_scheduler": "(self) 319f8661",
+            "setup_logging": "(self, colorize=...)",
+        },
+    ),
+    Patch(
+        "celery.beat.Service",
+        OVERRIDES,
+        "scheduling.beat",
+        "SystemExit that is raised in a query can get lost.",
+        {
+            "get_scheduler": "(self, lazy=..., extension_namespace=...) b71df009",
+            "start": "(self, embedded_process=...) b06f6fb3",
+            "scheduler": "(self)",
+            "_is_shutdown": "",
+        },
+    ),
+    Patch(
+        "celery.beat.Scheduler",
+        REPLACES,
+        "scheduling.scheduler",
+        "Only one beat dispatches, and a run is stored before it is published.",
+        {
+            "tick": "(self, event_t=..., min=..., heappop=..., heappush=...) 91f0969b",
+            "apply_async": "(self, entry, producer=..., advance=..., **kwargs) 89f143cf",
+            "apply_entry": "(self, entry, producer=...) fd3603b1",
+            "producer": "(self)",
+            "max_interval": "",
+            "app": "",
+        },
+        "https://github.com/celery/celery/issues/1495",
+    ),
+    Patch(
+        "celery.beat",
+        USES,
+        "scheduling.scheduler",
+        "Why a run could not be published.",
+        {"SchedulingError": ""},
+    ),
+    Patch(
+        "celery.schedules",
+        REPLACES,
+        "scheduling.crontabs",
+        "It parses the fields; when they are due is this library's, for when the clock changes.",
+        {
+            "crontab.__init__": "(self, minute=..., hour=..., day_of_week=..., day_of_month=.... 5eb05acb",
+            "crontab.remaining_delta": "(self, last_run_at, tz=..., ffwd=...) 95ebbbc5",
+            "ParseException": "",
+        },
+        "https://github.com/celery/celery/issues/10107",
+    ),
+    Patch(
+        "celery.utils.log.LoggingProxy",
+        USES,
+        "core.logs",
+        "Prints become events.",
+        {"__init__": "(self, logger, loglevel=...)"},
+    ),
+    Patch(
+        "sentry_sdk.integrations.celery.beat",
+        USES,
+        "scheduling.scheduler",
+        "They replace Scheduler.apply_entry, which must stay the way to publish.",
+        {
+            "_patch_beat_apply_entry": "() 8167d93f",
+            "_wrap_beat_scheduler": "(original_function) 705a834b",
+        },
+    ),
+    Patch(
+        "django_celery_beat",
+        REPLACES,
+        "scheduling.scheduler",
+        "Several beats may run, and each pass reads the schedules.",
+        {
+            "schedulers.DatabaseScheduler.__init__": "(self, *args, **kwargs)",
+            "schedulers.DatabaseScheduler.setup_schedule": "(self) 3d050562",
+            "schedulers.DatabaseScheduler.all_as_schedule": "(self) f7e5ae43",
+            "schedulers.DatabaseScheduler.sync": "(self) 4ae069c9",
+            "schedulers.ModelEntry.__init__": "(self, model, app=...) bf7da541",
+            "models.PeriodicTask.scheduler": "(self)",
+            "models.PeriodicTask.schedule": "(self)",
+        },
+        "https://github.com/celery/django-celery-beat/issues/337",
+    ),
+    Patch(
+        "django_prodserver.management.base.BaseProcessCommand",
+        OVERRIDES,
+        "management.commands.prodserver management.commands.server management.commands.worker",
+        "Logs, --reload, and errors that name the processes.",
+        {
+            "add_arguments": "(self, parser) 52b779ec",
+            "list_process_names": "(self)",
+            "start_process": "(self, process_name, *args, **kwargs) fe371447",
+            "process_label": "",
+            "backend_base_class": "",
+        },
+    ),
+    Patch(
+        "django_prodserver.backends",
+        REPLACES,
+        "web.flower web.gunicorn worker.app console.processes scheduling.heartbeats",
+        "Flower's password is not an argument; the others start what this library configures.",
+        {
+            "servers.flower.CeleryFlower.start_server": "(self, *args) 94047df1",
+            "servers.gunicorn.GunicornServer.start_server": "(self, *args) 9b62f697",
+            "workers.celery.CeleryWorker.start_server": "(self, *args) cd7556fc",
+            "workers.celery.CeleryBeat.start_server": "(self, *args) e64e360d",
+        },
+    ),
+    Patch(
+        "flower.command",
+        USES,
+        "web.flower",
+        "It reads FLOWER_BASIC_AUTH.",
+        {"apply_env_options": "() be3247b8"},
+    ),
+    Patch(
+        "gunicorn.workers.gthread.ThreadWorker",
+        OVERRIDES,
+        "web.gunicorn_worker",
+        "A worker that ends accepts the connections that wait, which it would reset.",
+        {
+            "__init__": "(self, *args, **kwargs)",
+            "init_process": "(self)",
+            "run": "(self) 7843d111",
+            "set_accept_enabled": "(self, enabled) 3e6737d8",
+        },
+        "https://github.com/benoitc/gunicorn/pull/3612",
+    ),
+    Patch(
+        "gunicorn.workers",
+        REPLACES,
+        "web.gunicorn_worker",
+        "Health checks have threads of their own, and silent connections have none.",
+        {
+            "gthread.ThreadWorker.accept": "(self, listener) 62992d15",
+            "gthread.ThreadWorker.enqueue_req": "(self, conn) 1627cea3",
+            "gthread.ThreadWorker.handle": "(self, conn)",
+            "gthread.ThreadWorker.finish_request": "(self, conn, fs) e8786e0b",
+            "gthread.ThreadWorker.on_pending_socket_readable": "(self, conn, client) 99608ce2",
+            "gthread.ThreadWorker.method_queue": "",
+            "gthread.ThreadWorker.nr_conns": "",
+            "gthread.ThreadWorker.pending_conns": "",
+            "gthread.ThreadWorker.poller": "",
+            "gthread.ThreadWorker.tpool": "",
+            "gthread.TConn.__init__": "(self, cfg, sock, client, server) 565cbe34",
+            "gthread.TConn.timeout": "",
+            "gthread.TConn.sock": "",
+            "base.Worker.init_signals": "(self) 7bd21e3d",
+            "base.Worker.load_wsgi": "(self)",
+            "base.Worker.alive": "",
+            "base.Worker.cfg": "",
+            "base.Worker.sockets": "",
+        },
+    ),
+    Patch(
+        "gunicorn.arbiter.Arbiter",
+        USES,
+        "web.gunicorn_worker",
+        "Where a signal waits that arrives between fork and init_signals.",
+        {"SIG_QUEUE": "", "signal": "(self, sig, frame) e1f5d431"},
+    ),
+    Patch(
+        "gunicorn",
+        OVERRIDES,
+        "web.gunicorn",
+        "Events go to the handlers of LOGGING, and arguments are checked before a start.",
+        {
+            "glogging.Logger.setup": "(self, cfg) ca528641",
+            "glogging.Logger.error_log": "",
+            "config.Config.parser": "(self)",
+            "config.Config.set": "(self, name, value)",
+            "config.Config.worker_class_str": "(self)",
+            "util.load_class": "(uri, default=..., section=...)",
+            "util.parse_address": "(netloc, default_port=...)",
+        },
+    ),
+    Patch(
+        "granian",
+        USES,
+        "web.granian",
+        "Check arguments before a start; log_dictconfig leaves logs alone.",
+        {
+            "Granian.__init__": "(self, target, address=..., port=..., uds=..., uds_permissio... 5293d6c8",
+            "log.LogLevels": "",
+        },
+    ),
+    Patch(
+        "cbs",
+        REPLACES,
+        "conf.environment",
+        "All errors at once; each names the variable and what is expected, without secrets.",
+        {
+            "env.env.__get__": "(self, obj, cls=...) e6e3fd1b",
+            "env.env.env_name": "(self)",
+            "env.env.getter": "",
+            "env.env.cast": "",
+            "env.env.default": "",
+            "env.env.Required": "",
+            "settings.BaseSettings.use": "(cls, default=..., env=...) 9c264931",
+            "settings.BaseSettings.get_settings_instance": "(cls, default=..., env=...) 9cb15f09",
+            "cast.as_bool": "(value)",
+            "cast.as_list": "(value)",
+            "urls.parse_dburl": "(url)",
+        },
+    ),
+    Patch(
+        "csp.middleware",
+        OVERRIDES,
+        "web.csp",
+        "The policy is the setting that Django 6 has.",
+        {
+            "CSPMiddleware.get_policy_parts": "(self, request, response, report_only=...) 797a4ebd",
+            "PolicyParts": "",
+        },
+    ),
+    Patch(
+        "django.core.cache.backends.db.DatabaseCache",
+        USES,
+        "core.limits",
+        "A cache that is not one of CACHES; adding an entry is atomic.",
+        {
+            "__init__": "(self, table, params)",
+            "add": "(self, key, value, timeout=..., version=...) 0c9727de",
+            "get_many": "(self, keys, version=...) 065625bd",
+        },
+    ),
+    Patch(
+        "django.core.mail.message.EmailMessage",
+        OVERRIDES,
+        "mail.composing",
+        "Links in headers stay on one line.",
+        {"message": "(self, *, policy=...)"},
+    ),
+    Patch(
+        "django.contrib.auth.forms.AuthenticationForm",
+        OVERRIDES,
+        "web.logins",
+        "It says when the login is locked.",
+        {"get_invalid_login_error": "(self) 1164aabe"},
+    ),
+    Patch(
+        "django.db.migrations",
+        USES,
+        "console.adoption console.checks console.doctor console.migration_safety management.commands.schedules scheduling.operations",
+        "What is to be migrated, and what migrations create.",
+        {
+            "executor.MigrationExecutor.migration_plan": "(self, targets, clean_start=...)",
+            "executor.MigrationExecutor.apply_migration": "(self, state, migration, fake=..., fake_initial=...)",
+            "loader.MigrationLoader.build_graph": "(self)",
+            "loader.MigrationLoader.project_state": "(self, nodes=..., at_end=...)",
+        },
+    ),
+    Patch(
+        "django.db.backends.base",
+        USES,
+        "console.adoption core.database mail.deliveries worker.record",
+        "Connections outside of requests, and SQL that Django does not write.",
+        {
+            "schema.BaseDatabaseSchemaEditor.effective_default": "(self, field)",
+            "schema.BaseDatabaseSchemaEditor.quote_value": "(self, value)",
+            "base.BaseDatabaseWrapper.close_if_unusable_or_obsolete": "(self) 08f200cf",
+            "base.BaseDatabaseWrapper.get_connection_params": "(self)",
+            "operations.BaseDatabaseOperations.adapt_datetimefield_value": "(self, value)",
+        },
+    ),
+    Patch(
+        "django.utils",
+        USES,
+        "core.logs web.asgi",
+        "No connection is kept for another request's thread; one source of logs.",
+        {
+            "connection.BaseConnectionHandler.settings": "(self)",
+            "log.configure_logging": "(logging_config, logging_settings)",
+        },
+    ),
+    Patch(
+        "django.core.checks",
+        USES,
+        "console.doctor",
+        "What manage.py check runs.",
+        {"run_checks": "(self, app_configs=..., tags=..., include_deployment_checks=... b9ea93be"},
+    ),
+    Patch(
+        "rest_framework",
+        OVERRIDES,
+        "api.throttles api.tokens api.views",
+        "All processes count together; tokens are hashes, and end; a forged cursor is a 404.",
+        {
+            "throttling.BaseThrottle.get_ident": "(self, request) 5f124c84",
+            "throttling.SimpleRateThrottle.allow_request": "(self, request, view) af512e80",
+            "throttling.SimpleRateThrottle.wait": "(self) 0a874742",
+            "throttling.SimpleRateThrottle.parse_rate": "(self, rate)",
+            "throttling.UserRateThrottle.get_cache_key": "(self, request, view)",
+            "pagination.CursorPagination.paginate_queryset": "(self, queryset, request, view=...) b4c342c2",
+            "pagination.CursorPagination.invalid_cursor_message": "",
+            "authentication.TokenAuthentication.authenticate_credentials": "(self, key) 8c99a08d",
+        },
+    ),
+    Patch(
+        "drf_spectacular.management.commands.spectacular.Command",
+        USES,
+        "api.openapi",
+        "The schema as text.",
+        {"handle": "(self, *args, **options)"},
+    ),
+    Patch(
+        "email.headerregistry.HeaderRegistry",
+        OVERRIDES,
+        "mail.composing",
+        "It creates a class for each header of each message.",
+        {"__getitem__": "(self, name) 243ad2d4"},
+    ),
+)

@@ -79,8 +79,17 @@ BROKERS = (
 #: The brokers that are servers, by the scheme of a URL.
 BY_SCHEME = {scheme: broker for broker in BROKERS for scheme in broker.ports}
 
+#: How much later than the longest task a message of a lost worker is delivered again, in seconds.
+VISIBILITY_MARGIN = 60
+
 #: The schemes of brokers that need no server: folders, and the memory of one process.
 EMBEDDED_SCHEMES = ("filesystem", "memory")
+
+
+def get_visibility_timeout(settings: Any) -> int:
+    """Return after how many seconds a broker gives a message of a lost worker to another one."""
+    limit: int = settings.CELERY_TASK_TIME_LIMIT
+    return limit + VISIBILITY_MARGIN
 
 
 def register_transports() -> None:

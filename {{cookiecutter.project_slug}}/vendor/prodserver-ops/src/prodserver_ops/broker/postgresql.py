@@ -20,15 +20,13 @@ from psycopg.conninfo import make_conninfo
 from psycopg_pool import ConnectionPool
 
 from ..core.database import CONNECT_OPTIONS
+from . import get_visibility_timeout
 
 #: The longest name of a queue that PGMQ accepts.
 NAME_LENGTH = 47
 
 #: How long to wait for a connection of the pool, in seconds.
 TIMEOUT = 5
-
-#: How much later than the longest task a message of a lost worker is delivered again, in seconds.
-MARGIN = 60
 
 
 # It warns of each thread that it does not wait for.
@@ -139,8 +137,7 @@ def get_options(settings: Any) -> dict[str, Any]:
         "wait_time_seconds": 0,
         "pool_size": 4,
         "pool_timeout": TIMEOUT,
-        # PostgreSQL gives a message of a worker that is lost to another one after this time.
-        "visibility_timeout": settings.CELERY_TASK_TIME_LIMIT + MARGIN,
+        "visibility_timeout": get_visibility_timeout(settings),
     }
 
 

@@ -18,6 +18,8 @@ from kombu.transport import pyamqp
 #: How long to wait for a reply, such as the confirmation of a message, in seconds.
 REPLY_TIMEOUT = 5
 
+NO_REPLY = f"RabbitMQ did not reply within {REPLY_TIMEOUT} seconds"
+
 
 class NoReply(RecoverableConnectionError):
     """RabbitMQ does not reply; the connection is closed."""
@@ -36,7 +38,7 @@ class ReplyLimit:
         except TimeoutError as error:
             # A late reply would be taken for that of the next request.
             connection.collect()
-            raise NoReply(f"RabbitMQ did not reply within {REPLY_TIMEOUT} seconds") from error
+            raise NoReply(NO_REPLY) from error
 
 
 class Channel(ReplyLimit, pyamqp.Channel):  # type: ignore[misc]
@@ -132,8 +134,7 @@ class BatchProducer(Producer):
             while self.unconfirmed:
                 self.channel.connection.drain_events(timeout=REPLY_TIMEOUT)
         except TimeoutError as error:
-            message = f"RabbitMQ did not reply within {REPLY_TIMEOUT} seconds"
-            raise OperationalError(message) from error
+            raise OperationalError(NO_REPLY) from error
 
 
 @contextmanager

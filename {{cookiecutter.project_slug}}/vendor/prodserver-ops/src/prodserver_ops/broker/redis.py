@@ -2,14 +2,13 @@
 
 from typing import Any
 
+from . import get_visibility_timeout
+
 #: The number of the database if the URL names none: caches and channels use 0.
 DATABASE = 1
 
 #: How long to wait for a connection or a reply, in seconds.
 TIMEOUT = 5
-
-#: How much later than the longest task a message of a lost worker is delivered again, in seconds.
-MARGIN = 60
 
 
 def get_url(url: str) -> str:
@@ -29,8 +28,7 @@ def get_url(url: str) -> str:
 def get_options(settings: Any) -> dict[str, Any]:
     """Return the options of the transport."""
     return {
-        # Redis gives a message of a worker that is lost to another one after this time.
-        "visibility_timeout": settings.CELERY_TASK_TIME_LIMIT + MARGIN,
+        "visibility_timeout": get_visibility_timeout(settings),
         # Look for such messages every 10 seconds; kombu's default is 100.
         "unacked_restore_throttle": 1,
         "socket_connect_timeout": TIMEOUT,

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from celery import current_app
-from django.apps import AppConfig
 from django.conf import settings
 from django.core import checks, mail
 from django.core.exceptions import ImproperlyConfigured
@@ -23,11 +22,11 @@ from ..scheduling.operations import (
     get_migrations,
 )
 
+Messages = list[checks.CheckMessage]
+
 
 @checks.register
-def check_schedules(
-    app_configs: Sequence[AppConfig] | None, **kwargs: Any
-) -> list[checks.CheckMessage]:
+def check_schedules(app_configs: Any = None, **kwargs: Any) -> Messages:
     """Report schedules that cannot run, and migrations of schedules that may run too early."""
     current_app.autodiscover_tasks(force=True)
     # The service's first migration does not exist while makemigrations creates it.
@@ -38,7 +37,7 @@ def check_schedules(
     except (NodeNotFoundError, CircularDependencyError) as error:
         return [checks.Error(str(error), id="schedules.E003")]
     schedules: dict[str, tuple[CreateSchedule, str]] = {}
-    messages: list[checks.CheckMessage] = []
+    messages: Messages = []
     for key, migration in plan:
         name = ".".join(key)
         operations = [
@@ -69,9 +68,7 @@ def check_schedules(
 
 
 @checks.register
-def check_database(
-    app_configs: Sequence[AppConfig] | None, **kwargs: Any
-) -> list[checks.CheckMessage]:
+def check_database(app_configs: Any = None, **kwargs: Any) -> Messages:
     """Report a pooler that does not keep sessions."""
     if problem := find_pooler():
         return [checks.Error(problem, id="database.E001")]
@@ -79,9 +76,7 @@ def check_database(
 
 
 @checks.register
-def check_time_zone(
-    app_configs: Sequence[AppConfig] | None, **kwargs: Any
-) -> list[checks.CheckMessage]:
+def check_time_zone(app_configs: Any = None, **kwargs: Any) -> Messages:
     """Report times without a time zone, which are ambiguous when clocks change."""
     if settings.USE_TZ:
         return []
@@ -91,9 +86,7 @@ def check_time_zone(
 
 
 @checks.register(deploy=True)
-def check_email(
-    app_configs: Sequence[AppConfig] | None, **kwargs: Any
-) -> list[checks.CheckMessage]:
+def check_email(app_configs: Any = None, **kwargs: Any) -> Messages:
     """Report a mail server that gets its password in clear, and one that cannot be used."""
     if settings.EMAIL_USE_TLS and settings.EMAIL_USE_SSL:
         problem = "EMAIL_USE_TLS and EMAIL_USE_SSL are both on; a mail server supports one of them."
@@ -117,9 +110,7 @@ def check_email(
 
 
 @checks.register(deploy=True)
-def check_schema(
-    app_configs: Sequence[AppConfig] | None, **kwargs: Any
-) -> list[checks.CheckMessage]:
+def check_schema(app_configs: Any = None, **kwargs: Any) -> Messages:
     """Report that the file with the schema of the API is missing."""
     path = schema.get_path()
     if path.exists() or not is_served(schema.view):
@@ -138,8 +129,8 @@ def is_served(view: Any, resolver: Any = None) -> bool:
 
 @checks.register(checks.Tags.database)
 def check_history(
-    app_configs: Sequence[AppConfig] | None, databases: Sequence[str] | None = None, **kwargs: Any
-) -> list[checks.CheckMessage]:
+    app_configs: Any = None, databases: Sequence[str] | None = None, **kwargs: Any
+) -> Messages:
     """Report a database that was another service's; ``migrate`` would fail, or miss tables."""
     from . import adoption
 
@@ -156,8 +147,8 @@ def check_history(
 
 @checks.register(checks.Tags.database)
 def check_migrations(
-    app_configs: Sequence[AppConfig] | None, databases: Sequence[str] | None = None, **kwargs: Any
-) -> list[checks.CheckMessage]:
+    app_configs: Any = None, databases: Sequence[str] | None = None, **kwargs: Any
+) -> Messages:
     """Report migrations to be applied that break the previous version."""
     from . import migration_safety
 
@@ -167,13 +158,11 @@ def check_migrations(
 
 
 @checks.register
-def check_processes(
-    app_configs: Sequence[AppConfig] | None, **kwargs: Any
-) -> list[checks.CheckMessage]:
+def check_processes(app_configs: Any = None, **kwargs: Any) -> Messages:
     """Report the processes that cannot start."""
     from . import processes
 
-    messages: list[checks.CheckMessage] = []
+    messages: Messages = []
     if processes.runs_other_commands():
         messages.append(
             checks.Error(

@@ -140,6 +140,8 @@ def check_email() -> Result:
     if api := getattr(settings, "EMAIL_API", None):
         with mail.get_connection():
             return Result(f"the API of {api[0]}; only its settings are checked")
+    if not any(map(settings.is_overridden, ("EMAIL_BACKEND", "EMAIL_HOST", "EMAIL_PORT"))):
+        return Result("not configured")
     if backend != "smtp":
         return Result(f"no server; messages go to Django's {backend} backend")
     with mail.get_connection(timeout=REPLY_TIMEOUT):

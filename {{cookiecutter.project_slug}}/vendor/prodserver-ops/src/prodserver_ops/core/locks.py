@@ -4,26 +4,11 @@ import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any
 
 from django.conf import settings
 from django.db import connection as default_connection
 from django.db.backends.base.base import BaseDatabaseWrapper
-
-
-class Lock(Protocol):
-    """A named lock; ``connection`` is the database connection that holds it."""
-
-    connection: BaseDatabaseWrapper
-
-    def acquire(self) -> bool:
-        """Try to take the lock without waiting; return whether it is held now."""
-
-    def is_held(self) -> bool:
-        """Return whether this object still holds the lock."""
-
-    def release(self) -> None:
-        """Release the lock."""
 
 
 class AdvisoryLock:
@@ -87,7 +72,7 @@ class FileLock:
         self.file = None
 
 
-def get_lock(name: str, connection: Any = default_connection) -> Lock:
+def get_lock(name: str, connection: Any = default_connection) -> AdvisoryLock | FileLock:
     """Return the lock of that name, not acquired yet."""
     lock_class = AdvisoryLock if connection.vendor == "postgresql" else FileLock
     return lock_class(name, connection)

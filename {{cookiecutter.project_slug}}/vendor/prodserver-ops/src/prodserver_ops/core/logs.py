@@ -73,9 +73,11 @@ def configure(process: str) -> None:
     """Send all logs and prints of this process to stdout, under the given process name."""
     global _process, _stream
     _process = process
-    # A forked process of a web server inherits the proxy that is set below.
-    if not isinstance(sys.stdout, LoggingProxy):
-        _stream = sys.stdout
+    # A forked process of a web server inherits the proxy that is set below. A project's own
+    # LOGGING may name sys.stdout, and the proxy would write to itself.
+    if isinstance(sys.stdout, LoggingProxy) and _stream is not None:
+        sys.stdout = sys.__stdout__ = _stream  # type: ignore[assignment, misc]
+    _stream = sys.stdout
     configure_logging(settings.LOGGING_CONFIG, settings.LOGGING)
     logging.captureWarnings(True)
     # No format shows these: https://docs.python.org/3/howto/logging.html#optimization

@@ -168,31 +168,35 @@ def register[M: Message](message_class: type[M]) -> type[M]:
     return message_class
 
 
+def _select[M: Message](kind: type[M]) -> dict[str, M]:
+    return {name: each for name, each in registry.items() if isinstance(each, kind)}
+
+
+def _get[M: Message](kind: type[M], name: str) -> M:
+    messages, word = _select(kind), kind.__name__.lower()
+    if name not in messages:
+        raise ValueError(f"no {word} {name!r}; the {word}s are: {', '.join(messages)}")
+    return messages[name]
+
+
 def get_digests() -> dict[str, Digest]:
     """Return all registered digests by name."""
-    return {name: each for name, each in registry.items() if isinstance(each, Digest)}
+    return _select(Digest)
 
 
 def get_digest(name: str) -> Digest:
     """Return the digest of that name; raise ValueError if there is none."""
-    digests = get_digests()
-    if name not in digests:
-        raise ValueError(f"no digest {name!r}; the digests are: {', '.join(digests)}")
-    return digests[name]
+    return _get(Digest, name)
 
 
 def get_notifications() -> dict[str, Notification]:
     """Return all registered notifications by name."""
-    return {name: each for name, each in registry.items() if isinstance(each, Notification)}
+    return _select(Notification)
 
 
 def get_notification(name: str) -> Notification:
     """Return the notification of that name; raise ValueError if there is none."""
-    notifications = get_notifications()
-    if name not in notifications:
-        names = ", ".join(notifications)
-        raise ValueError(f"no notification {name!r}; the notifications are: {names}")
-    return notifications[name]
+    return _get(Notification, name)
 
 
 def email_of(user: Any) -> str:

@@ -9,7 +9,6 @@ late or leaves a run out (celery #6438, #10107; django-celery-beat #134, #194).
 """
 
 from bisect import bisect_right
-from calendar import monthrange
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, time, timedelta
@@ -84,7 +83,7 @@ def parse(*fields: str, zone: str = "UTC") -> Crontab:
         parsed: Any = parse_fields(**values)
     except (ParseException, ZeroDivisionError) as error:
         raise ValueError(str(error)) from error
-    crontab = Crontab(
+    return Crontab(
         frozenset(parsed.minute),
         frozenset(parsed.hour),
         frozenset(parsed.day_of_month),
@@ -92,10 +91,6 @@ def parse(*fields: str, zone: str = "UTC") -> Crontab:
         frozenset(parsed.day_of_week),
         ZoneInfo(zone),
     )
-    # In a leap year; each date is on each weekday in some year.
-    if not any(min(crontab.days) <= monthrange(2000, month)[1] for month in crontab.months):
-        raise ValueError("it is never due")
-    return crontab
 
 
 @lru_cache(maxsize=2000)

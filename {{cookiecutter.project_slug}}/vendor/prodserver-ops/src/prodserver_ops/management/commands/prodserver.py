@@ -116,7 +116,7 @@ class Command(BaseProcessCommand):
     def run_with_reload(self, name: str) -> None:
         """Run the process, and restart it when a file in a Python package changes."""
         if watchfiles is None:
-            raise CommandError("--reload needs the development dependencies: run uv sync")
+            raise CommandError("--reload needs the package watchfiles, a development dependency")
         process = settings.PRODUCTION_PROCESSES[name]
         check_port(process)
         # A worker completes its running tasks first. run_process() of watchfiles cannot

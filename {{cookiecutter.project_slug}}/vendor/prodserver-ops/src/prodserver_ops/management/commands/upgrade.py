@@ -130,8 +130,9 @@ def read_state() -> dict[str, Any]:
     """Return version and commit of the template, and what the service has now."""
     base = Path(settings.BASE_DIR)
     record = json.loads((base / RECORD).read_text())
-    text = "\n".join(path.read_text() for path in base.glob("*/settings.py"))
-    text += Path(__file__).parents[2].joinpath("settings.py").read_text()
+    # The library in the service's folder is of the version that its files have.
+    paths = [*base.glob("*/settings.py"), *base.glob("vendor/*/src/prodserver_ops/conf/*.py")]
+    text = "\n".join(path.read_text() for path in paths)
     return {
         "template": record["template"],
         "commit": record["commit"],

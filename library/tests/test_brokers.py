@@ -1,0 +1,134 @@
+"""The brokers that are servers: a worker runs what was queued, on each of them."""
+
+from queue import Empty, Queue
+from types import SimpleNamespace
+from uuid import uuid4
+
+import pytest
+import services
+from celery import current_app
+from celery.exceptions import Reject
+from dummy.settings import TestSettings
+from kombu.transport import resolve_transport
+
+from prodserver_ops import broker
+from prodserver_ops.conf.environment import evaluate
+from prodserver_ops.worker import failed
+from prodserver_ops.worker.app import CeleryApp, get_failed_queue, make_failed_queue
+
+pytestmark = pytest.mark.django_db(transaction=True, serialized_rollback=True)
+
+
+@pytest.fixture(params=list(services.URLS))
+def app(request, make_part, settings, monkeypatch):
+    """The Celery app of a service that uses this broker, with queues of its own."""
+    monkeypatch.setenv("CELERY_BROKER_URL", make_part(request.param))
+    package = {"PACKAGE": f"sample_{uuid4().hex[:8]}"}
+    values = evaluate(type("SampleSettings", (TestSettings,), package)())
+    for name, value in values.items():
+        if name.startswith("CELERY_"):
+            setattr(settings, name, value)
+    before = current_app._get_current_object()
+    app = CeleryApp(package["PACKAGE"], set_as_current=False)
+    app.config_from_object(SimpleNamespace(**values), namespace="CELERY")
+    assert broker.find(app.conf.broker_url).module == request.param
+    yield app
+    if request.param == services.RABBITMQ:
+        delete_all(app)
+    app.close()
+    # A worker makes its app the default one.
+    before.set_current()
+    before.set_default()
+
+
+def delete_all(app):
+    """Delete the queues and exchanges of a service."""
+    name = app.conf.task_default_queue
+    with app.connection_for_write() as connection:
+        channel = connection.default_channel
+        for queue in (name, f"{name}.mail", f"{name}.failed"):
+            channel.queue_delete(queue)
+        for exchange in (name, f"{name}.failed", f"{name}.pidbox", f"reply.{name}.pidbox"):
+            channel.exchange_delete(exchange)
+
+
+@pytest.fixture
+def note(app):
+    """A task that notes its argument; ``note.done`` is the queue of the arguments."""
+
+    @app.task(name="sample.note", bind=True, shared=False)
+    def note(self, value):
+        note.done.put(value)
+
+    note.done = Queue()
+    return note
+
+
+def get_all(done, count):
+    values = sorted(done.get(timeout=30) for _ in range(count))
+    with pytest.raises(Empty):
+        done.get_nowait()
+    return values
+
+
+def count(app, *names):
+    return list(broker.count_messages(app, names, 5).values())
+
+
+def test_worker_runs_each_task_once(app, note, run_worker):
+    note.delay(0)
+    note.apply_many((number,) for number in range(1, 50))
+    with run_worker(app):
+        assert get_all(note.done, 50) == list(range(50))
+    assert count(app, app.conf.task_default_queue) == [0]
+
+
+def test_task_may_be_delayed(app, note, run_worker):
+    with run_worker(app):
+        note.apply_async([1], countdown=1)
+        with pytest.raises(Empty):
+            note.done.get(timeout=0.5)
+        assert get_all(note.done, 1) == [1]
+
+
+def test_rejected_message_is_delivered_again(app, run_worker):
+    done, numbers = Queue(), iter(range(3))
+
+    @app.task(name="sample.reject", shared=False)
+    def reject():
+        number = next(numbers)
+        done.put(number)
+        if number < 2:
+            raise Reject("try again", requeue=True)
+
+    reject.delay()
+    with run_worker(app):
+        assert get_all(done, 3) == [0, 1, 2]
+    assert count(app, app.conf.task_default_queue) == [0]
+
+
+def test_messages_of_each_queue_are_counted(app, note):
+    names = [app.conf.task_default_queue, f"{app.conf.task_default_queue}.mail", "no.such.queue"]
+    for _ in range(2):
+        note.delay(1)
+    note.apply_async([1], queue=names[1])
+    assert count(app, *names) == [2, 1, 0]
+
+
+def test_failed_task_runs_again(app, note, run_worker):
+    note.apply_async([7], queue=make_failed_queue(app))
+    assert count(app, get_failed_queue()) == [1]
+    assert failed.requeue(app, lambda message: False) == 0
+    assert failed.requeue(app, lambda message: True) == 1
+    assert count(app, get_failed_queue()) == [0]
+    with run_worker(app):
+        assert get_all(note.done, 1) == [7]
+
+
+def test_connection_has_the_options_of_its_module(app):
+    url = broker.get_url(app.conf.broker_url)
+    with app.connection_for_write() as connection:
+        assert isinstance(connection.transport, resolve_transport(broker.get_scheme(url)))
+        options = broker.get_options(url, TestSettings())
+        assert options
+        assert connection.transport_options.items() >= options.items()
