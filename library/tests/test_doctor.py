@@ -306,7 +306,7 @@ class TestSchedules:
         [
             ({"task": "no.such.task"}, "its task does not exist: no.such.task"),
             ({"crontab": None}, "it has neither a crontab nor an interval"),
-            ({"args": "["}, "JSONDecodeError"),
+            ({"args": "["}, "its args is not valid JSON: JSONDecodeError"),
         ],
     )
     def test_schedule_that_beat_cannot_run_is_an_error(self, fields, problem):

@@ -39,6 +39,11 @@ def coalescing():
     pass
 
 
+@shared_task(name="ops-test.exclusive", without_overlapping=True)
+def exclusive():
+    pass
+
+
 class Clock:
     """The clock of the database, as a pass sees it."""
 
@@ -524,6 +529,41 @@ class TestCoalescing:
         assert isinstance(tasks.resume_deliveries._get_current_object(), CoalescingTask)
         assert isinstance(delete_records._get_current_object(), CoalescingTask)
         assert not isinstance(tasks.send_notification._get_current_object(), CoalescingTask)
+
+
+class TestWithoutOverlapping:
+    @pytest.fixture
+    def running(self, scheduler, published):
+        """The headers of a run that a worker has started."""
+        make(task=exclusive.name, last_run_at=NOW - 10 * MINUTE)
+        scheduler.tick()
+        ((_, headers),) = published
+        assert claims.claim(headers)
+        return headers
+
+    def tick_later(self, scheduler, clock):
+        clock.now += 10 * MINUTE
+        scheduler.tick()
+
+    def test_run_is_left_out_while_the_last_one_is_at_work(
+        self, running, scheduler, clock, published
+    ):
+        self.tick_later(scheduler, clock)
+        assert len(published) == 1
+
+    def test_run_is_queued_after_the_last_one_has_ended(self, running, scheduler, clock, published):
+        exclusive.apply(headers=running)
+        self.tick_later(scheduler, clock)
+        assert len(published) == 2
+
+    def test_run_of_a_worker_that_was_lost_ends_with_its_time_limit(
+        self, running, scheduler, clock, published, settings
+    ):
+        ScheduleRun.objects.update(
+            started_at=F("started_at") - timedelta(seconds=settings.CELERY_TASK_TIME_LIMIT)
+        )
+        self.tick_later(scheduler, clock)
+        assert len(published) == 2
 
 
 class TestRecords:

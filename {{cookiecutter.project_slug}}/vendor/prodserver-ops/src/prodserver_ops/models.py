@@ -178,7 +178,8 @@ class ScheduleRun(models.Model):
     ``scheduling/scheduler.py``.
 
     A beat claims it before it publishes it, and each claim is an attempt. ``started_by`` is the
-    number of the attempt whose message a worker runs.
+    number of the attempt whose message a worker runs. ``finished_at`` is stored for tasks
+    that must not overlap.
     """
 
     schedule = models.ForeignKey(
@@ -191,6 +192,7 @@ class ScheduleRun(models.Model):
     published_at = models.DateTimeField(null=True)
     started_by = models.PositiveIntegerField(null=True)
     started_at = models.DateTimeField(null=True)
+    finished_at = models.DateTimeField(null=True)
 
     class Meta:
         constraints = [

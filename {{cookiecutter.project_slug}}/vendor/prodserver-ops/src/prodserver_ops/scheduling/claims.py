@@ -1,4 +1,4 @@
-"""Runs of schedules: a worker runs the first message of a run that it gets."""
+"""Runs of schedules: a worker runs the first message of a run that it gets, and notes its end."""
 
 import logging
 from typing import Any
@@ -29,3 +29,14 @@ def claim(headers: dict[str, Any]) -> bool:
     except (DatabaseError, InterfaceError) as error:
         logger.warning("The start of a run is not recorded: %s", type(error).__name__)
         return True
+
+
+def finish(headers: dict[str, Any]) -> None:
+    """Record that the task of a message has ended, so that the next run may start."""
+    try:
+        runs = ScheduleRun.objects.filter(
+            pk=headers.get("schedule_run"), started_by=headers.get("schedule_attempt")
+        )
+        runs.update(finished_at=Now())
+    except (DatabaseError, InterfaceError) as error:
+        logger.warning("The end of a run is not recorded: %s", type(error).__name__)

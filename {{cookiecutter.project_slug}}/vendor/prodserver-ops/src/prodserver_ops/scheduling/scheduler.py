@@ -133,15 +133,15 @@ class Scheduler(DatabaseScheduler):  # type: ignore[misc]
             stored = [(due, row) for due, row in runs if row.pk in unchanged]
             if not stored:
                 return
-            waiting = self.find_waiting([row for _, row in stored])
+            busy = self.find_busy([row for _, row in stored])
             # An earlier run that could not be published is left out.
-            earlier = ScheduleRun.objects.filter(schedule__in=unchanged - waiting)
+            earlier = ScheduleRun.objects.filter(schedule__in=unchanged - busy)
             earlier.filter(published_at=None, claimed_at=None).delete()
             ScheduleRun.objects.bulk_create(
                 [
                     ScheduleRun(schedule=row, due_at=due)
                     for due, row in stored
-                    if row.pk not in waiting
+                    if row.pk not in busy
                 ],
                 ignore_conflicts=True,
             )
@@ -155,22 +155,28 @@ class Scheduler(DatabaseScheduler):  # type: ignore[misc]
                 enabled=Case(When(one_off=True, then=False), default=True),
             )
 
-    def find_waiting(self, rows: Collection[PeriodicTask]) -> set[int]:
-        """Return the keys of the schedules whose task coalesces and still waits in the queue."""
-        coalescing = [
-            row.pk
-            for row in rows
-            if getattr(self.app.tasks.get(row.task), "coalesces", False)
-        ]
-        if not coalescing:
+    def find_busy(self, rows: Collection[PeriodicTask]) -> set[int]:
+        """Return the keys of the schedules whose next run is left out.
+
+        The last run of a task that coalesces still waits in the queue; that of a task that must
+        not overlap waits, or is at work.
+        """
+        tasks = {row.pk: self.app.tasks.get(row.task) for row in rows}
+        waits = {pk for pk, task in tasks.items() if getattr(task, "coalesces", False)}
+        works = {pk for pk, task in tasks.items() if getattr(task, "without_overlapping", False)}
+        if not waits | works:
             return set()
-        waiting = ScheduleRun.objects.filter(
-            schedule__in=coalescing, published_at__isnull=False, started_at=None
+        published = ScheduleRun.objects.filter(
+            schedule__in=waits | works, published_at__isnull=False, finished_at=None
         )
+        waiting = Q(started_at=None)
         if heartbeats.get_alive() & set(heartbeats.get_workers()):
             # A message that waits for longer may be lost.
-            waiting = waiting.filter(published_at__gt=Now() - MAX_WAIT)
-        return set(waiting.values_list("schedule", flat=True))
+            waiting &= Q(published_at__gt=Now() - MAX_WAIT)
+        # The task of a worker that was lost ends with its time limit.
+        limit = timedelta(seconds=settings.CELERY_TASK_TIME_LIMIT)
+        at_work = Q(schedule__in=works, started_at__gt=Now() - limit)
+        return set(published.filter(waiting | at_work).values_list("schedule", flat=True))
 
     # Publishing
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from celery import current_app
 from django.db.models import OuterRef, Subquery
+from django.utils import timezone
 from django_celery_beat.models import PeriodicTask
 
 from ..models import ScheduleTiming
@@ -111,8 +112,11 @@ def _get_schedule(row: PeriodicTask) -> Any:
 def get_since(row: PeriodicTask) -> datetime:
     """Return since when a schedule has its present timing."""
     timing: ScheduleTiming | None = getattr(row, "ops_timing", None)
-    since: datetime = row.date_changed if timing is None else timing.since
-    return since
+    if timing is not None:
+        return timing.since
+    # A new row has no date yet.
+    changed: datetime = row.date_changed or timezone.now()
+    return changed
 
 
 def get_signature(row: PeriodicTask) -> str:

@@ -29,14 +29,17 @@ def find_problems(row: PeriodicTask) -> dict[str, str]:
 
 def check(row: PeriodicTask) -> None:
     """Raise InvalidSchedule with the first reason why a schedule cannot run."""
-    for field, problem in find_problems(row).items():
-        raise InvalidSchedule(f"{field}: {problem}")
+    _raise_first(_find_problems(row))
 
 
 def check_arguments(row: PeriodicTask) -> None:
     """Raise InvalidSchedule if arguments or headers of a schedule are not what a message needs."""
-    for field, problem in _find_json_problems(row):
-        raise InvalidSchedule(f"{field}: {problem}")
+    _raise_first(_find_json_problems(row))
+
+
+def _raise_first(problems: Iterator[tuple[str, str]]) -> None:
+    for field, problem in problems:
+        raise InvalidSchedule(problem if problem.startswith("it") else f"its {field} {problem}")
 
 
 def _find_problems(row: PeriodicTask) -> Iterator[tuple[str, str]]:
@@ -76,14 +79,15 @@ def _find_argument_problem(row: PeriodicTask) -> Iterator[tuple[str, str]]:
             bind(*args, **kwargs)
     except TypeError as error:
         _, _, reason = str(error).partition("() ")
-        yield "kwargs" if "keyword argument" in reason else "args", f"the task {reason or error}"
+        field = "kwargs" if "keyword argument" in reason else "args"
+        yield field, f"does not fit the task: {reason or error}"
 
 
 def _find_queue_problems(row: PeriodicTask) -> Iterator[tuple[str, str]]:
     """Compare the queue with those that workers consume: no other is read."""
     names = [queue.name for queue in settings.CELERY_TASK_QUEUES]
     if row.queue and row.queue not in names:
-        yield "queue", f"no worker reads it; the queues are: {', '.join(names)}"
+        yield "queue", f"is read by no worker; the queues are: {', '.join(names)}"
     for field in ("exchange", "routing_key"):
         if getattr(row, field) and not row.queue:
             yield field, "needs the name of the queue"
@@ -96,7 +100,7 @@ def _find_timing_problem(row: PeriodicTask, now: datetime) -> str:
     except InvalidSchedule as error:
         return str(error)
     except (ValueError, OverflowError, TypeError) as error:
-        return f"is never due: {error}"
+        return f"cannot be used: {error}"
     return ""
 
 

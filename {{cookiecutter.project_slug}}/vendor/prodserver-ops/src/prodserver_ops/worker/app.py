@@ -16,6 +16,7 @@ import django
 from celery import Celery, signals
 from celery.contrib.django.task import DjangoTask
 from celery.exceptions import Reject
+from celery.states import RETRY
 from django.conf import settings
 from django.db import InterfaceError, OperationalError, transaction
 from django.utils import timezone
@@ -64,11 +65,13 @@ class Task(DjangoTask[Any, Any]):
     """The base class of every task of the service.
 
     A task is tried again, up to three times, if the database is unavailable or ends its query;
-    ``@shared_task(autoretry_for=())`` turns that off.
+    ``@shared_task(autoretry_for=())`` turns that off. With ``@shared_task(without_overlapping=True)``
+    beat leaves out the runs of a schedule that are due while an earlier one waits or is at work.
     https://docs.celeryq.dev/en/stable/userguide/tasks.html#automatic-retry-for-known-exceptions
     """
 
     coalesces = False
+    without_overlapping = False
     autoretry_for = (OperationalError, InterfaceError)
     retry_backoff = 20  # Wait up to 20, 40 and 80 seconds.
 
@@ -93,6 +96,15 @@ class Task(DjangoTask[Any, Any]):
             # Any other exception would drop the message.
             raise Reject(error, requeue=True) from error
         raise Reject("delivered too often", requeue=False)
+
+    def after_return(
+        self, status: str, retval: Any, task_id: str, args: Any, kwargs: Any, einfo: Any
+    ) -> None:
+        """Let the next run of a schedule start, if they must not overlap."""
+        from ..scheduling.claims import finish
+
+        if self.without_overlapping and status != RETRY:
+            finish(self.request.headers or {})
 
     def apply_async(  # type: ignore[override]
         self, args: Any = None, kwargs: Any = None, **options: Any
