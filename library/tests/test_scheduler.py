@@ -1,5 +1,6 @@
 """The scheduler: what is due is queued once, whatever fails in between."""
 
+from contextlib import contextmanager
 from datetime import UTC, timedelta
 
 import pytest
@@ -449,6 +450,25 @@ class TestPublishing:
         assert (same, same.attempts) == (run, 2)
         assert scheduler.publish_batch([same])
         assert scheduler.claim_runs() == []
+
+    def test_beat_that_is_paused_after_its_claim_keeps_its_number(
+        self, scheduler, published, monkeypatch
+    ):
+        """Otherwise its message would have the number of the beat that took over."""
+        make(last_run_at=NOW - 10 * MINUTE)
+        (row,) = scheduler.get_rows()
+        scheduler.store_runs([(NOW, row)])
+        short_transaction = module.short_transaction
+
+        @contextmanager
+        def claim_by_another_beat():
+            with short_transaction():
+                yield
+            ScheduleRun.objects.update(attempts=2)
+
+        monkeypatch.setattr(module, "short_transaction", claim_by_another_beat)
+        (run,) = scheduler.claim_runs()
+        assert run.attempts == 1
 
     def test_run_that_failed_before_is_published_alone(self, scheduler, published, monkeypatch):
         for name in ("a", "b", "c"):

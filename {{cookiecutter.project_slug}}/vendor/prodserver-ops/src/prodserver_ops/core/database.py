@@ -4,12 +4,14 @@ By default neither Django nor PostgreSQL limits how long a client waits for a se
 frozen or out of reach.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from django.conf import settings
-from django.db import DEFAULT_DB_ALIAS, connections
+from django.db import DEFAULT_DB_ALIAS, connection, connections, transaction
 from django.db.backends.base.base import BaseDatabaseWrapper
 
 if TYPE_CHECKING:
@@ -108,6 +110,16 @@ def _wait(
         # The result may still arrive, as that of another statement.
         raw.pgconn.finish()
         raise psycopg.OperationalError("the server does not respond") from error
+
+
+@contextmanager
+def short_transaction() -> Iterator[None]:
+    """Open a transaction whose locks end within seconds, even if the process is paused in it."""
+    with transaction.atomic():
+        if connection.vendor == "postgresql":
+            with connection.cursor() as cursor:
+                cursor.execute("SET LOCAL idle_in_transaction_session_timeout = '2s'")
+        yield
 
 
 # Poolers

@@ -11,15 +11,13 @@ gets, and ignores another one. Times are those of the database.
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Sequence
 from datetime import datetime, timedelta
 from itertools import batched
 from typing import Any
 
 from celery.beat import SchedulingError
 from django.conf import settings
-from django.db import connection, transaction
 from django.db.models import Case, DateTimeField, F, Q, When
 from django.db.models.functions import Now
 from django.utils import timezone
@@ -28,6 +26,7 @@ from django_celery_beat.schedulers import DatabaseScheduler, ModelEntry
 from kombu.exceptions import OperationalError
 
 from .. import broker
+from ..core.database import short_transaction
 from ..models import ScheduleRun
 from . import heartbeats
 from .timing import RELATIONS, get_due, get_next, note_changes
@@ -49,16 +48,6 @@ CLAIM = timedelta(seconds=4)
 
 #: The age of what a pass has read, in seconds, from which it starts again: it may be outdated.
 MAX_AGE = 10
-
-
-@contextmanager
-def short_transaction() -> Iterator[None]:
-    """Open a transaction whose locks end within seconds, even if the process is paused in it."""
-    with transaction.atomic():
-        if connection.vendor == "postgresql":
-            with connection.cursor() as cursor:
-                cursor.execute("SET LOCAL idle_in_transaction_session_timeout = '2s'")
-        yield
 
 
 class Scheduler(DatabaseScheduler):  # type: ignore[misc]
@@ -206,15 +195,19 @@ class Scheduler(DatabaseScheduler):  # type: ignore[misc]
         free = Q(claimed_at=None) | Q(claimed_at__lt=Now() - CLAIM)
         rows = ScheduleRun.objects.filter(free, published_at=None).order_by("attempts", "due_at")
         with short_transaction():
-            locked = rows.select_for_update(skip_locked=True).values_list("pk", flat=True)
-            keys = list(locked[:CLAIMED])
-            if not keys:
+            locked = rows.select_for_update(skip_locked=True).values_list("pk", "attempts")
+            attempts = dict(locked[:CLAIMED])
+            if not attempts:
                 return []
-            claimed = ScheduleRun.objects.filter(pk__in=keys)
+            claimed = ScheduleRun.objects.filter(pk__in=attempts)
             claimed.update(claimed_at=Now(), attempts=F("attempts") + 1)
-        return list(
-            claimed.order_by("due_at").select_related(*(f"schedule__{name}" for name in RELATIONS))
+        runs = claimed.order_by("due_at").select_related(
+            *(f"schedule__{name}" for name in RELATIONS)
         )
+        for run in runs:
+            # Another beat may have claimed the run since, if this process was paused.
+            run.attempts = attempts[run.pk] + 1
+        return list(runs)
 
     def publish_batch(self, runs: Sequence[ScheduleRun]) -> bool:
         """Publish runs together; return whether the broker is available."""

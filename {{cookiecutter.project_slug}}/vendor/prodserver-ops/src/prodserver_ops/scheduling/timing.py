@@ -15,6 +15,7 @@ from django.db.models import OuterRef, Subquery
 from django.utils import timezone
 from django_celery_beat.models import PeriodicTask
 
+from ..core.database import short_transaction
 from ..models import ScheduleTiming
 from .crontabs import FIELDS, Crontab
 
@@ -154,13 +155,15 @@ def note_changes(rows: Iterable[PeriodicTask], now: datetime) -> None:
             schedule=row, signature=signature, date_changed=row.date_changed, since=since
         )
         changed.append(row.ops_timing)
-    ScheduleTiming.objects.bulk_create(
-        changed,
-        batch_size=500,
-        update_conflicts=True,
-        unique_fields=["schedule"],
-        update_fields=["signature", "date_changed", "since"],
-    )
+    if changed:
+        with short_transaction():
+            ScheduleTiming.objects.bulk_create(
+                changed,
+                batch_size=500,
+                update_conflicts=True,
+                unique_fields=["schedule"],
+                update_fields=["signature", "date_changed", "since"],
+            )
     # A schedule that is enabled again starts anew.
     schedules = PeriodicTask.objects.filter(pk=OuterRef("schedule"))
     ScheduleTiming.objects.filter(schedule__enabled=False).exclude(signature="").update(
