@@ -277,7 +277,7 @@ def test_existing_project(project):
     project.write("shop/migrations/__init__.py", None, "")
     project.run("python manage.py makemigrations shop && python manage.py migrate")
     assert "a schedule was run" in project.follow("Add it to an existing project")
-    assert project.run("python manage.py schedules").splitlines() == [
+    assert project.run("python manage.py schedules --created").splitlines() == [
         "deliveries-resume: as created",
         "records-delete: as created",
         "report-daily: as created",

@@ -1,6 +1,7 @@
 """Schedules: migrations create them, administrators own them, ``check`` finds invalid ones."""
 
-from datetime import timedelta
+import json
+from datetime import UTC, datetime, timedelta
 from types import SimpleNamespace
 
 import pytest
@@ -10,10 +11,16 @@ from django.db import connection, migrations
 from django.db.migrations.exceptions import BadMigrationError
 from django.db.migrations.loader import MigrationLoader
 from django.db.migrations.state import ProjectState
-from django_celery_beat.models import CrontabSchedule, PeriodicTask, PeriodicTasks
+from django_celery_beat.models import (
+    CrontabSchedule,
+    IntervalSchedule,
+    PeriodicTask,
+    PeriodicTasks,
+)
 
-from prodserver_ops.console import checks
+from prodserver_ops.console import checks, schedule_list
 from prodserver_ops.management.commands import schedules as command
+from prodserver_ops.models import TaskRun
 from prodserver_ops.scheduling.operations import (
     REQUIRED_MIGRATION,
     CreateSchedule,
@@ -249,7 +256,7 @@ class TestCommand:
         return run
 
     def test_schedule_as_its_migration_created_it(self, run):
-        assert run() == ["records-delete: as created"]
+        assert run("--created") == ["records-delete: as created"]
         assert run("--missing") == []
         assert run("--restore", "records-delete") == ["records-delete: as created already"]
 
@@ -289,3 +296,84 @@ class TestCommand:
     def test_unknown_name_is_an_error(self, run):
         with pytest.raises(CommandError, match="no migration created 'nothing'; they created: "):
             run("--restore", "nothing")
+
+
+@pytest.mark.usefixtures("no_other_schedules")
+class TestList:
+    @pytest.fixture
+    def rows(self, no_other_schedules):
+        """A schedule that failed, one that has not run, one that cannot, and one that is off."""
+        ran = datetime(2026, 3, 4, 5, 6, 7, tzinfo=UTC)
+        daily = CrontabSchedule.objects.create(minute="0", hour="8", timezone="UTC")
+        hourly = IntervalSchedule.objects.create(every=1, period="hours")
+        create = PeriodicTask.objects.create
+        failed = create(name="failed", task=TASK, crontab=daily, last_run_at=ran)
+        for status, number in (("succeeded", 1), ("failed", 2)):
+            started = ran + timedelta(seconds=number)
+            TaskRun.objects.create(schedule=failed, name=TASK, started_at=started, status=status)
+        create(name="new", task=TASK, interval=hourly)
+        create(name="faulty", task="no.such.task", interval=hourly)
+        create(name="disabled", task=TASK, interval=hourly, last_run_at=ran)
+        PeriodicTask.objects.filter(name="disabled").update(enabled=False)
+
+    @pytest.fixture
+    def list_json(self, rows, capsys):
+        """Return a function that returns what the command lists, by name."""
+
+        def run():
+            call_command("schedules", "--json")
+            return {each["name"]: each for each in json.loads(capsys.readouterr().out)}
+
+        return run
+
+    def test_last_run_with_its_result(self, list_json):
+        listed = list_json()
+        assert {name: (each["last_run"], each["result"]) for name, each in listed.items()} == {
+            "failed": ("2026-03-04T05:06:09+00:00", "failed"),
+            "new": (None, None),
+            "faulty": (None, None),
+            # The record does not have its run.
+            "disabled": ("2026-03-04T05:06:07+00:00", None),
+        }
+
+    def test_next_run_problem_and_whether_it_is_off(self, list_json):
+        listed = list_json()
+        assert {name: (each["enabled"], each["problem"]) for name, each in listed.items()} == {
+            "failed": (True, None),
+            "new": (True, None),
+            "faulty": (True, "its task does not exist: no.such.task"),
+            "disabled": (False, None),
+        }
+        next_run = datetime.fromisoformat(listed["new"]["next_run"])
+        assert timedelta(minutes=59) < next_run - datetime.now(UTC) < timedelta(minutes=61)
+        assert listed["disabled"]["next_run"] is None
+        assert listed["failed"]["timing"] == "At 08:00 AM UTC"
+
+    @pytest.mark.usefixtures("rows")
+    def test_columns_are_aligned(self, capsys):
+        call_command("schedules")
+        header, *lines, last = capsys.readouterr().out.splitlines()
+        position = header.index("NEXT RUN")
+        ends = {line.split()[0]: line[position:] for line in lines}
+        assert ends["disabled"] == "off"
+        assert ends["faulty"] == "cannot run: its task does not exist: no.such.task"
+        assert all(line[position - 1] == " " != line[position] for line in lines)
+        assert last == "4 schedules, 1 off, 1 cannot run; times in UTC"
+
+    @pytest.mark.usefixtures("rows")
+    @pytest.mark.parametrize("width", [80, 100, 120])
+    def test_lines_fit_a_terminal(self, width):
+        hourly = IntervalSchedule.objects.create(every=2, period="hours")
+        PeriodicTask.objects.create(name="x" * 200, task="a.b\nc" * 30, interval=hourly)
+        lines = list(schedule_list.format_list(schedule_list.list_schedules(), width))
+        assert max(map(len, lines)) <= width
+        assert not any("\n" in line for line in lines)
+
+    def test_timing_that_cannot_be_read(self, list_json):
+        crontab = CrontabSchedule.objects.create(minute="*/0", timezone="UTC")
+        PeriodicTask.objects.create(name="odd", task=TASK, crontab=crontab)
+        assert list_json()["odd"]["problem"]
+
+    def test_number_of_queries_does_not_grow(self, rows, django_assert_num_queries):
+        with django_assert_num_queries(1):
+            schedule_list.list_schedules()

@@ -1,6 +1,7 @@
 """The page *Operations* of the admin: schedules, failures, queues and processes."""
 
 import json
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
@@ -81,7 +82,8 @@ def get_schedules() -> list[Schedule]:
 def describe_timing(row: PeriodicTask) -> str:
     """Return in words when a schedule runs."""
     if row.crontab is not None:
-        return f"{row.crontab.human_readable}"
+        with suppress(Exception):  # It may be invalid in any way.
+            return f"{row.crontab.human_readable}"
     return str(row.scheduler or "never")
 
 

@@ -49,6 +49,19 @@ class Crontab:
         """Return the crontab of a row of django-celery-beat; raise ValueError for an invalid one."""
         return parse(*(getattr(row, name) for name in FIELDS), zone=str(row.timezone))
 
+    @property
+    def follows_real_time(self) -> bool:
+        """Whether it runs in each hour that passes."""
+        return len(self.hours) == 24
+
+    def matches(self, day: date) -> bool:
+        """Return whether it is due on a day."""
+        return (
+            day.day in self.days
+            and day.month in self.months
+            and day.isoweekday() % 7 in self.weekdays
+        )
+
     def get_latest(self, since: datetime, now: datetime) -> datetime | None:
         """Return the last due time after ``since`` and not after ``now``, or None."""
         day = now.astimezone(self.zone).date() + DAY
@@ -96,18 +109,13 @@ def parse(*fields: str, zone: str = "UTC") -> Crontab:
 @lru_cache(maxsize=2000)
 def get_times(crontab: Crontab, day: date) -> list[datetime]:
     """Return all due times of a day in the crontab's time zone, in order, in UTC."""
-    if (
-        day.month not in crontab.months
-        or day.day not in crontab.days
-        or day.isoweekday() % 7 not in crontab.weekdays
-    ):
+    if not crontab.matches(day):
         return []
-    follows_real_time = len(crontab.hours) == 24
     times: set[datetime] = set()
     for hour in crontab.hours:
         for minute in crontab.minutes:
             local = datetime.combine(day, time(hour, minute), crontab.zone)
-            times.update(_occurrences(local) if follows_real_time else [_first(local)])
+            times.update(_occurrences(local) if crontab.follows_real_time else [_first(local)])
     return sorted(times)
 
 
