@@ -5,6 +5,7 @@ import gc
 from pathlib import Path
 from typing import Any
 
+from celery import signals
 from django.apps import AppConfig
 from django.conf import settings
 from django.core.exceptions import ImproperlyConfigured
@@ -48,6 +49,8 @@ class OpsConfig(AppConfig):
         post_migrate.connect(limits.create_table, sender=self)
         post_migrate.connect(history.create_indexes, sender=self)
         post_migrate.connect(install_broker, sender=self)
+        signals.beat_init.connect(start_alerts)
+        signals.worker_ready.connect(start_alerts)
         create_database_folder()
         if settings.SENTRY_DSN:
             from .core import sentry
@@ -58,6 +61,13 @@ class OpsConfig(AppConfig):
 def install_broker(**kwargs: Any) -> None:
     """Prepare the broker after migrations."""
     broker.install(settings.CELERY_BROKER_URL)
+
+
+def start_alerts(**kwargs: Any) -> None:
+    """Look for problems in beat, and in the main process of a worker."""
+    from .console import alerts
+
+    alerts.start()
 
 
 def create_database_folder() -> None:

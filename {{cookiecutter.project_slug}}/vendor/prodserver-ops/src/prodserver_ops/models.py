@@ -1,6 +1,7 @@
 """What the app ``ops`` stores.
 
-Tokens of the API; the record of e-mail; leases, heartbeats, the runs of schedules and tasks.
+Tokens of the API; the record of e-mail; leases, heartbeats, the runs of schedules and tasks;
+alerts.
 """
 
 from django.conf import settings
@@ -253,3 +254,21 @@ class TaskRun(models.Model):
 
     def __str__(self) -> str:
         return f"{self.name} {self.started_at:%Y-%m-%d %H:%M:%S}"
+
+
+class Alert(models.Model):
+    """A problem that administrators are told of; see ``console/alerts.py``.
+
+    ``misses`` is how many of the last checks did not find it.
+    """
+
+    key = models.CharField(max_length=300, unique=True)
+    message = models.CharField(max_length=500, blank=True)
+    since = models.DateTimeField(db_default=Now())
+    is_confirmed = models.BooleanField(default=False)
+    misses = models.PositiveIntegerField(default=0)
+    emailed_at = models.DateTimeField(null=True)
+    posted_at = models.DateTimeField(null=True)
+
+    def __str__(self) -> str:
+        return self.message

@@ -41,6 +41,7 @@ from .environment import (
     secret_keys,
     sentry_dsn,
     site_url,
+    webhook_url,
 )
 
 #: Describes a view in the schema of the API: production need not have drf-spectacular.
@@ -255,6 +256,10 @@ class ProcessDefaults(BaseSettings):  # type: ignore[misc]
     # Sentry: errors and missed schedules, if SENTRY_DSN is set
     SENTRY_DSN = env("", cast=or_empty(sentry_dsn))
     SENTRY_ENVIRONMENT = "development"
+
+    # Alerts: administrators are told of problems, unless DEBUG is on; see console/alerts.py
+    ALERTS = env(True, cast=boolean)
+    ALERT_WEBHOOK = env("", cast=or_empty(webhook_url))
 
 
 class Defaults(ProcessDefaults):

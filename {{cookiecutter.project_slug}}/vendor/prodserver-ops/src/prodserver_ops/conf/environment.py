@@ -314,6 +314,17 @@ def sentry_dsn(text: str) -> str:
     return text
 
 
+@expects("https://HOST/PATH")
+def webhook_url(text: str) -> str:
+    """Accept a URL, whose path may be a secret."""
+    parts = _split(text, {"http", "https"})
+    if not parts.hostname or parts.username is not None:
+        raise RedactedError("a URL without a host" if not parts.hostname else "a URL with a user")
+    if not re.fullmatch("[!-~]+", text):
+        raise RedactedError("a URL with a space or a letter that is not ASCII")
+    return text
+
+
 def _split(url: str, schemes: Collection[str]) -> SplitResult:
     scheme, separator, _ = url.partition("://")
     if not separator or not re.fullmatch("[a-z][a-z0-9+.-]*", scheme):

@@ -28,13 +28,14 @@ from ..core import concurrently
 from ..models import Heartbeat, TaskRun
 from ..scheduling import heartbeats, timing
 from ..worker.app import get_failed_queue
-from . import doctor
+from . import alerts, doctor
 from .large_tables import LargeTableAdmin
 
 #: How long the page waits for the broker, in seconds.
 TIMEOUT = 2
 
 #: How many of each the page shows.
+SHOWN_ALERTS = 20
 SHOWN_RUNS = 5
 SHOWN_FAILURES = 20
 SHOWN_RUNNING = 20
@@ -161,6 +162,7 @@ class OperationsAdmin(LargeTableAdmin):
         context = {
             **self.admin_site.each_context(request),
             "title": "Operations",
+            "alerts": [] if alerts.why_off() else alerts.get_open()[:SHOWN_ALERTS],
             "opts": self.opts,
             "schedules": get_schedules(),
             "failures": get_failures(),

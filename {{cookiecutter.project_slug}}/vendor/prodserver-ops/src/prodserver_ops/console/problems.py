@@ -1,0 +1,163 @@
+"""What administrators are told of: ``alerts.py`` looks for these problems once a minute.
+
+A function for each kind returns messages by name. It gets the open alerts of its kind, by name
+too, and returns their messages again where it cannot know whether the problem is over.
+"""
+
+import time
+from collections.abc import Callable
+from datetime import datetime, timedelta
+from functools import partial
+from itertools import pairwise
+from threading import Thread
+
+from celery import current_app
+from django.conf import settings
+from django.db.models import Exists, F, OuterRef, Q, Subquery
+from django.db.models.functions import Now
+from django.utils import timezone
+from django_celery_beat.models import PeriodicTask
+
+from .. import broker
+from ..core import concurrently
+from ..core.limits import cache, get_key
+from ..mail import transport
+from ..models import Alert, ScheduleRun, TaskRun
+from ..scheduling import heartbeats, validation
+from ..scheduling.timing import RELATIONS
+from ..worker.app import get_failed_queue
+
+#: When a run is late that is not published, and one that no worker has started.
+UNPUBLISHED, UNSTARTED = timedelta(minutes=5), timedelta(minutes=10)
+
+#: A queue grows if it has more messages than this, and more than before in so many checks.
+QUEUE_LENGTH, GROWING = 1000, 3
+
+#: How long the numbers of messages are kept for the next check, in seconds.
+KEEP_LENGTHS = 600
+
+#: About how many schedules a check validates; of more, it takes the next part each minute.
+VALIDATED = 1000
+
+#: How long the broker may take, in seconds.
+TIMEOUT = 10
+
+#: Schedules that are in use; one that runs once is disabled when it is queued.
+IN_USE = PeriodicTask.objects.filter(Q(enabled=True) | Q(one_off=True))
+
+FINISHED = TaskRun.objects.filter(status__in=[TaskRun.Status.SUCCEEDED, TaskRun.Status.FAILED])
+
+type Known = dict[str, Alert]
+type Found = dict[str, str]
+
+#: The thread that counts messages: one that hangs is not started again.
+_running: dict[str, Thread] = {}
+
+
+def find_missing(known: Known) -> Found:
+    """Return the processes of which none is at work."""
+    missing = set(heartbeats.get_processes()) - heartbeats.get_alive()
+    return {name: f"No {name} is at work: there is no heartbeat" for name in missing}
+
+
+def find_queues(known: Known) -> Found:
+    """Return the queues that grow or have tasks that were given up, and a broker that is away."""
+    names, failed = [queue.name for queue in settings.CELERY_TASK_QUEUES], get_failed_queue()
+    count = partial(broker.count_messages, current_app, [*names, failed], TIMEOUT)
+    counts = concurrently.run({"": count}, TIMEOUT, _running).get("", TimeoutError())
+    if isinstance(counts, Exception):
+        kept = {name: alert.message for name, alert in known.items()}
+        return kept | {"": f"The broker is unavailable: {type(counts).__name__}"}
+    found = {}
+    if counts[failed]:
+        found[failed] = f"Tasks were given up; they are in the queue {failed}: {counts[failed]}"
+    for name in names:
+        if counts[name] > QUEUE_LENGTH:
+            key = get_key("queue-lengths", name)
+            lengths = [*cache.get(key, []), counts[name]][-GROWING - 1 :]
+            cache.set(key, lengths, KEEP_LENGTHS)
+            grows = len(lengths) > GROWING and all(a < b for a, b in pairwise(lengths))
+            if grows or name in known:
+                found[name] = f"The queue {name} grows, and has over {QUEUE_LENGTH} messages"
+    return found
+
+
+def find_email(known: Known) -> Found:
+    """Return why e-mail pauses."""
+    if (failures := transport.get_failures()) and failures.is_general:
+        return {"": f"E-mail pauses, because none is accepted: {failures.reason}"}
+    return {}
+
+
+def find_faulty(known: Known) -> Found:
+    """Return the schedules that cannot run."""
+    rows = PeriodicTask.objects.filter(enabled=True).select_related(*RELATIONS)
+    parts = rows.count() // VALIDATED + 1
+    part = int(time.time() / 60) % parts
+    found = {
+        name: alert.message
+        for name, alert in known.items()
+        if int(name) % parts != part and not alert.misses
+    }
+    for row in rows.annotate(part=F("pk") % parts).filter(part=part):
+        try:
+            validation.check(row)
+        except Exception as error:
+            found[str(row.pk)] = f"Schedule {row.name} cannot run: {error}"
+    return found
+
+
+def find_late(known: Known) -> Found:
+    """Return the schedules with a run that is not queued, or that no worker has started."""
+    runs = ScheduleRun.objects.order_by("-due_at")
+    started = runs.filter(started_at__isnull=False)
+    before = runs.filter(schedule=OuterRef("pk"), due_at__lt=Now() - UNSTARTED)
+    last = IN_USE.annotate(last=Subquery(before.values("pk")[:1])).values("last")
+    late = Q(published_at=None, created_at__lt=Now() - UNPUBLISHED) | Q(
+        pk__in=last, started_at=None, published_at__lt=Now() - UNSTARTED
+    )
+    later = started.filter(schedule=OuterRef("schedule"), due_at__gt=OuterRef("due_at"))
+    rows = runs.filter(late, ~Exists(later), schedule__in=IN_USE).select_related("schedule")
+    found = {
+        str(run.schedule_id): f"Schedule {run.schedule.name} is late: its run of "
+        f"{show(run.due_at)} is not {'started' if run.published_at else 'queued'}"
+        for run in rows
+    }
+    # Beat deletes a run that it cannot queue. The schedule recovers with the next that starts.
+    latest = started.filter(schedule=OuterRef("pk")).values("started_at")[:1]
+    rest = PeriodicTask.objects.filter(pk__in=known.keys() - found.keys(), enabled=True)
+    for row in rest.annotate(last=Subquery(latest)):
+        if row.last is None or row.last < known[str(row.pk)].since:
+            found[str(row.pk)] = known[str(row.pk)].message
+    return found
+
+
+def find_failed(known: Known) -> Found:
+    """Return the schedules whose last run failed."""
+    finished = FINISHED.filter(schedule=OuterRef("pk")).order_by("-pk")
+    last = IN_USE.annotate(last=Subquery(finished.values("pk")[:1])).values("last")
+    runs = TaskRun.objects.filter(pk__in=last, status=TaskRun.Status.FAILED)
+    found = {
+        str(run.schedule_id): f"Schedule {run.schedule} failed, {show(run.started_at)}: {run.error}"
+        for run in runs.select_related("schedule")
+    }
+    # The record has the last days only. A schedule without a run in it may not have recovered.
+    rest = PeriodicTask.objects.filter(pk__in=known.keys() - found.keys(), enabled=True)
+    for row in rest.filter(~Exists(finished)):
+        found[str(row.pk)] = known[str(row.pk)].message
+    return found
+
+
+FINDERS: dict[str, Callable[[Known], Found]] = {
+    "process": find_missing,
+    "queue": find_queues,
+    "email": find_email,
+    "faulty": find_faulty,
+    "late": find_late,
+    "failed": find_failed,
+}
+
+
+def show(moment: datetime) -> str:
+    """Return a time in the service's time zone."""
+    return f"{timezone.localtime(moment):%Y-%m-%d %H:%M %Z}"
