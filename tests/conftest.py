@@ -403,9 +403,13 @@ class Service:
         with urlopen(request, timeout=10) as response:
             return response.status, response.read().decode()
 
+    def uses_rabbitmq(self):
+        """Return whether the service uses this machine's RabbitMQ."""
+        return RABBITMQ_URL in self.environment.values()
+
     def delete_queue(self):
         """Delete the service's queue on this machine's RabbitMQ, with its messages."""
-        if RABBITMQ_URL in self.environment.values():
+        if self.uses_rabbitmq():
             virtual_host = urlsplit(RABBITMQ_URL).path.removeprefix("/")
             with amqp.Connection("127.0.0.1:5672", virtual_host=virtual_host) as connection:
                 for queue in (
@@ -430,19 +434,28 @@ def environments(shared_folder):
 
 
 @pytest.fixture
-def make_service(uv, environments):
-    """A function that returns a ``Service``. Its processes are killed after the test."""
+def make_service(uv, environments, shared_folder):
+    """A function that returns a ``Service``. Its processes are killed after the test.
+
+    A service's queues have its name: tests with the same one take turns.
+    """
     services = []
+    names = set()
+    with contextlib.ExitStack() as stack:
 
-    def make(folder, **variables):
-        service = Service(folder, uv, environments, **variables)
-        service.delete_queue()  # An interrupted run may have left messages.
-        services.append(service)
-        return service
+        def make(folder, **variables):
+            service = Service(folder, uv, environments, **variables)
+            if service.uses_rabbitmq() and folder.name not in names:
+                lock = stack.enter_context((shared_folder / f"{folder.name}.queues").open("w"))
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                names.add(folder.name)
+            service.delete_queue()  # An interrupted run may have left messages.
+            services.append(service)
+            return service
 
-    yield make
-    for service in services:
-        service.close()
+        yield make
+        for service in services:
+            service.close()
 
 
 @pytest.fixture(scope="session")

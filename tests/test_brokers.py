@@ -12,6 +12,7 @@ import psycopg
 import pytest
 
 from tests.conftest import production_variables
+from tests.generate import SOURCES, replace
 from tests.servers import free_port, reachable, wait_for
 
 pytestmark = pytest.mark.slow
@@ -40,12 +41,10 @@ def service(request, bake, make_service, postgres_url, rabbitmq_url, redis_url):
     project = bake(project_slug=slug, broker=request.param)
     with (project / slug / "tasks.py").open("a") as file:
         file.write(TASK)
-    broker = project / slug / "ops" / "production_broker.py"
-    broker.write_text(broker.read_text().replace("MARGIN = 60", "MARGIN = 2"))
+    replace(project / SOURCES / "broker" / "__init__.py", "MARGIN = 60", "MARGIN = 2")
     settings = project / slug / "settings.py"
-    text = settings.read_text()
     limits = "    CELERY_TASK_SOFT_TIME_LIMIT = 9\n    CELERY_TASK_TIME_LIMIT = 10\n"
-    settings.write_text(text.replace("    USE_TZ = True\n", f"    USE_TZ = True\n{limits}"))
+    replace(settings, "    USE_TZ = True\n", f"    USE_TZ = True\n{limits}")
     service = make_service(
         project,
         LOG_FORMAT="text",
@@ -207,7 +206,7 @@ class TestTls:
         queue(service, [1])
         wait_for(lambda: read(service, "done") == [1], 30, worker.text)
 
-        code = f"from prodserver_ops.web import health; health.check_broker()"
+        code = "from prodserver_ops.web import health; health.check_broker()"
         service.shell(code)
         other_name = "localhost" if broker == "postgresql" else "127.0.0.2"
         for host, authority in (

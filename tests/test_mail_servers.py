@@ -150,7 +150,7 @@ def test_server_that_rejects_everybody_loses_nothing_once_it_is_mended(smtp, mak
     wait_for(lambda: len(count(smtp)) == READERS - 5, 120, worker.text)
     assert '"level": "ERROR"' in worker.text()
     statuses = service.shell(
-        "from denying.ops.models import *;"
+        "from prodserver_ops.models import *;"
         "print(sorted(set(DigestDelivery.objects.values_list('status', flat=True))),"
         "Attempt.objects.count())"
     )

@@ -69,9 +69,7 @@ def test_flower_shows_workers_and_tasks_to_its_account_only(service):
     assert "Traceback" not in other.text()
     worker = service.start("worker")
     worker.wait_for_text(" ready.")
-    service.shell(
-        f"from prodserver_ops.tasks import delete_records\ndelete_records.delay()"
-    )
+    service.shell("from prodserver_ops.tasks import delete_records\ndelete_records.delay()")
     wait_for(
         lambda: find_task(service, "ops.delete_records") == "SUCCESS",
         30,

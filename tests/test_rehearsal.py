@@ -20,6 +20,7 @@ import urllib.request
 import pytest
 
 from tests.conftest import production_variables
+from tests.generate import SOURCES, replace
 from tests.servers import free_port, wait_for
 
 pytestmark = pytest.mark.slow
@@ -260,8 +261,8 @@ def test_another_version_and_its_rollback_fail_no_request_and_lose_no_task(
     bake, make_service, postgres_url, rabbitmq_url, tmp_path
 ):
     old_project = bake(project_slug="versions")
-    shorten = old_project / "versions" / "ops" / "failed_tasks.py"
-    shorten.write_text(shorten.read_text().replace("UNKNOWN_SECONDS = 120", "UNKNOWN_SECONDS = 5"))
+    failed = old_project / SOURCES / "worker" / "failed.py"
+    replace(failed, "UNKNOWN_SECONDS = 120", "UNKNOWN_SECONDS = 5")
     new_project = tmp_path / "new" / "versions"
     shutil.copytree(old_project, new_project)
     variables = production_variables(postgres_url, rabbitmq_url)

@@ -10,6 +10,7 @@ import subprocess
 import pytest
 
 from tests.conftest import GIT_IDENTITY, clean_environment
+from tests.generate import SOURCES
 
 pytestmark = pytest.mark.slow
 
@@ -169,23 +170,23 @@ def test_a_repository_is_made_in_a_folder_that_the_outer_one_ignores(generate):
     ("file", "old", "new", "step", "shown"),
     [
         (
-            "settings.py",
+            f"{PACKAGE}/settings.py",
             "    # Language,",
             "    X = UNKNOWN\n    # Language,",
             "Migrate",
             "NameError",
         ),
         (
-            "ops/migrations/0002_seed_schedules.py",
+            SOURCES / "migrations" / "0002_seed_schedules.py",
             "interval=timedelta(hours=1)",
             'crontab="0 25 * * *"',
             "Migrate",
             "crontab",
         ),
         (
-            "settings.py",
-            '"ARGS": {"loglevel": self.LOG_LEVEL},',
-            '"ARGS": {"loglevel": self.LOG_LEVEL, "pidfile": "/no/such/folder/beat.pid"},',
+            f"{PACKAGE}/settings.py",
+            '"beat": processes.beat(self),',
+            '"beat": processes.beat(self, pidfile="/no/such/folder/beat.pid"),',
             "Start and stop",
             "beat: ended with status",
         ),
@@ -195,7 +196,7 @@ def test_a_repository_is_made_in_a_folder_that_the_outer_one_ignores(generate):
 def test_service_that_fails_ends_with_status_1_and_the_reason(
     generate, template_copy, file, old, new, step, shown
 ):
-    path = template_copy / PACKAGE / PACKAGE / file
+    path = template_copy / PACKAGE / file
     text = path.read_text()
     assert text.count(old) >= 1
     path.write_text(text.replace(old, new))
