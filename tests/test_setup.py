@@ -6,6 +6,7 @@ import re
 import shutil
 import sqlite3
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -164,6 +165,40 @@ def test_a_repository_is_made_in_a_folder_that_the_outer_one_ignores(generate):
     _, lines = generate("project_slug=second", "--output-dir", str(folder.parent))
     assert lines[3] == "First commit: done"
     assert git(folder.parent / "second", "status", "--porcelain") == ""
+
+
+#: A uv that finds the Pythons in FOUND, and installs nothing.
+FAKE_UV = """#!/bin/sh
+for version; do :; done
+case "$1 $2" in
+    "python find") case " $FOUND " in *" $version "*) exit 0 ;; esac ;;
+esac
+echo "error: installs nothing"
+exit 1
+"""
+
+
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [
+        ("3.12 3.13 3.14", "3.14"),
+        ("3.12 3.13", "3.13"),
+        ("3.12", "3.12"),
+        ("3.11", "3.13"),
+    ],
+)
+def test_service_runs_on_the_newest_python_that_is_found(generate, path_without, found, expected):
+    """Without one of them the service keeps what the template names, which uv then loads."""
+    tools = path_without()
+    fake = Path(tools, "uv")
+    fake.write_text(FAKE_UV)
+    fake.chmod(0o755)
+    project, lines = generate("compose=yes", PATH=tools, FOUND=found)
+    assert lines[0] == "Install: failed: error: installs nothing"
+    assert (project / ".python-version").read_text() == f"{expected}\n"
+    for name in ("Dockerfile", "compose.dev.yaml"):
+        images = re.findall(r"FROM (python\S*)", (project / name).read_text())
+        assert set(images) == {f"python:{expected}-slim"}, name
 
 
 @pytest.mark.parametrize(
