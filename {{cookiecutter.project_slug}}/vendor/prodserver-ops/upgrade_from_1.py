@@ -113,7 +113,7 @@ NAMES = {
     "api.ErrorSerializer": "api.openapi.ErrorSerializer",
     "api.INVALID": "api.openapi.INVALID",
     "api.errors": "api.openapi.errors",
-    "deliveries.start_run": "scheduling.claims.claim",
+    "deliveries.start_run": "mail.deliveries.get_run",
     "failed_tasks.make_failed_queue": "worker.app.make_failed_queue",
     "gunicorn_log.GunicornLogger": "web.gunicorn.Logger",
     "messages.deferred_sigterm": "core.signals.deferred_sigterm",
@@ -181,7 +181,7 @@ class Report:
             print("Nothing to do: this service is at 2.0.")
             return 0
         print(
-            "This service is at 2.0. Next: uv sync, uv run ruff check --fix, "
+            "This service is at 2.0. Next: uv sync, uv run ruff check --fix, uv run ruff format, "
             "uv run manage.py openapi, uv run pytest."
         )
         return 0
@@ -1192,7 +1192,8 @@ class Upgrade:
                 Path(folder, "__init__.py").touch()
             if list_files("--cached", "--", folder) or Path(folder).is_dir():
                 git("add", "--all", "--", folder)
-            self.report.done.append(f"{folder}: deleted; vendor/prodserver-ops is in its place")
+            kept = "; what is yours stays" if Path(folder).is_dir() else ""
+            self.report.done.append(f"{folder}: deleted; {VENDOR} is in its place{kept}")
 
     def move_own_file(self, package: Package, path: str, text: str) -> bool:
         """Move a file that the team added to ``ops`` to the package, which is an app."""
