@@ -25,7 +25,7 @@ import redis
 from aiosmtpd.controller import Controller
 from aiosmtpd.handlers import Message
 
-from tests.generate import OTHER_FOLDERS, copy_template, get_template
+from tests.generate import OTHER_FOLDERS, SOURCES, copy_template, get_template, replace
 from tests.servers import PostgreSQL, RabbitMQ, free_port, reachable, wait_for
 
 ROOT = Path(__file__).parent.parent
@@ -73,6 +73,11 @@ def pytest_addoption(parser):
         "--require-services",
         action="store_true",
         help="fail instead of skip if PostgreSQL or RabbitMQ is not running",
+    )
+    parser.addoption(
+        "--real-times",
+        action="store_true",
+        help="wait as long as services in production do, a minute for a lease, for example",
     )
 
 
@@ -171,6 +176,45 @@ def bake(cookies_session, shared_folder, tmp_path_factory):
         return folder
 
     return bake
+
+
+#: Times of the library, by the file in which they stand, and those of an impatient service.
+SHORT_TIMES = [
+    ("broker/__init__.py", "VISIBILITY_MARGIN = 60", "VISIBILITY_MARGIN = 2"),
+    ("conf/defaults.py", "EMAIL_TIMEOUT = 30", "EMAIL_TIMEOUT = 6"),
+    ("mail/attempts.py", "for minutes in (1, 2", "for minutes in (0.1, 2"),
+    (
+        "mail/tasks.py",
+        "NOTIFICATION_GRACE = timedelta(minutes=1)",
+        "NOTIFICATION_GRACE = timedelta(seconds=8)",
+    ),
+    ("mail/tasks.py", "RESUME_SECONDS = 60", "RESUME_SECONDS = 8"),
+    ("mail/transport.py", "PAUSE_SECONDS = 60", "PAUSE_SECONDS = 20"),
+    ("scheduling/leases.py", "LEASE_SECONDS = 60", "LEASE_SECONDS = 15"),
+    ("worker/failed.py", "UNKNOWN_SECONDS = 120", "UNKNOWN_SECONDS = 5"),
+]
+
+
+@pytest.fixture(scope="session")
+def real_times(pytestconfig):
+    """Whether tests wait as long as services in production do."""
+    return pytestconfig.getoption("--real-times")
+
+
+@pytest.fixture(scope="session")
+def bake_impatient(bake, real_times):
+    """As ``bake``, but the library of the service waits for seconds instead of minutes.
+
+    That needs an environment of its own. With ``--real-times`` the service is as any other.
+    """
+
+    def bake_impatient(**answers):
+        project = bake(**answers)
+        for name, old, new in SHORT_TIMES if not real_times else ():
+            replace(project / SOURCES / name, old, new)
+        return project
+
+    return bake_impatient
 
 
 @pytest.fixture(scope="session")
@@ -339,6 +383,9 @@ class Service:
         self.port = free_port()
         scripts = folder / ".venv" / "bin"
         self.environment = clean_environment(PORT=self.port, **variables)
+        # mypy reads the types of the packages once for all services of a test process.
+        worker = os.environ.get("PYTEST_XDIST_WORKER", "master")
+        self.environment["MYPY_CACHE_DIR"] = str(environments / f"mypy-{worker}")
         self.environment["PATH"] = f"{scripts}{os.pathsep}{self.environment['PATH']}"
 
     def run(self, command, **variables):
@@ -368,7 +415,7 @@ class Service:
         environment = self.environments / name
         with made_once(environment) as is_missing:
             if is_missing:
-                command = [self.uv, "sync", "--quiet", "--compile-bytecode", *options]
+                command = [self.uv, "sync", "--quiet", *options]
                 self.run(shlex.join(command), UV_PROJECT_ENVIRONMENT=str(environment))
         (self.folder / ".venv").symlink_to(environment)
 

@@ -34,11 +34,11 @@ OUTAGES = {
 
 @pytest.mark.parametrize("outage", OUTAGES)
 def test_an_outage_of_the_broker_holds_nothing_up(
-    bake, make_service, smtp, postgres_url, dedicated_rabbitmq, outage
+    bake_impatient, make_service, smtp, postgres_url, dedicated_rabbitmq, outage
 ):
     begin, end = OUTAGES[outage]
     service = make_service(
-        bake(project_slug="outages"),
+        bake_impatient(project_slug="outages"),
         EMAIL_HOST="127.0.0.1",
         EMAIL_PORT=smtp.port,
         **production_variables(postgres_url, dedicated_rabbitmq.url),

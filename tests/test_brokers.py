@@ -12,7 +12,7 @@ import psycopg
 import pytest
 
 from tests.conftest import production_variables
-from tests.generate import SOURCES, replace
+from tests.generate import replace
 from tests.servers import free_port, reachable, wait_for
 
 pytestmark = pytest.mark.slow
@@ -35,13 +35,12 @@ def write(number):
 
 
 @pytest.fixture(params=["rabbitmq", "redis", "postgresql"])
-def service(request, bake, make_service, postgres_url, rabbitmq_url, redis_url):
+def service(request, bake_impatient, make_service, postgres_url, rabbitmq_url, redis_url):
     """A service with the broker; its lost tasks come back after 12 seconds instead of 6 minutes."""
     slug = f"broker_{request.param}"
-    project = bake(project_slug=slug, broker=request.param)
+    project = bake_impatient(project_slug=slug, broker=request.param)
     with (project / slug / "tasks.py").open("a") as file:
         file.write(TASK)
-    replace(project / SOURCES / "broker" / "__init__.py", "MARGIN = 60", "MARGIN = 2")
     settings = project / slug / "settings.py"
     limits = "    CELERY_TASK_SOFT_TIME_LIMIT = 9\n    CELERY_TASK_TIME_LIMIT = 10\n"
     replace(settings, "    USE_TZ = True\n", f"    USE_TZ = True\n{limits}")
