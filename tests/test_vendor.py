@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import GIT_IDENTITY, clean_environment
-from tests.generate import LIBRARY, SOURCES, TEMPLATE, get_template
+from tests.generate import LIBRARY, SOURCES, TEMPLATE
 from tests.servers import free_port, wait_for
 from tests.test_rooms import library_files
 
@@ -21,17 +21,24 @@ def git(folder, *arguments):
     subprocess.run(["git", *arguments], cwd=folder, env=environment, check=True)
 
 
+def commit_all(folder):
+    git(folder, "init", "--quiet")
+    git(folder, "add", "--all")
+    git(folder, "commit", "--quiet", "-m", "Template")
+
+
 def generate_without_hooks(run, template, folder):
-    return run("--no-input", "--accept-hooks", "no")
+    return run("--no-input", "--accept-hooks", "no", environment={"TEMPLATE": str(template)})
 
 
 def generate_without_setup(run, template, folder):
-    return run("--no-input", "setup=no")
+    return run("--no-input", "setup=no", environment={"TEMPLATE": str(template)})
 
 
 def generate_by_replay(run, template, folder):
-    run("--no-input", "setup=no", environment={"HOME": str(folder)})
-    return run("--replay", environment={"HOME": str(folder)})
+    environment = {"HOME": str(folder), "TEMPLATE": str(template)}
+    run("--no-input", "setup=no", environment=environment)
+    return run("--replay", environment=environment)
 
 
 def generate_from_zip(run, template, folder):
@@ -40,19 +47,15 @@ def generate_from_zip(run, template, folder):
 
 
 def generate_from_clone(run, template, folder):
-    git(template, "init", "--quiet")
-    git(template, "add", "--all")
-    git(template, "commit", "--quiet", "-m", "Template")
-    # The name of a repository at an address has to end so.
+    commit_all(template)
+    # The address of a repository has to end so.
     shutil.move(template, folder / "template.git")
     url = f"file://{folder}/template.git"
     return run("--no-input", "setup=no", environment={"TEMPLATE": url})
 
 
 def generate_with_cruft(run, template, folder):
-    git(template, "init", "--quiet")
-    git(template, "add", "--all")
-    git(template, "commit", "--quiet", "-m", "Template")
+    commit_all(template)
     (folder / "out").mkdir()
     done = subprocess.run(
         ["cruft", "create", str(template), "-y", f"--extra-context={json.dumps({'setup': False})}"],
@@ -80,10 +83,11 @@ def generate_with_cruft(run, template, folder):
 def test_a_service_has_the_library_and_runs_with_it(
     run_cookiecutter, template_copy, tmp_path, make_service, generate
 ):
+    library = library_files(template_copy / TEMPLATE.name)
     folder, done = generate(run_cookiecutter, template_copy, tmp_path)
     assert done.returncode == 0, done.stdout
     project = folder / "prayer_room_api"
-    assert library_files(project) == library_files(get_template() / TEMPLATE.name)
+    assert library_files(project) == library
     service = make_service(project)
     service.install()
     service.run("python manage.py check --fail-level WARNING")
