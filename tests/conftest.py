@@ -26,7 +26,7 @@ from aiosmtpd.controller import Controller
 from aiosmtpd.handlers import Message
 
 from tests.generate import OTHER_FOLDERS, SOURCES, copy_template, get_template, replace
-from tests.servers import PostgreSQL, RabbitMQ, free_port, reachable, wait_for
+from tests.servers import PATIENCE, PostgreSQL, RabbitMQ, free_port, reachable, wait_for
 
 ROOT = Path(__file__).parent.parent
 
@@ -362,7 +362,7 @@ class Process:
         """Send a signal and return the exit status. Fail if the process does not exit in time."""
         self.popen.send_signal(number)
         try:
-            return self.popen.wait(timeout=seconds)
+            return self.popen.wait(timeout=seconds * PATIENCE)
         except subprocess.TimeoutExpired:
             pytest.fail(f"still running {seconds} s after signal {number}:\n{self.text()}")
 

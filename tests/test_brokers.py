@@ -13,7 +13,7 @@ import pytest
 
 from tests.conftest import production_variables
 from tests.generate import replace
-from tests.servers import free_port, reachable, wait_for
+from tests.servers import PATIENCE, free_port, reachable, wait_for
 
 pytestmark = pytest.mark.slow
 
@@ -112,7 +112,7 @@ def test_health_check_and_doctor_name_a_broker_that_is_away(service):
     checks = json.loads(caught.value.read())["checks"]
     assert checks == {"database": "ok", "broker": "unavailable"}
     doctor = service.spawn("doctor", "python", "manage.py", "doctor")
-    assert doctor.popen.wait(timeout=30) == 1
+    assert doctor.popen.wait(timeout=30 * PATIENCE) == 1
     assert re.search(r"broker +error", doctor.text())
     assert re.search(r"run +nc -zv 127\.0\.0\.1 \d+", doctor.text())
 
@@ -218,7 +218,7 @@ class TestTls:
                 *("python", "manage.py", "shell", "-v0", "-c", code),
                 **get_variables(host, authority),
             )
-            assert check.popen.wait(timeout=60) == 1, (host, authority)
+            assert check.popen.wait(timeout=60 * PATIENCE) == 1, (host, authority)
             assert "OperationalError" in check.text()
 
 

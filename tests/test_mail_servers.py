@@ -10,7 +10,7 @@ import time
 import pytest
 
 from tests.conftest import production_variables
-from tests.servers import wait_for
+from tests.servers import PATIENCE, wait_for
 
 pytestmark = pytest.mark.slow
 
@@ -163,7 +163,7 @@ def test_server_that_rejects_everybody_loses_nothing_once_it_is_mended(smtp, mak
     time.sleep(2)
     assert len(rejected) == 5
     doctor = service.spawn("doctor", "python", "manage.py", "doctor")
-    assert doctor.popen.wait(timeout=60) == 1
+    assert doctor.popen.wait(timeout=60 * PATIENCE) == 1
     (line,) = [line for line in doctor.text().splitlines() if line.startswith("deliveries")]
     assert "no e-mail is accepted: 554 5.7.1" in line
     smtp.handle_DATA = accept

@@ -10,7 +10,7 @@ import urllib.request
 import pytest
 
 from tests.conftest import GIT_IDENTITY, ROOT, Process, clean_environment
-from tests.servers import reachable, wait_for
+from tests.servers import PATIENCE, reachable, wait_for
 
 pytestmark = pytest.mark.slow
 
@@ -75,7 +75,7 @@ def check_processes(command, folder, environment, log):
             with urllib.request.urlopen(f"{ADDRESS}{path}", timeout=10) as response:
                 assert response.status == 200
         os.killpg(process.popen.pid, signal.SIGINT)
-        process.popen.wait(timeout=15)
+        process.popen.wait(timeout=15 * PATIENCE)
         wait_for(lambda: not reachable(8000), 10, process.text)
         stopped = set(re.findall(r"(\w+)\.1 +stopped|\b(\w+)\.1 stopped", process.text()))
         assert {name for names in stopped for name in names if name} == {"web", "worker", "beat"}

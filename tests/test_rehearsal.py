@@ -20,7 +20,7 @@ import urllib.request
 import pytest
 
 from tests.conftest import production_variables
-from tests.servers import free_port, wait_for
+from tests.servers import PATIENCE, free_port, wait_for
 
 pytestmark = pytest.mark.slow
 
@@ -150,7 +150,7 @@ class Dokku:
             process.popen.terminate()
         for name, process in old.items():
             start = time.monotonic()
-            status = process.popen.wait(timeout=30)
+            status = process.popen.wait(timeout=30 * PATIENCE)
             self.stops.append((name, status, time.monotonic() - start))
 
     def wait_for_command_check(self, name):
@@ -209,7 +209,7 @@ def test_deploys_fail_no_request_and_lose_no_task(
         dokku.deploy()
         time.sleep(3)
     (project / "stop").touch()
-    assert producer.popen.wait(timeout=30) == 0, producer.text()
+    assert producer.popen.wait(timeout=30 * PATIENCE) == 0, producer.text()
     queued = set(range(int(producer.text().split()[-1])))
     done = project / "rehearsed"
     wait_for(lambda: queued <= set(map(int, done.read_text().split())), 60, done.read_text)
@@ -218,7 +218,7 @@ def test_deploys_fail_no_request_and_lose_no_task(
     # No run is added while they are counted.
     beat = dokku.running["beat"].popen
     beat.terminate()
-    assert beat.wait(timeout=30) == 0, dokku.running["beat"].text()
+    assert beat.wait(timeout=30 * PATIENCE) == 0, dokku.running["beat"].text()
 
     beats = [process for process in service.processes if process.log.name.startswith("beat-")]
     times = sorted(time for beat in beats for time in dispatch_times(beat.text()))
@@ -330,7 +330,7 @@ def count_lines(path):
 
 def run_doctor(service):
     command = service.spawn("doctor", "python", "manage.py", "doctor")
-    command.popen.wait(timeout=30)
+    command.popen.wait(timeout=30 * PATIENCE)
     return command.text()
 
 
