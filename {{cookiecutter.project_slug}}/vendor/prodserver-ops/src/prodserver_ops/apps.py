@@ -15,7 +15,7 @@ from django.utils.module_loading import autodiscover_modules
 
 from . import broker
 from .broker import publishing
-from .core import database, history, limits
+from .core import database, limits
 
 
 class OpsConfig(AppConfig):
@@ -46,7 +46,6 @@ class OpsConfig(AppConfig):
         connection_created.connect(database.limit_connection)
         pre_migrate.connect(database.lift_limit, sender=self)
         post_migrate.connect(limits.create_table, sender=self)
-        post_migrate.connect(history.create_indexes, sender=self)
         post_migrate.connect(install_broker, sender=self)
         create_database_folder()
         if settings.SENTRY_DSN:
