@@ -757,29 +757,42 @@ def get_package(path: str) -> str:
 # Configuration
 
 
-def find_dependencies(text: str) -> list[str]:
-    """Return the lines of the dependencies in ``pyproject.toml``."""
-    match = re.search(r"^dependencies = \[\n(.*?)^\]", text, re.M | re.S)
-    return match[1].splitlines(keepends=True) if match else []
+def find_list(text: str, name: str) -> re.Match[str] | None:
+    """Find a list in ``pyproject.toml`` that has one item a line; group 1 is its lines."""
+    return re.search(rf"^{name} = \[\n((?:[ \t].*\n)*)\]", text, re.M)
+
+
+def get_distribution(line: str) -> str:
+    """Return the name of the distribution that a line of a list requires."""
+    match = re.match(r"""\s*["']([\w.-]+)""", line)
+    return match[1].lower() if match else line
+
+
+def change_list(given: list[str], before: list[str], after: list[str]) -> list[str]:
+    """Return a list of requirements with the template's changes; the team's lines stay."""
+    lines = [line for line in given if line in after or line not in before]
+    for line in after:
+        if line not in before and get_distribution(line) not in map(get_distribution, lines):
+            later = (i for i, other in enumerate(lines) if other.strip() > line.strip())
+            lines.insert(next(later, len(lines)), line)
+    return lines
 
 
 def change_project(text: str, record: Record, old: str, new: str) -> str:
     """Return ``pyproject.toml`` with the library, without what the library brings."""
-    before, after = find_dependencies(old), find_dependencies(new)
-    given = find_dependencies(text)
-    if "prodserver-ops" not in "".join(given):
-        added = [line for line in after if line.strip().startswith('"prodserver-ops')]
-        extras = record.answers.get("__extras") or f"api,{record.answers.get('web_server')},sentry"
-        added = added or [f'    "prodserver-ops[{extras}]",\n']
-        gone = set(before) - set(after)
-        kept = [line for line in given if line not in gone]
-        position = next(
-            (i for i, line in enumerate(kept) if line.strip() > added[0].strip()), len(kept)
+    for name in ("dependencies", "dev"):
+        match = find_list(text, name)
+        if match is None:
+            continue
+        before, after = (
+            found[1].splitlines(keepends=True) if (found := find_list(version, name)) else []
+            for version in (old, new)
         )
-        kept[position:position] = added
-        match = re.search(r"^dependencies = \[\n(.*?)^\]", text, re.M | re.S)
-        if match:
-            text = text[: match.start(1)] + "".join(kept) + text[match.end(1) :]
+        lines = change_list(match[1].splitlines(keepends=True), before, after)
+        if name == "dependencies" and "prodserver-ops" not in "".join(lines):
+            extras = record.answers.get("__extras") or "api,sentry"
+            lines = change_list(lines, [], [f'    "prodserver-ops[{extras}]",\n'])
+        text = text[: match.start(1)] + "".join(lines) + text[match.end(1) :]
     source = f'prodserver-ops = {{ path = "{VENDOR}" }}\n'
     if source not in text:
         if "[tool.uv.sources]\n" in text:
