@@ -30,6 +30,9 @@ from tests.servers import PATIENCE, PostgreSQL, RabbitMQ, free_port, reachable, 
 
 ROOT = Path(__file__).parent.parent
 
+#: The PostgreSQL server of this machine.
+POSTGRES_SERVER = "postgres://postgres@127.0.0.1:5432"
+
 #: The RabbitMQ server of this machine. Each service uses the queue named after its slug, so
 #: test runs at the same time need a virtual host each: set ``RABBITMQ_URL``.
 RABBITMQ_URL = os.environ.get("RABBITMQ_URL", "amqp://guest:guest@127.0.0.1:5672//")
@@ -251,11 +254,10 @@ def postgres_url(request):
         5432,
         "docker run -d -p 5432:5432 -e POSTGRES_HOST_AUTH_METHOD=trust postgres:16",
     )
-    server = "postgres://postgres@127.0.0.1:5432"
     name = f"prodserver_{uuid.uuid4().hex[:12]}"
-    with psycopg.connect(f"{server}/postgres", autocommit=True) as connection:
+    with psycopg.connect(f"{POSTGRES_SERVER}/postgres", autocommit=True) as connection:
         connection.execute(f"CREATE DATABASE {name}")
-        yield f"{server}/{name}"
+        yield f"{POSTGRES_SERVER}/{name}"
         connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
 
 
@@ -375,8 +377,9 @@ class Process:
 class Service:
     """A generated service with its own environment variables and processes."""
 
-    def __init__(self, folder, uv, environments, **variables):
+    def __init__(self, folder, uv, environments, copies, **variables):
         self.folder = folder
+        self.copies = copies
         self.uv = uv
         self.environments = environments
         self.processes = []
@@ -420,10 +423,33 @@ class Service:
         (self.folder / ".venv").symlink_to(environment)
 
     def deploy(self):
-        """Install, collect static files and migrate, as a deploy in production mode does."""
+        """Install, collect static files and migrate, as a deploy in production mode does.
+
+        The same service is deployed once, if it is on this machine's PostgreSQL; after that its
+        static files and its migrated database are copied.
+        """
         self.install("--no-dev")
-        self.run("python manage.py collectstatic --noinput")
-        self.run(self.procfile()["release"])
+        server, _, name = self.environment.get("DATABASE_URL", "").rpartition("/")
+        if server != POSTGRES_SERVER:
+            self.run("python manage.py collectstatic --noinput")
+            self.run(self.procfile()["release"])
+            return
+        digest = hashlib.sha256()
+        for path in sorted(self.folder.rglob("*")):
+            if path.is_file() and ".venv" not in path.parts:
+                digest.update(f"{path.relative_to(self.folder)}\n".encode() + path.read_bytes())
+        deployed = self.environments / f"deployed-{digest.hexdigest()[:16]}"
+        copy = f"copy_{uuid.uuid5(uuid.NAMESPACE_URL, str(deployed)).hex[:12]}"
+        with made_once(deployed) as is_missing:
+            if is_missing:
+                self.run("python manage.py collectstatic --noinput")
+                self.run(self.procfile()["release"])
+                copy_database(name, copy)
+                self.copies.append(copy)
+                shutil.copytree(self.folder / "staticfiles", deployed)
+            else:
+                copy_database(copy, name)
+                shutil.copytree(deployed, self.folder / "staticfiles")
 
     def procfile(self):
         """Return the commands of the generated Procfile by process name."""
@@ -480,8 +506,31 @@ def environments(shared_folder):
     return folder
 
 
+def copy_database(name, copy):
+    """Copy a database of this machine's PostgreSQL, in place of one that has the copy's name."""
+    with psycopg.connect(f"{POSTGRES_SERVER}/postgres", autocommit=True) as connection:
+        connection.execute(f"DROP DATABASE IF EXISTS {copy}")
+        connection.execute(f"CREATE DATABASE {copy} TEMPLATE {name}")
+
+
+@pytest.fixture(scope="session")
+def database_copies(shared_folder):
+    """The names of the databases that this process made for others to copy; they are deleted last.
+
+    A process waits for the others, which may still need them.
+    """
+    names = []
+    with (shared_folder / "copies.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        yield names
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    for name in names:
+        with psycopg.connect(f"{POSTGRES_SERVER}/postgres", autocommit=True) as connection:
+            connection.execute(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)")
+
+
 @pytest.fixture
-def make_service(uv, environments, shared_folder):
+def make_service(uv, environments, database_copies, shared_folder):
     """A function that returns a ``Service``. Its processes are killed after the test.
 
     A service's queues have its name: tests with the same one take turns.
@@ -491,7 +540,7 @@ def make_service(uv, environments, shared_folder):
     with contextlib.ExitStack() as stack:
 
         def make(folder, **variables):
-            service = Service(folder, uv, environments, **variables)
+            service = Service(folder, uv, environments, database_copies, **variables)
             if service.uses_rabbitmq() and folder.name not in names:
                 lock = stack.enter_context((shared_folder / f"{folder.name}.queues").open("w"))
                 fcntl.flock(lock, fcntl.LOCK_EX)
