@@ -75,12 +75,28 @@ def test_release_of_a_lost_lease_changes_nothing(leases):
     age(LEASE_SECONDS + 1)
     second.acquire()
     first.release()
+    assert not Lease("sample").acquire()
     second.renew()
     assert not first.acquire()
 
 
 def test_leases_of_other_names_do_not_matter(leases):
+    first, _ = leases
+    other = Lease("other")
+    assert other.acquire()
+    assert other.number == first.number
+    age(LEASE_SECONDS + 1)
+    first.renew()
     assert Lease("other").acquire()
+    assert not Lease("sample").acquire()
+
+
+def test_release_leaves_leases_of_other_names(leases):
+    first, _ = leases
+    other = Lease("other")
+    assert other.acquire()
+    first.release()
+    assert not Lease("other").acquire()
 
 
 def test_only_one_of_two_processes_that_ask_at_once_gets_it(monkeypatch):
@@ -107,8 +123,19 @@ def test_process_that_was_killed_is_replaced_at_once_on_its_machine(processes, p
         here = module._get_holder().rpartition(" ")[0]
         models.Lease.objects.update(holder=f"{place}{here} {process.pid}")
         assert processes[1].acquire() is (not alive and not place)
+        assert (process.poll() is None) is alive
         process.kill()
 
 
 def test_process_that_replaced_itself_gets_its_lease_again(processes):
     assert processes[1].acquire()
+
+
+def test_process_of_another_user_is_not_gone(processes, monkeypatch):
+    def refuse(pid, number):
+        raise PermissionError
+
+    monkeypatch.setattr(module.os, "kill", refuse)
+    here = module._get_holder().rpartition(" ")[0]
+    models.Lease.objects.update(holder=f"{here} 1")
+    assert not processes[1].acquire()
