@@ -906,6 +906,8 @@ class Upgrade:
             if path
         }
         self.own = self.find_own_modules()
+        #: The service as the releases had it that it was at, the last one first
+        self.versions: list[Path] = []
         self.translator = Translator([*packages, template], record.answers, self.own)
 
     def find_own_modules(self) -> set[str]:
@@ -979,35 +981,52 @@ class Upgrade:
         """Do what needs both versions of the template."""
         try:
             new = self.record.render(folder / "new")
-            old = self.find_old_version(folder)
+            self.versions = [self.history[0].render(folder / "old-0")]
+            if self.renamed or self.find_edits():
+                # Files may be of an earlier release, because later ones did not arrive.
+                self.versions += [
+                    record.render(folder / f"old-{number}")
+                    for number, record in enumerate(self.history[1:], 1)
+                ]
         except (Failed, StopIteration) as error:
             self.report.left.append(f"the template could not be rendered, so ops stays: {error}")
             return
         self.restore_library(new)
-        self.merge_unmerged(old, new)
-        self.merge_rejected(old, new)
+        self.merge_unmerged()
+        self.merge_rejected(self.versions[0], new)
         if self.renamed:
-            self.merge_package(old, new)
+            self.merge_package(self.find_best_version(), new)
             self.rename_in_new_lines(new)
-        self.keep_edits(old)
+        self.keep_edits()
 
-    def find_old_version(self, folder: Path) -> Path:
-        """Render the version that the service's ``ops`` is from; return its folder.
+    def find_best_version(self) -> Path:
+        """Return the version that most files of the service's ``ops`` are from."""
 
-        For a renamed package an earlier upgrade may have recorded a version that never arrived.
+        def count(version: Path) -> int:
+            edited = {path for path, _, _ in self.find_edits([version])}
+            return -len(edited & self.files)
+
+        return max(self.versions, key=count)
+
+    def find_edits(self, versions: list[Path] | None = None) -> list[tuple[str, str, list[str]]]:
+        """Return paths and texts of files in the old folders that no version has.
+
+        The third part are the texts that the versions have.
         """
-        best, most = None, -1
-        for number, record in enumerate(self.history if self.renamed else self.history[:1]):
-            rendered = record.render(folder / f"old-{number}")
-            same = 0
-            for path in sorted(Path(rendered, self.slug, "ops").rglob("*.py")):
-                name = path.relative_to(rendered / self.slug).as_posix()
-                ours = show(self.revision, f"{self.main.path}/{name}")
-                same += ours is not None and ours in (read(path), self.map(read(path) or ""))
-            if same > most:
-                best, most = rendered, same
-        assert best is not None
-        return best
+        tests = git("ls-tree", "-r", "--name-only", self.revision, "tests/ops/").splitlines()
+        found = []
+        for path in sorted([*self.files, *tests]):
+            package = next((p for p in self.packages if path.startswith(p.ops + "/")), None)
+            source = path if package is None else f"{self.slug}{path.removeprefix(package.path)}"
+            ours = show(self.revision, path)
+            texts = [
+                text
+                for version in versions or self.versions
+                if (text := read(version / source)) is not None
+            ]
+            if ours is not None and all(ours not in (text, self.map(text)) for text in texts):
+                found.append((path, ours, texts))
+        return found
 
     def restore_library(self, new: Path) -> None:
         """Give the library the template's bytes: edits of ``ops`` may have followed its files."""
@@ -1060,7 +1079,7 @@ class Upgrade:
         write(path, result)
         return clean
 
-    def merge_unmerged(self, old: Path, new: Path) -> None:
+    def merge_unmerged(self) -> None:
         """Merge the files with conflicts again, with imports that are translated on both sides."""
         for path, stages in list_unmerged().items():
             if path.startswith(("vendor/", *(f"{p.ops}/" for p in self.packages), "tests/ops/")):
@@ -1163,31 +1182,22 @@ class Upgrade:
 
     # The old folders
 
-    def keep_edits(self, old: Path) -> None:
+    def keep_edits(self) -> None:
         """Delete ``ops`` and ``tests/ops``; keep what the team changed there."""
         tests = git("ls-tree", "-r", "--name-only", self.revision, "tests/ops/").splitlines()
         own_tests = []
-        for path in sorted([*self.files, *tests]):
+        for path, ours, texts in self.find_edits():
             package = next((p for p in self.packages if path.startswith(p.ops + "/")), None)
-            source = path if package is None else f"{self.slug}{path.removeprefix(package.path)}"
-            ours = show(self.revision, path)
-            shipped = read(old / source)
-            if ours is None or (shipped is not None and ours in (shipped, self.map(shipped))):
+            if not texts and not ours.strip():
                 continue
-            if shipped is None:
-                if package is None:
-                    own_tests.append(path)
-                    continue
-                if self.is_own(path):
-                    self.report.notes.append(f"{path}: your own module; it stays")
-                    if not Path(path).exists():
-                        write(path, ours)
-                    continue
-                if self.move_own_file(package, path, ours):
-                    continue
-            if not ours.strip() and shipped is None:
-                continue
-            self.keep_file(path, ours, shipped)
+            if not texts and package is None:
+                own_tests.append(path)
+            elif not texts and self.is_own(path):
+                self.report.notes.append(f"{path}: your own module; it stays")
+                if not Path(path).exists():
+                    write(path, ours)
+            elif texts or package is None or not self.move_own_file(package, path, ours):
+                self.keep_file(path, ours, texts)
         keep = {"tests/ops/conftest.py"} if own_tests else set()
         for path in own_tests:
             self.report.notes.append(f"{path}: your own test; it stays")
@@ -1233,10 +1243,17 @@ class Upgrade:
         self.report.done.append(f"{target.as_posix()}: moved there from ops")
         return True
 
-    def keep_file(self, path: str, ours: str, shipped: str | None) -> None:
+    def keep_file(self, path: str, ours: str, texts: list[str]) -> None:
         """Keep a file of ``ops`` that the team edited, and what it changed."""
         write(f"{EDITS}/{path}.1x", ours)
-        if shipped is not None:
+        if texts:
+            matcher = difflib.SequenceMatcher(None, "", ours.splitlines(), False)
+
+            def compare(text: str) -> float:
+                matcher.set_seq1(self.map(text).splitlines())
+                return matcher.ratio()
+
+            shipped = max(texts, key=compare)
             difference = difflib.unified_diff(
                 self.map(shipped).splitlines(keepends=True),
                 ours.splitlines(keepends=True),
