@@ -158,6 +158,7 @@ def test_image_contains_only_runtime_files_and_no_secrets(project, image):
             "pyproject.toml",
             "staticfiles",
             "uv.lock",
+            "vendor",
             project.name,
         ]
     )
@@ -345,7 +346,7 @@ def test_documented_compose_commands_work(project, compose):
     count = f"{database} 'SELECT count(*) FROM django_celery_beat_periodictask'"
     schedules = compose(count)
     compose(backup)
-    compose(f"{database} 'DELETE FROM django_celery_beat_periodictask'")
+    compose(f"{database} 'TRUNCATE django_celery_beat_periodictask CASCADE'")
     # With client tools newer than the server, pg_restore restores but exits with an error.
     versions = compose("docker compose exec -T postgres sh -c 'pg_dump --version; postgres -V'")
     tools, server = re.findall(r"\(PostgreSQL\) (\d+)", versions)
