@@ -1,10 +1,11 @@
 """Run the benchmarks and write their figures into bench/RESULTS.md.
 
-    uv run bench/run.py [--runs N] [--only PART] [--quick]
+    uv run bench/run.py [--runs N] [--only PART] [--release VERSION] [--quick]
 
-Measures the processes of the default service, tasks, beat, and digests, in about half an hour;
-nothing else should run on the machine. Each figure is the median of N runs, 5 unless given; what is
-compared alternates in the same run. `--quick` measures less of each and prints the tables only.
+Measures the processes of the default service, tasks, beat, digests, and the first command, in about
+half an hour; nothing else should run on the machine. Each figure is the median of N runs, 5 unless
+given; what is compared alternates in the same run. The processes are compared with those of release
+1.0.0, or another one. `--quick` measures less of each and prints the tables only.
 Needs PostgreSQL (127.0.0.1:5432, user postgres, trust), RabbitMQ (127.0.0.1:5672, guest), Redis
 (127.0.0.1:6379) and wrk.
 """
@@ -22,6 +23,7 @@ from pathlib import Path
 import beat
 import compare
 import digest
+import first
 import smtp
 import tasks
 
@@ -31,9 +33,9 @@ RESULTS = Path(__file__).with_name("RESULTS.md")
 START, END = "<!-- figures: bench/run.py -->", "<!-- end of figures -->"
 
 #: The parts, each with a heading there
-PARTS = ["processes", "tasks", "beat", "digests"]
+PARTS = ["processes", "tasks", "beat", "digests", "first"]
 
-#: The release whose processes are measured beside those of now
+#: The release whose processes are measured beside those of now, unless another one is given
 FIRST_RELEASE = "1.0.0"
 
 #: How many tasks, digests and recipients are measured: as a rule, and with --quick
@@ -54,6 +56,9 @@ def main():
     parser.add_argument(
         "--only", metavar="PART", choices=PARTS, help=f"measure one of {', '.join(PARTS)} again"
     )
+    parser.add_argument(
+        "--release", metavar="VERSION", default=FIRST_RELEASE, help="default 1.0.0; for processes"
+    )
     parser.add_argument("--quick", action="store_true", help="measure less, and print only")
     options = parser.parse_args()
     if not shutil.which("wrk"):
@@ -70,17 +75,21 @@ def main():
     ).stdout.strip()
     measurements = {
         "machine": lambda: [describe_machine(options.runs)],
-        "processes": lambda: measure_processes(options.runs),
+        "processes": lambda: measure_processes(options.release, options.runs),
         "tasks": lambda: [measure_tasks(sizes["tasks"], options.runs)],
         "beat": lambda: [measure_beat(sizes["dispatches"])],
         "digests": lambda: measure_digests(sizes["digests"], sizes["recipients"], options.runs),
+        "first": lambda: [
+            "### First command, warm cache, no network",
+            first.measure(first.LAST_RELEASE, options.runs),
+        ],
     }
     for part, measure in measurements.items():
         if options.only in (None, part):
             parts[part] = "\n\n".join(measure())
             if part != "machine":
                 parts[part] += f"\n\nMeasured on {datetime.date.today()} at commit {commit}."
-    text = "\n\n".join(parts[part].strip() for part in measurements)
+    text = "\n\n".join(parts[part].strip() for part in measurements if part in parts)
     if options.quick:
         print(text)
     else:
@@ -113,19 +122,19 @@ def describe_machine(runs):
     )
 
 
-def measure_processes(runs):
-    """Yield the tables of the processes."""
+def measure_processes(release, runs):
+    """Yield the tables of the processes, beside those of a release."""
     with (
         compare.generated_project() as ours,
-        compare.generated_project(FIRST_RELEASE) as first,
+        compare.generated_project(release) as other,
         compare.bare_project(ours.python) as bare,
     ):
         requests = next(name for name in compare.MEASUREMENTS if name.startswith("requests"))
         everything = set(compare.MEASUREMENTS)
-        names = {ours.name: everything, first.name: everything, bare.name: {requests}}
-        medians = compare.compare([ours, first, bare], names, runs)
+        names = {ours.name: everything, other.name: everything, bare.name: {requests}}
+        medians = compare.compare([ours, other, bare], names, runs)
     yield "### Processes of the default service"
-    yield compare.format_table(medians, ours.name, first.name)
+    yield compare.format_table(medians, ours.name, other.name)
     ratio = medians[requests, ours.name] / medians[requests, bare.name]
     yield (
         f"Django alone, one view and no middleware, with the same gunicorn: "

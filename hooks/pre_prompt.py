@@ -16,6 +16,9 @@ import cookiecutter
 
 OLDEST = (2, 7)
 
+#: The folders that Python and its tools make in those that they read.
+CACHES = "__pycache__ .mypy_cache .pytest_cache .ruff_cache".split()
+
 BOOLEANS = "1 true t yes y on 0 false f no n off".split()
 
 
@@ -59,9 +62,10 @@ def find_error(questions, arguments):
 if __name__ == "__main__":
     variables = json.loads(Path("cookiecutter.json").read_text(encoding="utf-8"))
     questions = {name: value for name, value in variables.items() if not name.startswith("_")}
-    # Tests of the library leave bytecode in a clone, which must not be copied to a service.
-    for folder in list(Path().rglob("__pycache__")):
-        shutil.rmtree(folder)
+    # Tests and tools leave folders in the library of a clone, which must not be copied to a service.
+    for name in CACHES:
+        for folder in list(Path().glob(f"*/vendor/**/{name}")):
+            shutil.rmtree(folder)
     command = get_command()
     if error := find_error(questions, command):
         print(error)

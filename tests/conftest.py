@@ -25,10 +25,13 @@ import redis
 from aiosmtpd.controller import Controller
 from aiosmtpd.handlers import Message
 
-from tests.generate import OTHER_FOLDERS, copy_template, get_template
-from tests.servers import PostgreSQL, RabbitMQ, free_port, reachable, wait_for
+from tests.generate import OTHER_FOLDERS, SOURCES, copy_template, get_template, replace
+from tests.servers import PATIENCE, PostgreSQL, RabbitMQ, free_port, reachable, wait_for
 
 ROOT = Path(__file__).parent.parent
+
+#: The PostgreSQL server of this machine.
+POSTGRES_SERVER = "postgres://postgres@127.0.0.1:5432"
 
 #: The RabbitMQ server of this machine. Each service uses the queue named after its slug, so
 #: test runs at the same time need a virtual host each: set ``RABBITMQ_URL``.
@@ -73,6 +76,11 @@ def pytest_addoption(parser):
         "--require-services",
         action="store_true",
         help="fail instead of skip if PostgreSQL or RabbitMQ is not running",
+    )
+    parser.addoption(
+        "--real-times",
+        action="store_true",
+        help="wait as long as services in production do, a minute for a lease, for example",
     )
 
 
@@ -173,6 +181,45 @@ def bake(cookies_session, shared_folder, tmp_path_factory):
     return bake
 
 
+#: Times of the library, by the file in which they stand, and those of an impatient service.
+SHORT_TIMES = [
+    ("broker/__init__.py", "VISIBILITY_MARGIN = 60", "VISIBILITY_MARGIN = 2"),
+    ("conf/defaults.py", "EMAIL_TIMEOUT = 30", "EMAIL_TIMEOUT = 6"),
+    ("mail/attempts.py", "for minutes in (1, 2", "for minutes in (0.1, 2"),
+    (
+        "mail/tasks.py",
+        "NOTIFICATION_GRACE = timedelta(minutes=1)",
+        "NOTIFICATION_GRACE = timedelta(seconds=8)",
+    ),
+    ("mail/tasks.py", "RESUME_SECONDS = 60", "RESUME_SECONDS = 8"),
+    ("mail/transport.py", "PAUSE_SECONDS = 60", "PAUSE_SECONDS = 20"),
+    ("scheduling/leases.py", "LEASE_SECONDS = 60", "LEASE_SECONDS = 15"),
+    ("worker/failed.py", "UNKNOWN_SECONDS = 120", "UNKNOWN_SECONDS = 5"),
+]
+
+
+@pytest.fixture(scope="session")
+def real_times(pytestconfig):
+    """Whether tests wait as long as services in production do."""
+    return pytestconfig.getoption("--real-times")
+
+
+@pytest.fixture(scope="session")
+def bake_impatient(bake, real_times):
+    """As ``bake``, but the library of the service waits for seconds instead of minutes.
+
+    That needs an environment of its own. With ``--real-times`` the service is as any other.
+    """
+
+    def bake_impatient(**answers):
+        project = bake(**answers)
+        for name, old, new in SHORT_TIMES if not real_times else ():
+            replace(project / SOURCES / name, old, new)
+        return project
+
+    return bake_impatient
+
+
 @pytest.fixture(scope="session")
 def default_project(bake):
     """The default service, for tests that do not change it."""
@@ -207,11 +254,10 @@ def postgres_url(request):
         5432,
         "docker run -d -p 5432:5432 -e POSTGRES_HOST_AUTH_METHOD=trust postgres:16",
     )
-    server = "postgres://postgres@127.0.0.1:5432"
     name = f"prodserver_{uuid.uuid4().hex[:12]}"
-    with psycopg.connect(f"{server}/postgres", autocommit=True) as connection:
+    with psycopg.connect(f"{POSTGRES_SERVER}/postgres", autocommit=True) as connection:
         connection.execute(f"CREATE DATABASE {name}")
-        yield f"{server}/{name}"
+        yield f"{POSTGRES_SERVER}/{name}"
         connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
 
 
@@ -318,7 +364,7 @@ class Process:
         """Send a signal and return the exit status. Fail if the process does not exit in time."""
         self.popen.send_signal(number)
         try:
-            return self.popen.wait(timeout=seconds)
+            return self.popen.wait(timeout=seconds * PATIENCE)
         except subprocess.TimeoutExpired:
             pytest.fail(f"still running {seconds} s after signal {number}:\n{self.text()}")
 
@@ -331,14 +377,18 @@ class Process:
 class Service:
     """A generated service with its own environment variables and processes."""
 
-    def __init__(self, folder, uv, environments, **variables):
+    def __init__(self, folder, uv, environments, copies, **variables):
         self.folder = folder
+        self.copies = copies
         self.uv = uv
         self.environments = environments
         self.processes = []
         self.port = free_port()
         scripts = folder / ".venv" / "bin"
         self.environment = clean_environment(PORT=self.port, **variables)
+        # mypy reads the types of the packages once for all services of a test process.
+        worker = os.environ.get("PYTEST_XDIST_WORKER", "master")
+        self.environment["MYPY_CACHE_DIR"] = str(environments / f"mypy-{worker}")
         self.environment["PATH"] = f"{scripts}{os.pathsep}{self.environment['PATH']}"
 
     def run(self, command, **variables):
@@ -368,15 +418,38 @@ class Service:
         environment = self.environments / name
         with made_once(environment) as is_missing:
             if is_missing:
-                command = [self.uv, "sync", "--quiet", "--compile-bytecode", *options]
+                command = [self.uv, "sync", "--quiet", *options]
                 self.run(shlex.join(command), UV_PROJECT_ENVIRONMENT=str(environment))
         (self.folder / ".venv").symlink_to(environment)
 
     def deploy(self):
-        """Install, collect static files and migrate, as a deploy in production mode does."""
+        """Install, collect static files and migrate, as a deploy in production mode does.
+
+        The same service is deployed once, if it is on this machine's PostgreSQL; after that its
+        static files and its migrated database are copied.
+        """
         self.install("--no-dev")
-        self.run("python manage.py collectstatic --noinput")
-        self.run(self.procfile()["release"])
+        server, _, name = self.environment.get("DATABASE_URL", "").rpartition("/")
+        if server != POSTGRES_SERVER:
+            self.run("python manage.py collectstatic --noinput")
+            self.run(self.procfile()["release"])
+            return
+        digest = hashlib.sha256()
+        for path in sorted(self.folder.rglob("*")):
+            if path.is_file() and ".venv" not in path.parts:
+                digest.update(f"{path.relative_to(self.folder)}\n".encode() + path.read_bytes())
+        deployed = self.environments / f"deployed-{digest.hexdigest()[:16]}"
+        copy = f"copy_{uuid.uuid5(uuid.NAMESPACE_URL, str(deployed)).hex[:12]}"
+        with made_once(deployed) as is_missing:
+            if is_missing:
+                self.run("python manage.py collectstatic --noinput")
+                self.run(self.procfile()["release"])
+                copy_database(name, copy)
+                self.copies.append(copy)
+                shutil.copytree(self.folder / "staticfiles", deployed)
+            else:
+                copy_database(copy, name)
+                shutil.copytree(deployed, self.folder / "staticfiles")
 
     def procfile(self):
         """Return the commands of the generated Procfile by process name."""
@@ -403,9 +476,13 @@ class Service:
         with urlopen(request, timeout=10) as response:
             return response.status, response.read().decode()
 
+    def uses_rabbitmq(self):
+        """Return whether the service uses this machine's RabbitMQ."""
+        return RABBITMQ_URL in self.environment.values()
+
     def delete_queue(self):
         """Delete the service's queue on this machine's RabbitMQ, with its messages."""
-        if RABBITMQ_URL in self.environment.values():
+        if self.uses_rabbitmq():
             virtual_host = urlsplit(RABBITMQ_URL).path.removeprefix("/")
             with amqp.Connection("127.0.0.1:5672", virtual_host=virtual_host) as connection:
                 for queue in (
@@ -429,20 +506,52 @@ def environments(shared_folder):
     return folder
 
 
+def copy_database(name, copy):
+    """Copy a database of this machine's PostgreSQL, in place of one that has the copy's name."""
+    with psycopg.connect(f"{POSTGRES_SERVER}/postgres", autocommit=True) as connection:
+        connection.execute(f"DROP DATABASE IF EXISTS {copy}")
+        connection.execute(f"CREATE DATABASE {copy} TEMPLATE {name}")
+
+
+@pytest.fixture(scope="session")
+def database_copies(shared_folder):
+    """The names of the databases that this process made for others to copy; they are deleted last.
+
+    A process waits for the others, which may still need them.
+    """
+    names = []
+    with (shared_folder / "copies.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        yield names
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    for name in names:
+        with psycopg.connect(f"{POSTGRES_SERVER}/postgres", autocommit=True) as connection:
+            connection.execute(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)")
+
+
 @pytest.fixture
-def make_service(uv, environments):
-    """A function that returns a ``Service``. Its processes are killed after the test."""
+def make_service(uv, environments, database_copies, shared_folder):
+    """A function that returns a ``Service``. Its processes are killed after the test.
+
+    A service's queues have its name: tests with the same one take turns.
+    """
     services = []
+    names = set()
+    with contextlib.ExitStack() as stack:
 
-    def make(folder, **variables):
-        service = Service(folder, uv, environments, **variables)
-        service.delete_queue()  # An interrupted run may have left messages.
-        services.append(service)
-        return service
+        def make(folder, **variables):
+            service = Service(folder, uv, environments, database_copies, **variables)
+            if service.uses_rabbitmq() and folder.name not in names:
+                lock = stack.enter_context((shared_folder / f"{folder.name}.queues").open("w"))
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                names.add(folder.name)
+            service.delete_queue()  # An interrupted run may have left messages.
+            services.append(service)
+            return service
 
-    yield make
-    for service in services:
-        service.close()
+        yield make
+        for service in services:
+            service.close()
 
 
 @pytest.fixture(scope="session")

@@ -73,6 +73,13 @@ def copy_template(folder, without=()):
             shutil.copy2(ROOT / name, path)
 
 
+def replace(path, old, new):
+    """Replace the one occurrence of a text in a file."""
+    text = path.read_text()
+    assert text.count(old) == 1, (path, old)
+    path.write_text(text.replace(old, new))
+
+
 @contextmanager
 def generated_project(release=None, **answers):
     """Yield the folder of a new service, without setup; it is deleted after.

@@ -2,7 +2,9 @@
 
 import contextlib
 import ctypes
+import functools
 import glob
+import itertools
 import os
 import shutil
 import signal
@@ -19,11 +21,27 @@ import pytest
 SO_ATTACH_FILTER, SO_DETACH_FILTER = 26, 27
 
 
+#: The first port of the tests, and how many each test process has. They are below those that the
+#: system gives to connections, so that nobody takes one before its server is started.
+FIRST_PORT, PORTS = 20_000, 1_000
+
+
+@functools.cache
+def iterate_ports():
+    """Return an iterator over the ports of this test process, again and again."""
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "gw10").removeprefix("gw")
+    first = FIRST_PORT + int(worker) % 11 * PORTS
+    start = os.getpid() % PORTS  # Those of another test run are elsewhere.
+    return itertools.cycle(first + (start + number) % PORTS for number in range(PORTS))
+
+
 def free_port():
-    """Return an unused TCP port on 127.0.0.1."""
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
+    """Return a TCP port on 127.0.0.1 that is unused, and that this process gives to nobody else."""
+    for port in iterate_ports():
+        with contextlib.suppress(OSError), socket.socket() as server:
+            server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            server.bind(("127.0.0.1", port))
+            return port
 
 
 def reachable(port):
@@ -33,9 +51,13 @@ def reachable(port):
     return False
 
 
+#: How many times as long as usual a test waits before it fails, for a machine that is busy.
+PATIENCE = float(os.environ.get("PATIENCE", "1"))
+
+
 def wait_for(condition, seconds, describe_failure):
     """Wait until the condition is true and return its value, or fail the test."""
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + seconds * PATIENCE
     while not (value := condition()):
         if time.monotonic() > deadline:
             pytest.fail(f"timed out after {seconds} s: {describe_failure()}")

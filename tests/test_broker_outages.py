@@ -6,7 +6,7 @@ import time
 import pytest
 
 from tests.conftest import production_variables
-from tests.servers import wait_for
+from tests.servers import PATIENCE, wait_for
 from tests.test_failures import HealthMonitor, Moderator
 
 pytestmark = pytest.mark.slow
@@ -34,11 +34,11 @@ OUTAGES = {
 
 @pytest.mark.parametrize("outage", OUTAGES)
 def test_an_outage_of_the_broker_holds_nothing_up(
-    bake, make_service, smtp, postgres_url, dedicated_rabbitmq, outage
+    bake_impatient, make_service, smtp, postgres_url, dedicated_rabbitmq, outage
 ):
     begin, end = OUTAGES[outage]
     service = make_service(
-        bake(project_slug="outages"),
+        bake_impatient(project_slug="outages"),
         EMAIL_HOST="127.0.0.1",
         EMAIL_PORT=smtp.port,
         **production_variables(postgres_url, dedicated_rabbitmq.url),
@@ -119,7 +119,7 @@ def test_a_task_that_kills_each_worker_is_given_up(bake, make_service, postgres_
     service.shell("from poisoned.tasks import poison; poison.delay()")
     worker.wait_for_text("poisoned.tasks.poison was delivered 20 times and is given up", seconds=90)
     doctor = service.spawn("doctor", "python", "manage.py", "doctor")
-    doctor.popen.wait(timeout=30)
+    doctor.popen.wait(timeout=30 * PATIENCE)
     assert "1 tasks were given up: they killed workers" in doctor.text(), doctor.text()
     service.run("celery -A poisoned purge -f -Q poisoned.failed")
     assert worker.stop(seconds=30) == 0

@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from tests.servers import free_port, reachable, wait_for
+from tests.servers import PATIENCE, free_port, reachable, wait_for
 from tests.test_boot import CREATE_DATA
 
 pytestmark = pytest.mark.slow
@@ -90,7 +90,7 @@ def test_a_reload_keeps_tasks_and_links_follow_the_port(service):
     assert "Traceback" not in honcho.text()
 
     os.killpg(honcho.popen.pid, signal.SIGINT)
-    honcho.popen.wait(timeout=20)
+    honcho.popen.wait(timeout=20 * PATIENCE)
     assert not reachable(port)
 
 
@@ -101,7 +101,7 @@ def test_a_port_that_is_in_use_ends_all_processes_with_one_line(service):
         command = f"honcho start --no-colour -f Procfile.dev -p {port}"
         honcho = service.spawn("honcho", *shlex.split(command))
         try:
-            status = honcho.popen.wait(timeout=40)
+            status = honcho.popen.wait(timeout=40 * PATIENCE)
         except Exception:
             pytest.fail(f"still running:\n{honcho.text()}")
     assert status != 0

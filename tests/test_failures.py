@@ -17,8 +17,8 @@ from tests.servers import wait_for
 
 pytestmark = pytest.mark.slow
 
-#: How long a server is stopped, in seconds.
-OUTAGE = 20
+#: How long a server is stopped, in seconds: longer than a connection may take to fail.
+OUTAGE = 12
 
 CREATE_DATA = """
 from django_celery_beat.models import IntervalSchedule, PeriodicTask
@@ -115,9 +115,9 @@ class NoRedirect(urllib.request.HTTPRedirectHandler):
 
 
 @pytest.fixture
-def service(bake, make_service, smtp, dedicated_postgres, dedicated_rabbitmq):
+def service(bake_impatient, make_service, smtp, dedicated_postgres, dedicated_rabbitmq):
     service = make_service(
-        bake(project_slug="failures"),
+        bake_impatient(project_slug="failures"),
         EMAIL_HOST="127.0.0.1",
         EMAIL_PORT=smtp.port,
         **production_variables(dedicated_postgres.url, dedicated_rabbitmq.url),

@@ -7,6 +7,7 @@ import subprocess
 
 import pytest
 
+from tests.generate import SOURCES, replace
 from tests.servers import wait_for
 
 SLUG = "weekly"
@@ -74,13 +75,9 @@ class Migration(migrations.Migration):
 
 DEPENDENCY = '\n        ("django_celery_beat", "0019_alter_periodictasks_options"),'
 
-SECOND_WORKER = f'''\
-            "reports": {{
-                "BACKEND": "django_prodserver.backends.workers.celery.CeleryWorker",
-                "APP": "{SLUG}.celery_app",
-                "ARGS": {{"loglevel": self.LOG_LEVEL, "concurrency": 1, "queues": "reports"}},
-            }},
-'''
+SECOND_WORKER = """\
+            "reports": processes.worker(self, concurrency=1, queues="reports"),
+"""
 
 RUN_EVERY_SECOND = """
 from django_celery_beat.models import IntervalSchedule, PeriodicTask
@@ -89,13 +86,6 @@ task.interval = IntervalSchedule.objects.get_or_create(every=1, period="seconds"
 task.save()
 User.objects.create_user("anna", "anna@example.com")
 """
-
-
-def replace(path, old, new):
-    """Replace the one occurrence of a text in a file."""
-    text = path.read_text()
-    assert text.count(old) == 1, (path, old)
-    path.write_text(text.replace(old, new))
 
 
 def python_blocks(readme):
@@ -174,17 +164,17 @@ def change_settings(service):
     settings = service.folder / SLUG / "settings.py"
     replace(settings, 'TIME_ZONE = "UTC"', 'TIME_ZONE = "Europe/Berlin"')
     replace(settings, '"anon": "60/min", "user": "120/min"', '"anon": "7/min", "user": "9/min"')
-    beat = '            "beat": {\n'
+    beat = '            "beat": processes.beat(self),\n'
     replace(settings, beat, SECOND_WORKER + beat)
     with (service.folder / "Procfile").open("a") as procfile:
         procfile.write("reports: python manage.py prodserver reports\n")
 
     # A typing error would end the process at its start; check finds it.
-    replace(settings, '"queues": "reports"', '"queue": "reports"')
+    replace(settings, 'queues="reports"', 'queue="reports"')
     output = run_failing(service, "python manage.py check")
     assert "System check identified 1 issue " in output
     assert "Process 'reports': ARGS: No such option" in output
-    replace(settings, '"queue": "reports"', '"queues": "reports"')
+    replace(settings, 'queue="reports"', 'queues="reports"')
 
 
 def add_an_app(service):
@@ -290,7 +280,7 @@ def test_image_contains_another_app_and_no_secrets(bake, answers):
         "manage.py",
         "pyproject.toml",
         f"{package}/settings.py",
-        f"{package}/ops/locks.py",
+        f"{SOURCES}/core/locks.py",
         "rooms/models.py",
         "rooms/migrations/0001_initial.py",
         "rooms/templates/rooms/room.html",

@@ -12,6 +12,7 @@ import urllib.request
 import pytest
 
 from tests.conftest import production_variables
+from tests.generate import replace
 from tests.servers import free_port, wait_for
 
 pytestmark = [
@@ -63,6 +64,9 @@ with connection.cursor() as cursor:
     cursor.execute("SELECT host FROM ran WHERE number >= {start} AND number < {end}")
     print(*[host for (host,) in cursor])
 """
+
+#: How often RabbitMQ expects to hear of a worker, in seconds; Celery's default is a minute.
+HEARTBEAT = 20
 
 #: How long the second host is cut off, in seconds. Its task gets an error of the database after
 #: 10 seconds, and one of RabbitMQ 5 seconds later.
@@ -134,13 +138,17 @@ def forwarded(port):
 
 
 def test_two_hosts_share_the_work_and_one_that_is_cut_off_loses_none(
-    network, bake, make_service, postgres_url, rabbitmq_url
+    network, bake, make_service, postgres_url, rabbitmq_url, real_times
 ):
     names, cables = network
     with forwarded(5432) as postgresql, forwarded(5672) as rabbitmq:
         folder = bake(project_slug="hosts")
         with (folder / "hosts" / "tasks.py").open("a") as tasks:
             tasks.write(TASK)
+        if not real_times:
+            old = "    USE_TZ = True\n"
+            new = f"{old}    CELERY_BROKER_HEARTBEAT = {HEARTBEAT}\n"
+            replace(folder / "hosts" / "settings.py", old, new)
         service = make_service(
             folder,
             ALLOWED_HOSTS=",".join(HOSTS.values()),
@@ -200,7 +208,7 @@ def test_two_hosts_share_the_work_and_one_that_is_cut_off_loses_none(
         assert not is_ready("second")
         time.sleep(max(0, reconnect_at - time.monotonic()))
         run("ip", "link", "set", cables["second"], "up")
-        # RabbitMQ notices a lost connection by missing heartbeats, after up to three minutes.
+        # RabbitMQ notices a lost connection by missing heartbeats, after up to three of them.
         wait_for(lambda: is_ready("second"), 60, workers["second"].text)
         wait_for(lambda: len(get_hosts(100, 300)) == 200, 240, workers["second"].text)
         queue(300, 400)

@@ -11,7 +11,7 @@ from urllib.request import Request, urlopen
 import pytest
 
 from tests.conftest import production_variables
-from tests.servers import free_port, wait_for
+from tests.servers import PATIENCE, free_port, wait_for
 
 pytestmark = pytest.mark.slow
 
@@ -64,14 +64,12 @@ def test_flower_shows_workers_and_tasks_to_its_account_only(service):
     # Other users of the host can read the arguments of a process.
     assert "a-password" not in Path(f"/proc/{flower.popen.pid}/cmdline").read_text()
     other = service.start("flower")
-    assert other.popen.wait(timeout=30) == 1
+    assert other.popen.wait(timeout=30 * PATIENCE) == 1
     assert "is already in use. " in other.text().splitlines()[-1]
     assert "Traceback" not in other.text()
     worker = service.start("worker")
     worker.wait_for_text(" ready.")
-    service.shell(
-        f"from prodserver_ops.tasks import delete_records\ndelete_records.delay()"
-    )
+    service.shell("from prodserver_ops.tasks import delete_records\ndelete_records.delay()")
     wait_for(
         lambda: find_task(service, "ops.delete_records") == "SUCCESS",
         30,

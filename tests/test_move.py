@@ -215,7 +215,7 @@ def bring_code(project, app, custom_user):
         '                "rest_framework.authentication.TokenAuthentication",\n',
     )
     # The two kinds of tokens have the same scheme; the old one is tried first.
-    text = text.replace(f'                "{slug}.ops.tokens.TokenAuthentication",\n', "")
+    text = text.replace('                "prodserver_ops.api.tokens.TokenAuthentication",\n', "")
     settings.write_text(text)
 
 

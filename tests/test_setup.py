@@ -6,16 +6,29 @@ import re
 import shutil
 import sqlite3
 import subprocess
+from pathlib import Path
 
 import pytest
 
 from tests.conftest import GIT_IDENTITY, clean_environment
+from tests.generate import SOURCES
 
 pytestmark = pytest.mark.slow
 
 PACKAGE = "{{cookiecutter.project_slug}}"
 
 COMMIT = "git add . && git commit -m 'Start from cookiecutter-prodserver'"
+
+
+#: A uv that finds the Pythons in FOUND, and installs nothing.
+FAKE_UV = """#!/bin/sh
+for version; do :; done
+case "$1 $2" in
+    "python find") case " $FOUND " in *" $version "*) exit 0 ;; esac ;;
+esac
+echo "error: installs nothing"
+exit 1
+"""
 
 
 @pytest.fixture
@@ -44,6 +57,22 @@ def path_without(tmp_path):
         return str(tools)
 
     return make
+
+
+@pytest.fixture
+def generate_uninstalled(generate, path_without):
+    """As ``generate``, but the installation fails at once, for what comes after it."""
+
+    def generate_uninstalled(*arguments, missing=(), **environment):
+        tools = path_without(*missing)
+        fake = Path(tools, "uv")
+        fake.write_text(FAKE_UV)
+        fake.chmod(0o755)
+        project, lines = generate(*arguments, PATH=tools, **environment)
+        assert lines[0] == "Install: failed: error: installs nothing"
+        return project, lines
+
+    return generate_uninstalled
 
 
 def git(project, *arguments):
@@ -127,65 +156,85 @@ def test_uv_that_does_not_start_fails_the_installation(generate, path_without):
     assert lines[0] == "Install: failed: [Errno 2] No such file or directory: 'no/such/uv'"
 
 
-def test_missing_git_skips_the_commit_with_instructions(generate, path_without):
-    _, lines = generate(PATH=path_without("git"))
+def test_missing_git_skips_the_commit_with_instructions(generate_uninstalled):
+    _, lines = generate_uninstalled(missing=["git"])
     assert (
         f"First commit: skipped: git not found. Install git, then run: git init -b main && {COMMIT}"
     ) in lines
 
 
-def test_missing_git_identity_fails_the_commit_with_instructions(generate):
-    project, lines = generate(
+def test_missing_git_identity_fails_the_commit_with_instructions(generate_uninstalled):
+    project, lines = generate_uninstalled(
         GIT_AUTHOR_EMAIL="", GIT_AUTHOR_NAME="", GIT_COMMITTER_EMAIL="", GIT_COMMITTER_NAME=""
     )
-    assert lines[3].startswith("First commit: failed: fatal: ")
-    assert lines[3].endswith(
+    assert lines[1].startswith("First commit: failed: fatal: ")
+    assert lines[1].endswith(
         "Run: git config user.name YOU && git config user.email YOU@EXAMPLE.COM && "
         f"git init -b main && {COMMIT}"
     )
     assert git(project, "status", "--porcelain").startswith("A ")
 
 
-def test_no_repository_is_made_in_another_one(generate):
+def test_no_repository_is_made_in_another_one(generate, generate_uninstalled):
     folder, _ = generate("setup=no")
     git(folder.parent, "init", "--quiet")
-    _, lines = generate("project_slug=second", "--output-dir", str(folder.parent))
-    assert lines[3] == (
+    _, lines = generate_uninstalled("project_slug=second", "--output-dir", str(folder.parent))
+    assert lines[1] == (
         f"First commit: skipped: this folder is in the repository {folder.parent}. Commit it there."
     )
     assert not (folder.parent / "second" / ".git").exists()
 
 
-def test_a_repository_is_made_in_a_folder_that_the_outer_one_ignores(generate):
+def test_a_repository_is_made_in_a_folder_that_the_outer_one_ignores(
+    generate, generate_uninstalled
+):
     folder, _ = generate("setup=no")
     git(folder.parent, "init", "--quiet")
     (folder.parent / ".gitignore").write_text("/second/\n")
-    _, lines = generate("project_slug=second", "--output-dir", str(folder.parent))
-    assert lines[3] == "First commit: done"
+    _, lines = generate_uninstalled("project_slug=second", "--output-dir", str(folder.parent))
+    assert lines[1] == "First commit: done"
     assert git(folder.parent / "second", "status", "--porcelain") == ""
+
+
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [
+        ("3.12 3.13 3.14", "3.14"),
+        ("3.12 3.13", "3.13"),
+        ("3.12", "3.12"),
+        ("3.11", "3.13"),
+    ],
+)
+def test_service_runs_on_the_newest_python_that_is_found(generate_uninstalled, found, expected):
+    """Without one of them the service keeps what the template names, which uv then loads."""
+    project, _ = generate_uninstalled("compose=yes", FOUND=found)
+    assert (project / ".python-version").read_text() == f"{expected}\n"
+    for name in ("Dockerfile", "compose.dev.yaml"):
+        images = re.findall(r"FROM (python\S*)", (project / name).read_text())
+        assert set(images) == {f"python:{expected}-slim"}, name
 
 
 @pytest.mark.parametrize(
     ("file", "old", "new", "step", "shown"),
     [
         (
-            "settings.py",
+            f"{PACKAGE}/settings.py",
             "    # Language,",
             "    X = UNKNOWN\n    # Language,",
             "Migrate",
             "NameError",
         ),
         (
-            "ops/migrations/0002_seed_schedules.py",
+            SOURCES / "migrations" / "0002_seed_schedules.py",
             "interval=timedelta(hours=1)",
             'crontab="0 25 * * *"',
             "Migrate",
             "crontab",
         ),
         (
-            "settings.py",
-            '"ARGS": {"loglevel": self.LOG_LEVEL},',
-            '"ARGS": {"loglevel": self.LOG_LEVEL, "pidfile": "/no/such/folder/beat.pid"},',
+            f"{PACKAGE}/settings.py",
+            '"beat": processes.beat(self),',
+            '"beat": processes.beat(self, pidfile="/no/such/folder/beat.pid"),',
             "Start and stop",
             "beat: ended with status",
         ),
@@ -195,7 +244,7 @@ def test_a_repository_is_made_in_a_folder_that_the_outer_one_ignores(generate):
 def test_service_that_fails_ends_with_status_1_and_the_reason(
     generate, template_copy, file, old, new, step, shown
 ):
-    path = template_copy / PACKAGE / PACKAGE / file
+    path = template_copy / PACKAGE / file
     text = path.read_text()
     assert text.count(old) >= 1
     path.write_text(text.replace(old, new))

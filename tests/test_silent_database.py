@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import production_variables
-from tests.servers import Wire, find_program, free_port, reachable, wait_for
+from tests.servers import PATIENCE, Wire, find_program, free_port, reachable, wait_for
 from tests.test_beat import RUN_ONE_SCHEDULE_EVERY_SECOND
 
 pytestmark = pytest.mark.slow
@@ -146,7 +146,7 @@ def test_a_pooler_must_keep_sessions(
         service.start("beat"),
         service.spawn("check", *"python manage.py check".split()),
     ):
-        assert process.popen.wait(timeout=30) == 1
+        assert process.popen.wait(timeout=30 * PATIENCE) == 1
         problem = "A pooler gives each transaction another session"
         assert len([line for line in process.text().splitlines() if problem in line]) == 1
         assert "Traceback" not in process.text()

@@ -1,4 +1,7 @@
-"""Upgrades: cruft and the upgrade command bring a service to a later version of the template."""
+"""Upgrades: cruft and the upgrade command bring a service to a later version of the template.
+
+Services of 1.x come to 2.0 with ``upgrade_from_1.py``; ``trials/time_travel.py`` plays all of them.
+"""
 
 import json
 import os
@@ -7,9 +10,9 @@ import subprocess
 
 import pytest
 
-from tests.conftest import GIT_IDENTITY, ROOT, clean_environment
+from tests.conftest import GIT_IDENTITY, ROOT, clean_environment, require_server
 from tests.generate import get_releases
-from trials.time_travel import PACKAGE, Template, run
+from trials.time_travel import LIBRARY, PACKAGE, Template, run, travel
 
 pytestmark = pytest.mark.slow
 
@@ -123,7 +126,8 @@ def test_upgrade_reports_what_changed(service, template):
     assert report in output
     assert re.match(r"# Template \d+\.\d+\.\d+ → 99\.0\.0\n\n## \[99\.0\.0\]", report)
     assert "Take the new settings." in report
-    assert re.search(r"## New migrations\n\n- `prayer_room_api/ops/migrations/\d+_note.py`", report)
+    migration = rf"## New migrations\n\n- `{LIBRARY}/migrations/\d+_note.py`"
+    assert re.search(migration, report)
     assert "## New environment variables\n\n- `NEW_VARIABLE`" in report
     assert "Conflicts" not in report
 
@@ -166,7 +170,94 @@ def test_conflicts_are_reported_and_marked(service, template):
     assert "<<<<<<<" in procfile.read_text()
 
 
+def test_changes_without_a_place_are_no_success(service, template):
+    """A renamed package, and a file that the team deleted: cruft leaves their changes out."""
+    project = service.folder
+    run(["git", "mv", project.name, "rooms"], project)
+    names = run(["git", "grep", "-lIw", project.name, "--", ".", ":!.cruft.json"], project)
+    for path in map(project.joinpath, names.splitlines()):
+        path.write_text(re.sub(rf"\b{project.name}\b", "rooms", path.read_text()))
+    (project / "Procfile").unlink()
+    toml = project / "pyproject.toml"
+    toml.write_text(toml.read_text().replace("skip = [", 'skip = ["openapi.yaml", '))
+    commit(project)
+    template.check_out("newest")
+    done = subprocess.run(
+        ["python", "manage.py", "upgrade", "--no-tests"],
+        cwd=project,
+        env=service.environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1, done.stderr
+    section = done.stdout.partition("## Changes without a place\n\n")[2].partition("\n\n## ")[0]
+    listed = re.findall(r"^- `(.*)`$", section, re.M)
+    assert listed == ["Procfile", f"{project.name}/settings.py"]
+
+
+def test_rejected_changes_are_no_success(service, template):
+    """Git rejects a change if the repository does not have the version that it is based on."""
+    project = service.folder
+    procfile = project / "Procfile"
+    procfile.write_text(procfile.read_text().replace("migrate --noinput", "migrate"))
+    (project / ".git").rename(project / ".old")
+    initialize(project)
+    (project / ".git" / "info" / "exclude").write_text(".venv\n.old\n")
+    template.check_out("newest")
+    done = subprocess.run(
+        ["python", "manage.py", "upgrade", "--no-tests"],
+        cwd=project,
+        env=service.environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1, done.stderr
+    assert "## Rejected changes" in done.stdout
+    assert "- `Procfile.rej`" in done.stdout
+
+
+# From 1.x
+
+
+@pytest.mark.parametrize("case", ["default", "renamed"])
+def test_aged_service_of_the_last_1x_comes_to_2(case, request, template):
+    require_server(request, "PostgreSQL", 5432, "docker run -d -p 5432:5432 postgres:16")
+    result = travel(template, "1.4.0", case, ["now"], with_tests=False)
+    assert not result.problem, result.problem
+
+
+def test_every_module_of_1x_has_a_place_in_the_library():
+    script = (ROOT / PACKAGE / "vendor" / "prodserver-ops" / "upgrade_from_1.py").read_text()
+    modules = re.findall(r'^    "(\w+)": "[\w.]+",$', script, re.M)
+    for commit in get_old_releases().values():
+        folder = f"{PACKAGE}/{PACKAGE}/ops"
+        listed = run(["git", "ls-tree", "-z", "--name-only", commit, f"{folder}/"], ROOT)
+        names = {
+            re.sub(r"^.*[/}]|\.py.*$", "", name) for name in listed.split("\0") if ".py" in name
+        }
+        names |= set(re.findall(r"%\}(\w+)\.py\{", listed))
+        assert names - {"__init__", "production_broker", "web_backend"} - {""} <= {*modules, ""}
+
+
 # Releases
+
+
+def get_old_releases():
+    """Return the releases of 1.x, which have no library."""
+    return {name: commit for name, commit in get_releases().items() if name.startswith("1.")}
+
+
+#: The import of 1.x in migrations, and that of the library
+IMPORT = re.compile(
+    r"^from (\.+ops\.schedules|\.\.schedules|\.\.scheduling\.operations"
+    r"|prodserver_ops\.scheduling\.operations) import (\w+)$",
+    re.M,
+)
+
+
+def normalize(text):
+    """Return a migration without what the way to the library changed in its imports."""
+    return re.sub(r"\n+", "\n", IMPORT.sub(r"import \2", text))
 
 
 def test_shipped_migrations_are_never_edited():
@@ -177,7 +268,8 @@ def test_shipped_migrations_are_never_edited():
         assert shipped
         for name in shipped:
             before = run(["git", "show", f"{commit}:{name}"], ROOT)
-            assert (ROOT / name).read_text() == before, name
+            now = name.replace(f"{PACKAGE}/{PACKAGE}/ops/", f"{PACKAGE}/{LIBRARY}/")
+            assert normalize((ROOT / now).read_text()) == normalize(before), name
 
 
 def test_the_version_is_that_of_the_last_release_and_its_changelog():

@@ -12,7 +12,7 @@ import psycopg
 import pytest
 
 from tests.conftest import production_variables
-from tests.servers import wait_for
+from tests.servers import PATIENCE, wait_for
 
 pytestmark = pytest.mark.slow
 
@@ -118,7 +118,7 @@ def test_sigterm_completes_requests_of_connections_that_wait(service):
         for process in processes:
             os.kill(process, signal.SIGCONT)
         assert [response.result()[0] for response in responses] == [200] * 20
-    assert service.web.popen.wait(timeout=20) == 0
+    assert service.web.popen.wait(timeout=20 * PATIENCE) == 0
 
 
 def test_sigint_stops(service):

@@ -1,22 +1,27 @@
 """Update services of every release to a later version of the template, as teams do.
 
-    uv run trials/time_travel.py [--short]
+    uv run trials/time_travel.py [--short] [RELEASE ...]
 
 A service is generated from each release in the history, from the template as it is now, and from
 a later version that this program makes from it. A team's edits age it: a field, an edited and a
-deleted schedule, changed settings, README and Procfile, or another domain in the example's place.
-Its PostgreSQL database has rows. Then ``cruft update`` brings it to the newest version, in one
-step or version by version, and it must migrate, start, run a schedule and pass its tests, without
-a lost row or edit. A service that nobody edited must equal a new one.
+deleted schedule, changed settings, README and Procfile, imports of all kinds from ``ops`` and an
+edit of it, another domain in the example's place, another name of the package, or a folder of a
+larger repository. Its PostgreSQL database has rows.
+
+A service of 1.x comes to 2.0 with its own upgrade command and ``upgrade_from_1.py``; later
+versions come with ``cruft update``, in one step or version by version. The service must migrate,
+start, run a schedule and pass its tests, without a lost row or edit. A service that nobody edited
+must equal a new one.
 
 The later versions add a question with a check, change a table, two filters, settings and a line
-of the Procfile, add a migration to ``ops``, and rename a module. Needs PostgreSQL. Prints a
+of the Procfile, add a migration to the library, and rename a module. Needs PostgreSQL. Prints a
 table, and exits with status 1 if anything is wrong.
 """
 
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -35,21 +40,103 @@ from tests.generate import ROOT, copy_template, get_releases
 from tests.test_replace_domain import CHANGED, NEW_FILES, files_to_delete
 
 PACKAGE = "{{cookiecutter.project_slug}}"
+VENDOR = "vendor/prodserver-ops"
+LIBRARY = f"{VENDOR}/src/prodserver_ops"
 SERVER = "postgres://postgres@127.0.0.1:5432"
 
 #: Files of the example that a release added: the changelog tells teams with another domain to
 #: delete them.
 ADDED_EXAMPLE_FILES = ["tests/test_schedules.py", "helpdesk/openapi.py"]
 
-#: Answers, and whether another domain replaces the example.
+
+@dataclass(frozen=True)
+class Case:
+    """A service and what its team did with it."""
+
+    answers: dict = field(default_factory=dict)
+    replaces_domain: bool = False
+    #: The name that the team gave to the package
+    package: str = ""
+    #: The folder of the repository that the service is in
+    folder: str = ""
+
+
 CASES = {
-    "default": ({}, False),
-    "another domain": ({"project_slug": "helpdesk"}, True),
-    "other choices": (
-        {"example": "none", "django_version": "5.2", "deploy": "dockerfile", "compose": "yes"},
-        False,
+    "default": Case(),
+    "another domain": Case({"project_slug": "helpdesk"}, replaces_domain=True),
+    "other choices": Case(
+        {"example": "none", "django_version": "5.2", "deploy": "dockerfile", "compose": "yes"}
     ),
+    "renamed": Case(package="rooms"),
+    "sub-folder": Case(folder="services"),
 }
+
+#: Cases that only the way from 1.x has: later upgrades list what they cannot place.
+ONLY_FROM_1 = {"renamed", "sub-folder"}
+
+#: A team's module of 1.x, with each kind of import from ``ops``.
+TEAM_MODULE = """\
+\"\"\"What our team calculates.\"\"\"
+
+from . import models  # noqa: F401
+from .ops import (
+    logs as our_logs,
+    mailer,  # ours
+)
+from .ops import digests, health
+from .ops.runs import start_run  # noqa: F401
+from {package}.ops.crontabs import (  # noqa: F401
+    # Times
+    get_times,
+)
+from {package}.ops.logs import JsonFormatter, RequestLogMiddleware
+
+import {package}.ops.scheduler
+
+FORMATTER = "{package}.ops.logs.JsonFormatter"
+SCHEDULER = {package}.ops.scheduler.Scheduler
+
+
+def describe():
+    from .ops.models import Heartbeat
+
+    return [Heartbeat, mailer, our_logs, digests, health, JsonFormatter, RequestLogMiddleware]
+"""
+
+#: A test of it.
+TEAM_TEST = """\
+from importlib import import_module
+
+from django.utils.module_loading import import_string
+
+from {package} import reports
+from {package}.ops import mailer as ours
+
+
+def test_names():
+    assert reports.mailer is ours
+    assert import_string(reports.FORMATTER) is reports.JsonFormatter
+    assert reports.SCHEDULER.__name__ == "Scheduler"
+    assert len(reports.describe()) == 7
+    assert import_module("{package}.ops.tokens").TokenAuthentication
+"""
+
+#: A migration of the team.
+TEAM_MIGRATION = """\
+from django.db import migrations
+
+from ..ops.schedules import CreateSchedule
+
+
+class Migration(migrations.Migration):
+    dependencies = [("{package}", "{latest}")]
+
+    operations = [
+        CreateSchedule(
+            "rooms-clean", task="ops.delete_records", crontab="0 4 * * *", timezone="UTC"
+        ),
+    ]
+"""
 
 #: Prints all rows, without what processes write while they run.
 SNAPSHOT = """
@@ -61,6 +148,8 @@ ignored = {"contenttypes.ContentType", "auth.Permission", "ops.Lease", "ops.Hear
 for model in apps.get_models():
     if model._meta.label not in ignored:
         rows[model._meta.label] = list(model._default_manager.order_by("pk").values())
+from django.conf import settings
+rows["queues"] = [{"name": queue.name} for queue in settings.CELERY_TASK_QUEUES]
 print("SNAPSHOT" + json.dumps(rows, default=str))
 """
 
@@ -80,7 +169,8 @@ for model in apps.get_models():
         model.objects.create(author=user, body="A post")
     if model.__name__ == "Ticket":
         model.objects.create(owner=user, title="A ticket")
-from prodserver_ops.models import DigestDelivery, DigestRun
+DigestDelivery = apps.get_model("ops", "DigestDelivery")
+DigestRun = apps.get_model("ops", "DigestRun")
 end = datetime.datetime(2026, 11, 1, tzinfo=datetime.UTC)
 start = end - datetime.timedelta(days=1)
 DigestRun.objects.create(digest="sample", period_start=start, period_end=end)
@@ -88,8 +178,11 @@ DigestDelivery.objects.create(digest="sample", period_end=end, recipient=user, s
 """
 
 
-def run(command, folder, **variables):
-    """Run a command; return its output, or raise Failed with its last lines."""
+def run(command, folder, *, ok=0, **variables):
+    """Run a command; return its output, or raise Failed with its last lines.
+
+    ``ok`` is another status that is no failure.
+    """
     done = subprocess.run(
         command,
         cwd=folder,
@@ -99,7 +192,7 @@ def run(command, folder, **variables):
         stderr=subprocess.STDOUT,
         text=True,
     )
-    if done.returncode:
+    if done.returncode not in (0, ok):
         last = "\n".join(done.stdout.splitlines()[-30:])
         raise Failed(f"{' '.join(command)}: status {done.returncode}\n{last}")
     return done.stdout
@@ -126,7 +219,8 @@ class Template:
     def __init__(self, folder):
         self.folder = folder
         run(["git", "clone", "--quiet", str(ROOT), str(folder)], ROOT)
-        self.versions = get_releases()
+        releases = get_releases()
+        self.versions = dict(releases)
         for name in run(["git", "ls-files", "-z"], folder).split("\0"):
             if name:
                 (folder / name).unlink()
@@ -136,6 +230,12 @@ class Template:
         self.commit("now")
         if run(["git", "rev-parse", "HEAD^{tree}"], folder) == released:
             del self.versions[latest]  # Cruft has nothing to do between equal versions.
+        #: The versions before the library
+        self.old = {
+            name
+            for name, commit in self.versions.items()
+            if not run(["git", "ls-tree", commit, f"{PACKAGE}/{VENDOR}/"], folder)
+        }
         self.add_first_version()
         self.commit("now + 1")
         self.add_second_version()
@@ -166,7 +266,8 @@ class Template:
         extension = folder / "local_extensions.py"
         replace(extension, "CHECKS = {\n", 'CHECKS = {\n    "city": text_check(20),\n')
         replace(extension, 'return " ".join(text.split())', 'return " ".join([*text.split(), "1"])')
-        for path in (package / "ops" / "api.py", folder / PACKAGE / "openapi.yaml"):
+        library = folder / PACKAGE / LIBRARY
+        for path in (library / "api" / "views.py", folder / PACKAGE / "openapi.yaml"):
             replace(path, "A token of the HTTP", "A later token of the HTTP")
         settings = package / "settings.py"
         replace(
@@ -175,12 +276,12 @@ class Template:
             '    USE_TZ = True\n    CITY = "{{ cookiecutter.city }}"\n',
         )
         replace(
-            package / "ops" / "models.py",
+            library / "models.py",
             "    seen_at = models.DateTimeField(",
             "    note = models.TextField(null=True)\n    seen_at = models.DateTimeField(",
         )
-        latest = sorted((package / "ops" / "migrations").glob("0*.py"))[-1].stem
-        (package / "ops" / "migrations" / f"{int(latest[:4]) + 1:04}_note.py").write_text(
+        latest = sorted((library / "migrations").glob("0*.py"))[-1].stem
+        (library / "migrations" / f"{int(latest[:4]) + 1:04}_note.py").write_text(
             "from django.db import migrations, models\n\n\n"
             "class Migration(migrations.Migration):\n"
             f'    dependencies = [("ops", "{latest}")]\n\n'
@@ -192,10 +293,10 @@ class Template:
     def add_second_version(self):
         """Rename a module; change a filter and a line of the Procfile."""
         service = self.folder / PACKAGE
-        ops = service / PACKAGE / "ops"
-        (ops / "uploads.py").rename(ops / "request_size.py")
-        for path in service.rglob("*.py"):
-            path.write_text(re.sub(r"\bops\.uploads\b", "ops.request_size", path.read_text()))
+        library = service / LIBRARY
+        (library / "web" / "uploads.py").rename(library / "web" / "request_size.py")
+        for path in library.rglob("*.py"):
+            path.write_text(re.sub(r"\bweb\.uploads\b", "web.request_size", path.read_text()))
         replace(service / "Procfile", "release: ./manage.py", "release: python manage.py")
         replace(self.folder / "local_extensions.py", '[*text.split(), "1"]', '[*text.split(), "2"]')
         version = json.loads((self.folder / "cookiecutter.json").read_text())["_version"]
@@ -205,9 +306,10 @@ class Template:
             "## [Unreleased]\n",
             "## [Unreleased]\n\n## [99.0.0] - 2099-01-01\n\nTake the new settings.\n",
         )
-        settings = service / PACKAGE / "ops" / "settings.py"
         replace(
-            settings, "    TIME_ZONE: str\n", '    TIME_ZONE: str\n    NEW_VARIABLE = env("")\n'
+            library / "conf" / "defaults.py",
+            "    TIME_ZONE: str",
+            '    NEW_VARIABLE = env("")\n    TIME_ZONE: str',
         )
 
 
@@ -229,16 +331,36 @@ class Result:
 class Service:
     """A generated service with its environment and a database."""
 
-    def __init__(self, folder, template, answers, database):
+    def __init__(self, folder, template, case, database):
         self.template = template
-        options = [f"--extra-context={json.dumps({'setup': False} | answers)}", "-y"]
+        options = [f"--extra-context={json.dumps({'setup': False} | case.answers)}", "-y"]
         home = {"HOME": str(folder)}
-        run(["cruft", "create", str(template.folder), *options], folder, **home)
-        (self.folder,) = (path.parent for path in folder.glob("*/manage.py"))
-        self.slug = self.folder.name
-        run(["git", "init", "--quiet", "--initial-branch=main"], self.folder)
+        parent = folder / case.folder
+        parent.mkdir(exist_ok=True)
+        run(["cruft", "create", str(template.folder), *options], parent, **home)
+        (self.folder,) = (path.parent for path in parent.glob("*/manage.py"))
+        self.slug = self.package = self.folder.name
+        run(["git", "init", "--quiet", "--initial-branch=main"], self.root(case))
         self.commit("Generated")
         self.variables = {"DATABASE_URL": database, "HOME": str(folder)}
+        if "UV_CACHE_DIR" not in os.environ:  # Not that of the other home folder
+            cache = run([os.environ.get("UV", "uv"), "cache", "dir"], folder)
+            self.variables["UV_CACHE_DIR"] = cache.strip()
+        if case.package:
+            self.rename(case.package)
+
+    def root(self, case):
+        """The folder of the repository."""
+        return self.folder.parent if case.folder else self.folder
+
+    def rename(self, package):
+        """Give the package another name, with search and replace."""
+        run(["git", "mv", self.slug, package], self.folder)
+        names = run(["git", "grep", "-lIw", self.slug, "--", ".", ":!.cruft.json"], self.folder)
+        for path in map(self.folder.joinpath, names.splitlines()):
+            path.write_text(re.sub(rf"\b{self.slug}\b", package, path.read_text()))
+        self.package = package
+        self.commit("Another name")
 
     def run(self, *command):
         """Run a command in the service's environment."""
@@ -253,15 +375,19 @@ class Service:
     def commit(self, message):
         """Commit all files."""
         run(["git", "add", "--all"], self.folder)
-        run(["git", "commit", "--quiet", "-m", message], self.folder)
+        run(["git", "commit", "--quiet", "--allow-empty", "-m", message], self.folder)
 
-    def age(self, replaces_domain):
-        """Do what a team does in the first months."""
-        package = self.folder / self.slug
+    def age(self, replaces_domain, *, old):
+        """Do what a team does in the first months, with imports of ``ops`` if it is old."""
+        package = self.folder / self.package
         if replaces_domain:
             for path in files_to_delete(self.folder)[0]:
                 path.unlink()
             for name, text in NEW_FILES.items():
+                if old:
+                    text = text.replace(
+                        "from prodserver_ops.scheduling.operations", "\nfrom ..ops.schedules"
+                    )
                 (self.folder / name).write_text(text)
         else:
             models = package / "models.py"
@@ -271,7 +397,9 @@ class Service:
                 + '\n\n\nclass Room(models.Model):\n    """A place to meet."""\n\n'
                 "    name = models.CharField(max_length=50)\n"
             )
-        self.manage("makemigrations", self.slug)
+        self.manage("makemigrations", self.package)
+        if old:
+            self.use_ops()
         replace(package / "settings.py", '"anon": "60/min"', '"anon": "7/min"')
         with (self.folder / "README.md").open("a") as readme:
             readme.write("\n## Our rooms\n\nThey are in the attic.\n")
@@ -280,7 +408,28 @@ class Service:
         procfile.write_text(procfile.read_text() + "reports: python manage.py prodserver worker\n")
         self.commit("Our own")
         self.manage("migrate", "--verbosity=0")
-        self.manage("shell", "-v0", "-c", ROWS.replace("{slug}", self.slug))
+        self.manage("shell", "-v0", "-c", ROWS.replace("{slug}", self.package))
+
+    def use_ops(self):
+        """Import ``ops`` in each way, in code, a test and a migration, and edit it."""
+        package = self.folder / self.package
+        latest = sorted((package / "migrations").glob("0*.py"))[-1].stem
+        names = {"{package}": self.package, "{latest}": latest}
+        files = {
+            package / "reports.py": TEAM_MODULE,
+            self.folder / "tests" / "test_reports.py": TEAM_TEST,
+            package / "migrations" / f"{int(latest[:4]) + 1:04}_clean.py": TEAM_MIGRATION,
+        }
+        for path, text in files.items():
+            for name, value in names.items():
+                text = text.replace(name, value)
+            path.write_text(text)
+        with (package / "ops" / "mailer.py").open("a") as mailer:
+            mailer.write("\nOUR_LIMIT = 5\n")
+        with (self.folder / "pyproject.toml").open() as project:
+            text = project.read()
+        text = text.replace('    "psycopg[', '    "markdown>=3.8,<4",\n    "psycopg[')
+        (self.folder / "pyproject.toml").write_text(text)
 
     def snapshot(self):
         """Return all rows by model."""
@@ -295,21 +444,89 @@ class Service:
             raise Failed(output)
         if rejected := [str(path) for path in self.folder.rglob("*.rej")]:
             raise Failed(f"rejected: {rejected}\n{output}")
+        conflicts = self.resolve()
+        self.commit("Update")
+        return conflicts
+
+    def resolve(self):
+        """Keep the team's side of all conflicts; return the files."""
         conflicts = []
         for name in run(["git", "ls-files", "-z", "--unmerged"], self.folder).split("\0"):
             name = name.partition("\t")[2]
             if name and name not in conflicts:
                 conflicts.append(name)
-                path = self.folder / name
-                ours = re.sub(
+        for path in map(self.folder.joinpath, run(["git", "ls-files"], self.folder).splitlines()):
+            if not path.is_file() or b"\n<<<<<<< " not in b"\n" + path.read_bytes():
+                continue
+            name = path.relative_to(self.folder).as_posix()
+            if name not in conflicts:
+                conflicts.append(name)
+            path.write_text(
+                re.sub(
                     r"^<<<<<<<.*?\n(.*?)^=======\n.*?^>>>>>>>.*?\n",
                     r"\1",
                     path.read_text(),
                     flags=re.M | re.S,
                 )
-                path.write_text(ours)
-        self.commit("Update")
+            )
         return conflicts
+
+    def come_from_1(self):
+        """Come to 2.0 with the upgrade command of 1.x and the script; return the conflicts."""
+        self.run("python", "-c", "")  # The lock file is of the last commit.
+        self.commit("The lock file")
+        uv = os.environ.get("UV", "uv")
+        environment = clean_environment(**GIT_IDENTITY, **self.variables, UV=uv)
+        done = subprocess.run(
+            [uv, "run", "--quiet", "manage.py", "upgrade", "--no-tests"],
+            cwd=self.folder,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        if "# Template " not in done.stdout or "upgrade_from_1.py" not in done.stdout:
+            raise Failed(f"upgrade: status {done.returncode}\n{done.stdout[-4000:]}")
+        script = self.script(expected=1)
+        edits = self.folder / "ops-1x-edits"
+        if "+OUR_LIMIT = 5" not in script or "mailer.py.1x:1" not in script:
+            raise Failed(f"the edit of ops is not in the report:\n{script}")
+        shutil.rmtree(edits)
+        conflicts = self.resolve()
+        for path in self.folder.rglob("*.rej"):
+            raise Failed(f"{path}\n{script}")
+        run(["git", "add", "--all"], self.folder)
+        self.script(expected=0)
+        if "Nothing to do" not in self.script(expected=0):
+            raise Failed("the script is not idempotent")
+        for name in (f"{self.package}/ops", "tests/ops", self.slug):
+            if (self.folder / name).exists() and name != self.package:
+                raise Failed(f"{name} is still there")
+        given = run(["git", "grep", "-nw", f"{self.package}.ops", "--", "*.py"], self.folder, ok=1)
+        if given:
+            raise Failed(given)
+        run([uv, "sync", "--quiet"], self.folder, **self.variables)
+        self.run("ruff", "check", "--select=I", "--fix", "--quiet")
+        self.run("ruff", "format", "--quiet")
+        self.manage("openapi")
+        self.commit("2.0")
+        return conflicts
+
+    def script(self, expected):
+        """Run the script that brings services of 1.x to 2.0; return its report."""
+        done = subprocess.run(
+            [sys.executable, "-I", f"{VENDOR}/upgrade_from_1.py"],
+            cwd=self.folder,
+            env=clean_environment(**GIT_IDENTITY, UV=os.environ.get("UV", "uv")),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        if done.returncode != expected:
+            raise Failed(f"upgrade_from_1.py: status {done.returncode}\n{done.stdout}")
+        return done.stdout
 
     def delete(self, paths):
         """Delete files of the example that an update added."""
@@ -324,7 +541,7 @@ class Service:
             self.run("python", "manage.py", "openapi")
             self.commit("Our schema")
 
-    def check(self, before, *, with_tests):
+    def check(self, before, *, with_tests, newest=True):
         """Raise Failed unless the service works and has what it had before."""
         self.manage("migrate", "--verbosity=0")
         after = self.snapshot()
@@ -335,10 +552,11 @@ class Service:
         names = {row["name"] for row in after["django_celery_beat.PeriodicTask"]}
         if "records-delete" in names:
             raise Failed("a deleted schedule is back")
+        self.manage("check")
         self.manage("makemigrations", "--check", "--dry-run")
         self.manage("smoke")
-        settings = (self.folder / self.slug / "settings.py").read_text()
-        for text in ('CITY = "Berlin"', '"anon": "7/min"', '2"\n    DOMAIN'):
+        settings = (self.folder / self.package / "settings.py").read_text()
+        for text in ('"anon": "7/min"', *(['CITY = "Berlin"', '2"\n    DOMAIN'] if newest else [])):
             if text not in settings:
                 raise Failed(f"settings.py has no {text!r}")
         if with_tests:
@@ -360,71 +578,71 @@ def database():
 def travel(template, start, case, path, *, with_tests):
     """Update a service from a version along a path of versions; return the result."""
     result = Result(start, case, " → ".join(path))
-    answers, replaces_domain = CASES[case]
+    played = CASES[case]
     begin = time.monotonic()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, database() as url:
         try:
             template.check_out(start)
-            service = Service(Path(folder), template, answers, url)
-            service.age(replaces_domain)
+            service = Service(Path(folder), template, played, url)
+            at = start
+            service.age(played.replaces_domain, old=start in template.old)
             before = service.snapshot()
             for version in path:
                 template.check_out(version)
-                result.conflicts += service.update()
-                if replaces_domain:
+                if at in template.old and version not in template.old:
+                    result.conflicts += service.come_from_1()
+                else:
+                    result.conflicts += service.update()
+                at = version
+                if played.replaces_domain:
                     service.delete(ADDED_EXAMPLE_FILES)
                     service.write_schema()
-            # A team keeps its version of the files that it replaced.
-            expected = {"Procfile"} | (CHANGED | {"openapi.yaml"} if replaces_domain else set())
+            # A team keeps its version of the files that it replaced, and its end of the README.
+            expected = {"Procfile", "README.md"}
+            if played.replaces_domain:
+                expected |= CHANGED | {"openapi.yaml"}
             unexpected = set(result.conflicts) - expected
             if unexpected:
                 raise Failed(f"conflicts in {unexpected}")
-            service.check(before, with_tests=with_tests)
+            service.check(before, with_tests=with_tests, newest=path[-1] == "newest")
         except Failed as error:
             result.problem = str(error)
     result.seconds = time.monotonic() - begin
     return result
 
 
-def compare_unedited(template, start, case):
+def compare_unedited(template, start, case, end="newest"):
     """Update a service that nobody edited; it must equal a new one."""
-    result = Result(start, case, "newest, unedited")
+    result = Result(start, case, f"{end}, unedited")
     begin = time.monotonic()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         try:
             template.check_out(start)
-            service = Service(Path(folder), template, CASES[case][0], "")
-            template.check_out("newest")
-            result.conflicts = service.update()
-            home = {"HOME": folder}
+            service = Service(Path(folder), template, CASES[case], "")
+            template.check_out(end)
+            if start in template.old:
+                run(["cruft", "update", "-y"], service.folder, HOME=folder)
+                service.script(expected=0)
+                service.commit("2.0")
+            else:
+                result.conflicts = service.update()
             for command in (["cruft", "diff"], ["cruft", "check"]):
-                output = run(command, service.folder, **home)
-                if command[1] == "diff" and output.strip():
+                output = run(command, service.folder, HOME=folder)
+                if command[1] == "diff" and output.strip() and not CASES[case].package:
                     raise Failed(output)
             other = Path(folder, "new")
             other.mkdir()
-            fresh = Service(other, template, CASES[case][0], "")
-            run(
-                [
-                    "diff",
-                    "-r",
-                    "-x",
-                    ".git",
-                    "-x",
-                    ".cruft.json",
-                    str(service.folder),
-                    str(fresh.folder),
-                ],
-                folder,
-            )
+            fresh = Service(other, template, CASES[case], "")
+            exclude = [option for name in (".git", ".cruft.json") for option in ("-x", name)]
+            run(["diff", "-r", *exclude, str(service.folder), str(fresh.folder)], folder)
         except Failed as error:
             result.problem = str(error)
     result.seconds = time.monotonic() - begin
     return result
 
 
-def main(*, short=False):
-    """Play all updates, or one of each kind; return whether all went well."""
+def main(releases=(), *, short=False):
+    """Play all updates, those from some releases, or one of each kind; return success."""
     results = []
 
     def show(result):
@@ -443,22 +661,23 @@ def main(*, short=False):
         print("| from | case | path | conflicts | result | time |")
         print("|---|---|---|---|---|---|")
         if short:
-            show(travel(template, starts[0], "default", ["newest"], with_tests=False))
+            # tests/test_upgrades.py brings services of 1.4.0 to 2.0.
+            show(travel(template, "now", "default", ["newest"], with_tests=False))
             show(compare_unedited(template, starts[0], "other choices"))
-        else:
-            for start in starts:
-                for case in CASES:
+            starts = []
+        for start in starts:
+            if releases and start not in releases:
+                continue
+            for case in CASES:
+                if start in template.old:
+                    show(travel(template, start, case, ["now"], with_tests=True))
+                    if not CASES[case].replaces_domain:
+                        show(compare_unedited(template, start, case, "now"))
+                elif case not in ONLY_FROM_1:
                     show(travel(template, start, case, ["newest"], with_tests=True))
                     show(compare_unedited(template, start, case))
-                show(
-                    travel(
-                        template,
-                        start,
-                        "default",
-                        [*starts[starts.index(start) + 1 :], "newest"],
-                        with_tests=False,
-                    )
-                )
+            later = [*starts[starts.index(start) + 1 :], "newest"]
+            show(travel(template, start, "default", later, with_tests=False))
     for result in results:
         if result.problem:
             print(f"\n{result.start}, {result.case}, {result.path}:\n{result.problem}")
@@ -466,4 +685,5 @@ def main(*, short=False):
 
 
 if __name__ == "__main__":
-    sys.exit(0 if main(short="--short" in sys.argv) else 1)
+    chosen = [argument for argument in sys.argv[1:] if argument[0] != "-"]
+    sys.exit(0 if main(chosen, short="--short" in sys.argv) else 1)

@@ -22,9 +22,15 @@ from kombu import Connection
 from kombu.exceptions import OperationalError as BrokerError
 from kombu.transport import resolve_transport
 
+from prodserver_ops import broker
 from prodserver_ops.broker.embedded import Transport
 from prodserver_ops.worker import app
 from prodserver_ops.worker.app import MAX_DELIVERIES, get_failed_queue
+
+
+def test_broker_of_these_tests_is_the_chosen_one(request):
+    chosen = request.config.getoption("--broker") or "embedded"
+    assert broker.find(current_app.conf.broker_url).module == chosen
 
 
 @pytest.mark.django_db(transaction=True, serialized_rollback=True)

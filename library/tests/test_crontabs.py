@@ -82,7 +82,6 @@ class TestFields:
         with pytest.raises(ValueError):
             Crontab.from_row(row)
 
-
     @pytest.mark.parametrize("text", ["0 0 31 2 *", "0 0 30 2 *", "0 0 31 4,6,9,11 *"])
     def test_one_that_is_never_due_is_a_value_error(self, text):
         with pytest.raises(ValueError, match="never occurs"):

@@ -59,7 +59,8 @@ class Project:
         self.environment = {
             name: value for name, value in os.environ.items() if not name.startswith(names)
         } | {
-            "PATH": f"{folder}/.venv/bin:{os.environ['PATH']}",
+            # uv may not be on the PATH; `uv run` sets UV to where it is.
+            "PATH": f"{folder}/.venv/bin:{os.environ['PATH']}:{Path(os.environ.get('UV', '')).parent}",
             # For `uv pip` too: with UV_PYTHON it would install into the environment of the tests.
             "VIRTUAL_ENV": f"{folder}/.venv",
             "PORT": str(find_free_port()),
@@ -210,11 +211,32 @@ BASE_DIR = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 DEBUG = True
 SECRET_KEY = "secret"
 INSTALLED_APPS = [
+    "django.contrib.admin",
     "django.contrib.auth",
     "django.contrib.contenttypes",
+    "django.contrib.messages",
+    "django.contrib.sessions",
     "shop",
 ]
-MIDDLEWARE = ["django.middleware.common.CommonMiddleware"]
+MIDDLEWARE = [
+    "django.contrib.sessions.middleware.SessionMiddleware",
+    "django.middleware.common.CommonMiddleware",
+    "django.contrib.auth.middleware.AuthenticationMiddleware",
+    "django.contrib.messages.middleware.MessageMiddleware",
+]
+TEMPLATES = [
+    {
+        "BACKEND": "django.template.backends.django.DjangoTemplates",
+        "APP_DIRS": True,
+        "OPTIONS": {
+            "context_processors": [
+                "django.template.context_processors.request",
+                "django.contrib.auth.context_processors.auth",
+                "django.contrib.messages.context_processors.messages",
+            ],
+        },
+    },
+]
 ROOT_URLCONF = "shop.urls"
 WSGI_APPLICATION = "shop.wsgi.application"
 AUTH_USER_MODEL = "shop.Customer"

@@ -16,8 +16,8 @@ from prodserver_ops.mail.preview import compose_sample
 from prodserver_ops.scheduling import scheduler
 from prodserver_ops.web import health
 
-#: Addresses that everybody may see; a service without the example has fewer.
-PUBLIC = {"", "api/", "api/docs/", "api/schema/", "api/submissions/", "admin/login/"}
+#: Addresses that everybody may see.
+PUBLIC = {"", "api/", "api/docs/", "api/schema/", {{ cookiecutter.__submissions and '"api/submissions/", ' }}"admin/login/"}
 
 #: The statuses of a page that a visitor may not see.
 CLOSED = {302, 401, 403, 404, 405}

@@ -113,7 +113,7 @@ NAMES = {
     "api.ErrorSerializer": "api.openapi.ErrorSerializer",
     "api.INVALID": "api.openapi.INVALID",
     "api.errors": "api.openapi.errors",
-    "deliveries.start_run": "scheduling.claims.claim",
+    "deliveries.start_run": "mail.deliveries.get_run",
     "failed_tasks.make_failed_queue": "worker.app.make_failed_queue",
     "gunicorn_log.GunicornLogger": "web.gunicorn.Logger",
     "messages.deferred_sigterm": "core.signals.deferred_sigterm",
@@ -181,7 +181,7 @@ class Report:
             print("Nothing to do: this service is at 2.0.")
             return 0
         print(
-            "This service is at 2.0. Next: uv sync, uv run ruff check --fix, "
+            "This service is at 2.0. Next: uv sync, uv run ruff check --fix, uv run ruff format, "
             "uv run manage.py openapi, uv run pytest."
         )
         return 0
@@ -390,10 +390,14 @@ def get_names(module: str) -> frozenset[str] | None:
     if text is None:
         return None
     names = {child.stem for child in base.glob("*")} if base.is_dir() else set()
-    for node in ast.walk(ast.parse(text)):
+    nodes: list[ast.AST] = [ast.parse(text)]
+    while nodes:
+        node = nodes.pop()
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
             names.add(node.name)
-        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            continue  # What is inside is no name of the module.
+        nodes += ast.iter_child_nodes(node)
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
             names.update(alias.asname or alias.name.partition(".")[0] for alias in node.names)
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
             names.add(node.id)
@@ -753,29 +757,42 @@ def get_package(path: str) -> str:
 # Configuration
 
 
-def find_dependencies(text: str) -> list[str]:
-    """Return the lines of the dependencies in ``pyproject.toml``."""
-    match = re.search(r"^dependencies = \[\n(.*?)^\]", text, re.M | re.S)
-    return match[1].splitlines(keepends=True) if match else []
+def find_list(text: str, name: str) -> re.Match[str] | None:
+    """Find a list in ``pyproject.toml`` that has one item a line; group 1 is its lines."""
+    return re.search(rf"^{name} = \[\n((?:[ \t].*\n)*)\]", text, re.M)
+
+
+def get_distribution(line: str) -> str:
+    """Return the name of the distribution that a line of a list requires."""
+    match = re.match(r"""\s*["']([\w.-]+)""", line)
+    return match[1].lower() if match else line
+
+
+def change_list(given: list[str], before: list[str], after: list[str]) -> list[str]:
+    """Return a list of requirements with the template's changes; the team's lines stay."""
+    lines = [line for line in given if line in after or line not in before]
+    for line in after:
+        if line not in before and get_distribution(line) not in map(get_distribution, lines):
+            later = (i for i, other in enumerate(lines) if other.strip() > line.strip())
+            lines.insert(next(later, len(lines)), line)
+    return lines
 
 
 def change_project(text: str, record: Record, old: str, new: str) -> str:
     """Return ``pyproject.toml`` with the library, without what the library brings."""
-    before, after = find_dependencies(old), find_dependencies(new)
-    given = find_dependencies(text)
-    if "prodserver-ops" not in "".join(given):
-        added = [line for line in after if line.strip().startswith('"prodserver-ops')]
-        extras = record.answers.get("__extras") or f"api,{record.answers.get('web_server')},sentry"
-        added = added or [f'    "prodserver-ops[{extras}]",\n']
-        gone = set(before) - set(after)
-        kept = [line for line in given if line not in gone]
-        position = next(
-            (i for i, line in enumerate(kept) if line.strip() > added[0].strip()), len(kept)
+    for name in ("dependencies", "dev"):
+        match = find_list(text, name)
+        if match is None:
+            continue
+        before, after = (
+            found[1].splitlines(keepends=True) if (found := find_list(version, name)) else []
+            for version in (old, new)
         )
-        kept[position:position] = added
-        match = re.search(r"^dependencies = \[\n(.*?)^\]", text, re.M | re.S)
-        if match:
-            text = text[: match.start(1)] + "".join(kept) + text[match.end(1) :]
+        lines = change_list(match[1].splitlines(keepends=True), before, after)
+        if name == "dependencies" and "prodserver-ops" not in "".join(lines):
+            extras = record.answers.get("__extras") or "api,sentry"
+            lines = change_list(lines, [], [f'    "prodserver-ops[{extras}]",\n'])
+        text = text[: match.start(1)] + "".join(lines) + text[match.end(1) :]
     source = f'prodserver-ops = {{ path = "{VENDOR}" }}\n'
     if source not in text:
         if "[tool.uv.sources]\n" in text:
@@ -889,6 +906,8 @@ class Upgrade:
             if path
         }
         self.own = self.find_own_modules()
+        #: The service as the releases had it that it was at, the last one first
+        self.versions: list[Path] = []
         self.translator = Translator([*packages, template], record.answers, self.own)
 
     def find_own_modules(self) -> set[str]:
@@ -962,35 +981,52 @@ class Upgrade:
         """Do what needs both versions of the template."""
         try:
             new = self.record.render(folder / "new")
-            old = self.find_old_version(folder)
+            self.versions = [self.history[0].render(folder / "old-0")]
+            if self.renamed or self.find_edits():
+                # Files may be of an earlier release, because later ones did not arrive.
+                self.versions += [
+                    record.render(folder / f"old-{number}")
+                    for number, record in enumerate(self.history[1:], 1)
+                ]
         except (Failed, StopIteration) as error:
             self.report.left.append(f"the template could not be rendered, so ops stays: {error}")
             return
         self.restore_library(new)
-        self.merge_unmerged(old, new)
-        self.merge_rejected(old, new)
+        self.merge_unmerged()
+        self.merge_rejected(self.versions[0], new)
         if self.renamed:
-            self.merge_package(old, new)
+            self.merge_package(self.find_best_version(), new)
             self.rename_in_new_lines(new)
-        self.keep_edits(old)
+        self.keep_edits()
 
-    def find_old_version(self, folder: Path) -> Path:
-        """Render the version that the service's ``ops`` is from; return its folder.
+    def find_best_version(self) -> Path:
+        """Return the version that most files of the service's ``ops`` are from."""
 
-        For a renamed package an earlier upgrade may have recorded a version that never arrived.
+        def count(version: Path) -> int:
+            edited = {path for path, _, _ in self.find_edits([version])}
+            return -len(edited & self.files)
+
+        return max(self.versions, key=count)
+
+    def find_edits(self, versions: list[Path] | None = None) -> list[tuple[str, str, list[str]]]:
+        """Return paths and texts of files in the old folders that no version has.
+
+        The third part are the texts that the versions have.
         """
-        best, most = None, -1
-        for number, record in enumerate(self.history if self.renamed else self.history[:1]):
-            rendered = record.render(folder / f"old-{number}")
-            same = 0
-            for path in sorted(Path(rendered, self.slug, "ops").rglob("*.py")):
-                name = path.relative_to(rendered / self.slug).as_posix()
-                ours = show(self.revision, f"{self.main.path}/{name}")
-                same += ours is not None and ours in (read(path), self.map(read(path) or ""))
-            if same > most:
-                best, most = rendered, same
-        assert best is not None
-        return best
+        tests = git("ls-tree", "-r", "--name-only", self.revision, "tests/ops/").splitlines()
+        found = []
+        for path in sorted([*self.files, *tests]):
+            package = next((p for p in self.packages if path.startswith(p.ops + "/")), None)
+            source = path if package is None else f"{self.slug}{path.removeprefix(package.path)}"
+            ours = show(self.revision, path)
+            texts = [
+                text
+                for version in versions or self.versions
+                if (text := read(version / source)) is not None
+            ]
+            if ours is not None and all(ours not in (text, self.map(text)) for text in texts):
+                found.append((path, ours, texts))
+        return found
 
     def restore_library(self, new: Path) -> None:
         """Give the library the template's bytes: edits of ``ops`` may have followed its files."""
@@ -1043,7 +1079,7 @@ class Upgrade:
         write(path, result)
         return clean
 
-    def merge_unmerged(self, old: Path, new: Path) -> None:
+    def merge_unmerged(self) -> None:
         """Merge the files with conflicts again, with imports that are translated on both sides."""
         for path, stages in list_unmerged().items():
             if path.startswith(("vendor/", *(f"{p.ops}/" for p in self.packages), "tests/ops/")):
@@ -1146,31 +1182,22 @@ class Upgrade:
 
     # The old folders
 
-    def keep_edits(self, old: Path) -> None:
+    def keep_edits(self) -> None:
         """Delete ``ops`` and ``tests/ops``; keep what the team changed there."""
         tests = git("ls-tree", "-r", "--name-only", self.revision, "tests/ops/").splitlines()
         own_tests = []
-        for path in sorted([*self.files, *tests]):
+        for path, ours, texts in self.find_edits():
             package = next((p for p in self.packages if path.startswith(p.ops + "/")), None)
-            source = path if package is None else f"{self.slug}{path.removeprefix(package.path)}"
-            ours = show(self.revision, path)
-            shipped = read(old / source)
-            if ours is None or (shipped is not None and ours in (shipped, self.map(shipped))):
+            if not texts and not ours.strip():
                 continue
-            if shipped is None:
-                if package is None:
-                    own_tests.append(path)
-                    continue
-                if self.is_own(path):
-                    self.report.notes.append(f"{path}: your own module; it stays")
-                    if not Path(path).exists():
-                        write(path, ours)
-                    continue
-                if self.move_own_file(package, path, ours):
-                    continue
-            if not ours.strip() and shipped is None:
-                continue
-            self.keep_file(path, ours, shipped)
+            if not texts and package is None:
+                own_tests.append(path)
+            elif not texts and self.is_own(path):
+                self.report.notes.append(f"{path}: your own module; it stays")
+                if not Path(path).exists():
+                    write(path, ours)
+            elif texts or package is None or not self.move_own_file(package, path, ours):
+                self.keep_file(path, ours, texts)
         keep = {"tests/ops/conftest.py"} if own_tests else set()
         for path in own_tests:
             self.report.notes.append(f"{path}: your own test; it stays")
@@ -1192,7 +1219,8 @@ class Upgrade:
                 Path(folder, "__init__.py").touch()
             if list_files("--cached", "--", folder) or Path(folder).is_dir():
                 git("add", "--all", "--", folder)
-            self.report.done.append(f"{folder}: deleted; vendor/prodserver-ops is in its place")
+            kept = "; what is yours stays" if Path(folder).is_dir() else ""
+            self.report.done.append(f"{folder}: deleted; {VENDOR} is in its place{kept}")
 
     def move_own_file(self, package: Package, path: str, text: str) -> bool:
         """Move a file that the team added to ``ops`` to the package, which is an app."""
@@ -1215,10 +1243,17 @@ class Upgrade:
         self.report.done.append(f"{target.as_posix()}: moved there from ops")
         return True
 
-    def keep_file(self, path: str, ours: str, shipped: str | None) -> None:
+    def keep_file(self, path: str, ours: str, texts: list[str]) -> None:
         """Keep a file of ``ops`` that the team edited, and what it changed."""
         write(f"{EDITS}/{path}.1x", ours)
-        if shipped is not None:
+        if texts:
+            matcher = difflib.SequenceMatcher(None, "", ours.splitlines(), False)
+
+            def compare(text: str) -> float:
+                matcher.set_seq1(self.map(text).splitlines())
+                return matcher.ratio()
+
+            shipped = max(texts, key=compare)
             difference = difflib.unified_diff(
                 self.map(shipped).splitlines(keepends=True),
                 ours.splitlines(keepends=True),

@@ -16,7 +16,7 @@ from django.utils.module_loading import autodiscover_modules
 
 from . import broker
 from .broker import publishing
-from .core import database, history, limits
+from .core import database, limits
 
 
 class OpsConfig(AppConfig):
@@ -47,7 +47,6 @@ class OpsConfig(AppConfig):
         connection_created.connect(database.limit_connection)
         pre_migrate.connect(database.lift_limit, sender=self)
         post_migrate.connect(limits.create_table, sender=self)
-        post_migrate.connect(history.create_indexes, sender=self)
         post_migrate.connect(install_broker, sender=self)
         signals.beat_init.connect(start_alerts)
         signals.worker_ready.connect(start_alerts)

@@ -15,7 +15,7 @@ DATABASE = 0
 #: How long connecting to Redis takes at most, in seconds.
 TIMEOUT = 1
 
-#: How long a consumer waits for an answer, in seconds. Redis answers after at most 5 seconds.
+#: How long a consumer waits for Redis to respond, in seconds; it does after at most 5 seconds.
 READ_TIMEOUT = 10
 
 

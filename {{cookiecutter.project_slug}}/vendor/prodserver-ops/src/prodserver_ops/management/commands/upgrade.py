@@ -7,9 +7,11 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import tomllib
 from argparse import ArgumentParser
 from contextlib import suppress
-from pathlib import Path
+from fnmatch import fnmatch
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from django.conf import settings
@@ -26,6 +28,14 @@ SHOWN_LINES = 30
 
 RECORD = ".cruft.json"
 
+UNPLACED = (
+    "The template changed these files, and the service does not have them: they were renamed or "
+    "deleted. Make each change where its code is now. Add a file that you do not need to `skip` of "
+    "`[tool.cruft]` in `pyproject.toml`:"
+)
+
+REJECTED = "Make the changes that these files contain, and delete them:"
+
 #: Finds the environment variables that settings read.
 VARIABLE = re.compile(
     r"""^    ([A-Z]\w+) = env\(|env\(key="(\w+)"|^    @env\(.*\n    def ([A-Z]\w+)""", re.M
@@ -35,10 +45,11 @@ VARIABLE = re.compile(
 class Command(BaseCommand):
     """Apply what changed in the template since the recorded version, and report it.
 
-    The report is Markdown: the template's changelog, files with conflicts, new migrations,
-    new and removed environment variables, and the result of the tests. Nothing is committed
-    and no database is changed. Exits with status 1 if the working tree has changes, the
-    template cannot be read, or the tests fail; conflicts are part of the report.
+    The report is Markdown: the template's changelog, changes that have no place in the service,
+    files with conflicts, new migrations, new and removed environment variables, and the result of
+    the tests. Nothing is committed and no database is changed. Exits with status 1 if the working
+    tree has changes, the template cannot be read, a change has no place, or the tests fail;
+    conflicts are part of the report.
     """
 
     help = "Bring the service to the newest version of its template, and report what changed."
@@ -58,7 +69,8 @@ class Command(BaseCommand):
             raise CommandError(f"{RECORD} not found: it names the template")
         if run(["git", "status", "--porcelain"]).strip():
             raise CommandError("the working tree has changes: commit them first")
-        before = read_state()
+        before, files = read_state(), list_files()
+        skipped = read_skipped()
         self.stdout.write("Updating from the template ...")
         self.stdout.flush()
         run([uv, *CRUFT, "update", "--skip-apply-ask"])
@@ -66,9 +78,10 @@ class Command(BaseCommand):
         if before["commit"] == after["commit"]:
             self.stdout.write(f"The template is up to date ({before['version']})")
             return
-        conflicts = find_conflicts()
+        conflicts, rejected = find_conflicts(), find_rejected()
+        unplaced = find_unplaced(uv, before, after, files, skipped)
         schema = get_path().name
-        if set(conflicts) <= {schema}:
+        if set(conflicts) <= {schema} and not rejected:
             run([uv, "sync", "--quiet"])
             # It is written, not merged. If that fails, a test says why.
             with suppress(CommandError):
@@ -78,10 +91,12 @@ class Command(BaseCommand):
         sections = [
             f"# Template {before['version']} → {after['version']}",
             get_changelog(after, before["version"]),
+            list_section("Changes without a place", unplaced, UNPLACED),
+            list_section("Rejected changes", rejected, REJECTED),
             list_section("Conflicts", conflicts, "Resolve the marked lines of these files:"),
         ]
         passed = True
-        if conflicts:
+        if conflicts or rejected:
             sections.append("The rest was not looked at because of the conflicts.")
         else:
             sections += [
@@ -98,7 +113,7 @@ class Command(BaseCommand):
         self.stdout.write(report)
         if options["report"]:
             options["report"].write_text(report)
-        if not passed:
+        if not passed or unplaced or rejected:
             sys.exit(1)
 
 
@@ -130,13 +145,16 @@ def read_state() -> dict[str, Any]:
     """Return version and commit of the template, and what the service has now."""
     base = Path(settings.BASE_DIR)
     record = json.loads((base / RECORD).read_text())
+    answers = record["context"]["cookiecutter"]
     # The library in the service's folder is of the version that its files have.
     paths = [*base.glob("*/settings.py"), *base.glob("vendor/*/src/prodserver_ops/conf/*.py")]
     text = "\n".join(path.read_text() for path in paths)
     return {
         "template": record["template"],
         "commit": record["commit"],
-        "version": record["context"]["cookiecutter"]["_version"],
+        "directory": record.get("directory"),
+        "answers": {name: value for name, value in answers.items() if not name.startswith("_")},
+        "version": answers["_version"],
         "migrations": {str(path.relative_to(base)) for path in base.glob("*/**/migrations/0*.py")},
         "variables": {name for match in VARIABLE.findall(text) for name in match if name},
     }
@@ -147,11 +165,67 @@ def minus(one: dict[str, Any], other: dict[str, Any], name: str) -> list[str]:
     return sorted(one[name] - other[name])
 
 
+def list_files() -> set[str]:
+    """Return the paths of the files that git knows."""
+    return set(run(["git", "ls-files"]).splitlines())
+
+
 def find_conflicts() -> list[str]:
-    """Return the files with conflict markers, and those of changes that were rejected."""
-    unmerged = run(["git", "diff", "--name-only", "--diff-filter=U"]).splitlines()
+    """Return the files with conflict markers."""
+    return run(["git", "diff", "--relative", "--name-only", "--diff-filter=U"]).splitlines()
+
+
+def find_rejected() -> list[str]:
+    """Return the files with changes that git rejected."""
     others = run(["git", "ls-files", "--others", "--exclude-standard"]).splitlines()
-    return unmerged + [name for name in others if name.endswith(".rej")]
+    return [name for name in others if name.endswith(".rej")]
+
+
+def read_skipped() -> list[str]:
+    """Return the paths and patterns that cruft leaves out."""
+    project = tomllib.loads(Path(settings.BASE_DIR, "pyproject.toml").read_text())
+    skipped: list[str] = project.get("tool", {}).get("cruft", {}).get("skip", [])
+    return skipped
+
+
+def find_unplaced(
+    uv: str, before: dict[str, Any], after: dict[str, Any], files: set[str], skipped: list[str]
+) -> list[str]:
+    """Return the files that the template changed, and that the service did not have.
+
+    Cruft leaves them out without a word. A new file in a folder that the service did not have
+    is one of them: it is where the template has it, for example in a package that was renamed.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        old, new = (render(uv, state, Path(folder)) for state in (before, after))
+    folders = {str(parent) for name in files for parent in PurePosixPath(name).parents}
+    old_folders = {str(parent) for name in old for parent in PurePosixPath(name).parents}
+    unplaced = []
+    for name in sorted(new):
+        path = PurePosixPath(name)
+        lost = old[name] != new[name] if name in old else str(path.parent) in old_folders - folders
+        paths = [path, *path.parents]
+        if (
+            lost
+            and name not in files
+            and not any(fnmatch(str(path), pattern) for path in paths for pattern in skipped)
+        ):
+            unplaced.append(name)
+    return unplaced
+
+
+def render(uv: str, state: dict[str, Any], folder: Path) -> dict[str, bytes]:
+    """Return the files of the template in a state of the service."""
+    answers = json.dumps(state["answers"] | {"setup": False})
+    place = ["--directory", state["directory"]] if state["directory"] else []
+    output = folder / state["commit"]
+    output.mkdir()
+    template = ["create", state["template"], "--checkout", state["commit"], *place]
+    arguments = ["--no-input", "--extra-context", answers, "--output-dir", str(output)]
+    run([uv, *CRUFT, *template, *arguments])
+    (service,) = output.iterdir()
+    paths = [path for path in service.rglob("*") if path.is_file()]
+    return {path.relative_to(service).as_posix(): path.read_bytes() for path in paths}
 
 
 def get_changelog(state: dict[str, Any], version: str) -> str:
