@@ -79,7 +79,7 @@ def test_the_number_of_waiting_messages_is_limited(in_request, end, monkeypatch,
     monkeypatch.setattr(publishing, "publisher", publishing.Publisher())
     for _ in range(5):
         try_to_publish("x", end.wait)
-    assert "x is not queued yet: 2 messages wait already" in caplog.text
+    assert "x is not queued yet: 2 messages are already waiting" in caplog.text
 
 
 def test_a_process_that_ends_waits_for_a_moment(in_request, end, publisher):
