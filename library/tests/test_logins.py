@@ -172,7 +172,7 @@ def test_all_web_processes_count_together():
     assert isinstance(limits.cache, DatabaseCache)
 
 
-def test_neither_count_nor_log_contains_who_failed(log_in, user, caplog):
+def test_neither_count_nor_log_contains_name_or_address(log_in, user, caplog):
     fail(log_in, 3)
     with connection.cursor() as cursor:
         cursor.execute(f"SELECT cache_key, value FROM {limits.cache._table}")

@@ -1,4 +1,4 @@
-"""``add_settings()``: a project whose settings are a plain module."""
+"""``add_settings()``: a project with a plain settings module."""
 
 from pathlib import Path
 

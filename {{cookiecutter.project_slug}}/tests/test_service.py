@@ -1,4 +1,4 @@
-"""What edits of the service may break: processes, migrations, schedules, e-mail, pages."""
+"""Parts that changes can break: processes, migrations, schedules, e-mail, pages."""
 
 import re
 from pathlib import Path
@@ -16,15 +16,15 @@ from prodserver_ops.mail.preview import compose_sample
 from prodserver_ops.scheduling import scheduler
 from prodserver_ops.web import health
 
-#: Addresses that everybody may see.
+#: Paths of public pages.
 PUBLIC = {"", "api/", "api/docs/", "api/schema/", {{ cookiecutter.__submissions and '"api/submissions/", ' }}"admin/login/"}
 
-#: The statuses of a page that a visitor may not see.
+#: Status codes of pages that are not public.
 CLOSED = {302, 401, 403, 404, 405}
 
 
 def find_paths(patterns, prefix=""):
-    """Yield the addresses without arguments."""
+    """Yield the paths without arguments."""
     for pattern in patterns:
         path = prefix + str(pattern.pattern)
         if isinstance(pattern, URLResolver):
@@ -80,7 +80,7 @@ def test_health_checks_respond_under_any_host_name(client, monkeypatch):
 
 @pytest.mark.django_db
 def test_visitors_see_only_what_is_public(client):
-    """A page that needs a login leads to it, is hidden, or takes no GET."""
+    """Other pages redirect to the login, are hidden, or do not accept GET."""
     paths = set(find_paths(get_resolver().url_patterns))
     statuses = {path: client.get(f"/{path}").status_code for path in paths - PUBLIC}
     assert {path for path, status in statuses.items() if status not in CLOSED} == set()
