@@ -60,7 +60,7 @@ def test_schema_of_a_new_service_is_current(bake, make_service, name, descriptio
     project = bake(project_name=name, project_slug="described", description=description)
     service = make_service(project)
     service.install()
-    assert service.run("python manage.py openapi --check") == "openapi.yaml is current.\n"
+    assert service.run("python manage.py openapi --check") == "openapi.yaml is up to date.\n"
 
 
 def test_responses_conform_to_the_openapi_schema(bake, make_service, postgres_url, rabbitmq_url):

@@ -159,7 +159,7 @@ def test_server_that_rejects_everybody_loses_nothing_once_it_is_mended(smtp, mak
     smtp.handle_DATA = deny
     service = make_mailing("denying", smtp.port)
     worker, _ = service.start("worker"), service.start("beat")
-    worker.wait_for_text("the mail server cannot be used: 554 5.7.1", seconds=120)
+    worker.wait_for_text("the mail server is unusable: 554 5.7.1", seconds=120)
     time.sleep(2)
     assert len(rejected) == 5
     doctor = service.spawn("doctor", "python", "manage.py", "doctor")

@@ -158,8 +158,8 @@ def test_list_shows_what_was_posted_while_redis_did_not_answer(service, page):
     events = [json.loads(line) for line in service.web.text().splitlines()]
     problems = {event["message"] for event in events if event["level"] != "INFO"}
     assert problems == {
-        "No message is sent to moderators: TimeoutError",
-        "A WebSocket is closed, Redis is unavailable: TimeoutError",
+        "Could not send a message to moderators: TimeoutError",
+        "WebSocket closed, Redis is unavailable: TimeoutError",
     }
     assert page.errors == []
 
@@ -194,4 +194,4 @@ def test_post_succeeds_without_redis(service):
         for event in map(json.loads, service.web.text().splitlines())
         if event["level"] == "ERROR"
     ]
-    assert event["message"].startswith("No message is sent to moderators: ")
+    assert event["message"].startswith("Could not send a message to moderators: ")

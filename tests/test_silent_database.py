@@ -147,6 +147,6 @@ def test_a_pooler_must_keep_sessions(
         service.spawn("check", *"python manage.py check".split()),
     ):
         assert process.popen.wait(timeout=30 * PATIENCE) == 1
-        problem = "A pooler gives each transaction another session"
+        problem = "A pooler does not keep sessions between transactions"
         assert len([line for line in process.text().splitlines() if problem in line]) == 1
         assert "Traceback" not in process.text()

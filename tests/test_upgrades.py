@@ -142,7 +142,7 @@ def test_schema_is_written_not_merged(service, template):
     commit(project)
     template.check_out("newest")
     assert "Conflicts" not in service.run("python manage.py upgrade --no-tests")
-    assert service.run("python manage.py openapi --check") == "openapi.yaml is current.\n"
+    assert service.run("python manage.py openapi --check") == "openapi.yaml is up to date.\n"
     assert "A later token" in schema.read_text()
     assert "A post, as its author" in schema.read_text()
     assert not run(["git", "diff", "--name-only", "--diff-filter=U"], project)
@@ -190,7 +190,7 @@ def test_changes_without_a_place_are_no_success(service, template):
         text=True,
     )
     assert done.returncode == 1, done.stderr
-    section = done.stdout.partition("## Changes without a place\n\n")[2].partition("\n\n## ")[0]
+    section = done.stdout.partition("## Changes to missing files\n\n")[2].partition("\n\n## ")[0]
     listed = re.findall(r"^- `(.*)`$", section, re.M)
     assert listed == ["Procfile", f"{project.name}/settings.py"]
 

@@ -18,6 +18,7 @@ of the Procfile, add a migration to the library, and rename a module. Needs Post
 table, and exits with status 1 if anything is wrong.
 """
 
+import dataclasses
 import json
 import os
 import re
@@ -333,7 +334,7 @@ class Service:
 
     def __init__(self, folder, template, case, database):
         self.template = template
-        options = [f"--extra-context={json.dumps({'setup': False} | case.answers)}", "-y"]
+        options = [f"--extra-context={json.dumps(case.answers | {'setup': False})}", "-y"]
         home = {"HOME": str(folder)}
         parent = folder / case.folder
         parent.mkdir(exist_ok=True)
@@ -632,7 +633,11 @@ def compare_unedited(template, start, case, end="newest"):
                     raise Failed(output)
             other = Path(folder, "new")
             other.mkdir()
-            fresh = Service(other, template, CASES[case], "")
+            # A new question or another default is no difference.
+            record = json.loads((service.folder / ".cruft.json").read_text())
+            recorded = record["context"]["cookiecutter"].items()
+            answers = {name: value for name, value in recorded if name[0] != "_"}
+            fresh = Service(other, template, dataclasses.replace(CASES[case], answers=answers), "")
             exclude = [option for name in (".git", ".cruft.json") for option in ("-x", name)]
             run(["diff", "-r", *exclude, str(service.folder), str(fresh.folder)], folder)
         except Failed as error:

@@ -103,7 +103,7 @@ def make_part(request, worker_id):
 
 
 class Worker(TestWorkController):
-    """A worker that looks often whether it has to stop, also if the broker sends nothing."""
+    """A worker that often checks whether it has to stop, even if the broker sends nothing."""
 
     def on_consumer_ready(self, consumer):
         if self.hub:
@@ -114,7 +114,7 @@ class Worker(TestWorkController):
 @pytest.fixture
 def run_worker(monkeypatch):
     """A function that returns the context manager of a worker in a thread."""
-    # It looks for messages, and whether it has to stop, more often.
+    # Check more often for messages, and whether the worker has to stop.
     monkeypatch.setattr(memory.Transport, "polling_interval", 0.02)
     drain_events = memory.Transport.drain_events
     monkeypatch.setattr(

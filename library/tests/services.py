@@ -99,7 +99,7 @@ def _create_virtual_host(name):
 
 
 def _claim_number():
-    """Return the number of a database of Redis that nobody uses; 0 and 1 are for services."""
+    """Return the number of an unused Redis database; 0 and 1 are for services."""
     for number in range(15, 1, -1):
         with closing(redis.Redis.from_url(f"{URLS[REDIS]}/{number}")) as client:
             if not client.dbsize() and client.set(CLAIM, os.getpid(), nx=True, ex=CLAIM_SECONDS):

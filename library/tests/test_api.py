@@ -1,4 +1,4 @@
-"""The API refuses what would take it down, with an answer in JSON."""
+"""The API rejects harmful requests with a response in JSON."""
 
 import json
 

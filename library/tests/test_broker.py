@@ -34,7 +34,7 @@ def test_broker_of_these_tests_is_the_chosen_one(request):
 
 
 @pytest.mark.django_db(transaction=True, serialized_rollback=True)
-def test_worker_runs_queued_tasks_and_tells_when_they_were_queued(run_worker):
+def test_worker_runs_queued_tasks_and_knows_when_they_were_queued(run_worker):
     done = Queue()
 
     @current_app.task(name="tests.note", bind=True, shared=False)
@@ -124,7 +124,7 @@ class TestEmbeddedBroker:
         assert resolve_transport("filesystem") is Transport
 
     def test_messages_never_leave_the_folder(self, tmp_path, monkeypatch):
-        # Nothing can be moved to another file system, or written to it.
+        # No file can be moved to another file system, or written to it.
         monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "does" / "not" / "exist"))
         channel = connect(tmp_path)
         for number in range(3):

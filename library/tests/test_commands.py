@@ -1,4 +1,4 @@
-"""``server`` and ``worker``: the names of django-prodserver 3, each for its kind of process."""
+"""The commands ``server`` and ``worker`` of django-prodserver 3."""
 
 import sys
 

@@ -87,12 +87,12 @@ def pooler(monkeypatch):
     return use
 
 
-def test_a_direct_connection_is_no_pooler(pooler):
+def test_a_direct_connection_is_accepted(pooler):
     pooler([1])
     assert database.find_pooler() is None
 
 
-def test_a_pooler_that_keeps_sessions_is_none(pooler):
+def test_a_pooler_that_keeps_sessions_is_accepted(pooler):
     pooler([7, 7, 7, 7], [8, 8, 8])
     assert database.find_pooler() is None
 
@@ -109,7 +109,7 @@ def test_a_pooler_that_shares_sessions_is_refused(pooler, monkeypatch, first, se
         prodserver.Command().start_process("beat")
 
 
-def test_a_database_that_does_not_respond_is_no_pooler(pooler, monkeypatch):
+def test_a_database_that_does_not_respond_is_not_reported_as_a_pooler(pooler, monkeypatch):
     def fail(alias):
         raise psycopg.OperationalError
 

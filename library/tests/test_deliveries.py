@@ -34,7 +34,7 @@ CHUNK_TASK = tasks.send_digest_chunk.name
 
 
 class SampleDigest(DailyDigest):
-    """A digest to the users in ``keys``."""
+    """A digest for the users in ``keys``."""
 
     name = NAME
     subject = "sample"
@@ -502,7 +502,7 @@ class TestServerThatRejectsAll:
         assert sum(server.tried.values()) == len(users)
 
     @pytest.mark.usefixtures("relay_denied")
-    def test_doctor_says_so(self, run, chunk):
+    def test_doctor_reports_it(self, run, chunk):
         with pytest.raises(transport.ServerFailed):
             deliveries.send_chunk(run, chunk)
         result = doctor.check_deliveries()
@@ -519,7 +519,7 @@ class TestServerThatRejectsAll:
 
 
 class TestErrors:
-    """What an error says about one e-mail, whatever the backend."""
+    """The verdict on one e-mail for each error of any backend."""
 
     class ApiError(Exception):
         def __init__(self, status_code):
@@ -700,7 +700,7 @@ class TestPeriods:
         assert DigestRun.objects.get() == run
         assert run.period_start == first.period_start
 
-    def test_run_that_begun_is_completed_by_itself(self, start, readers, queue):
+    def test_started_run_is_completed_separately(self, start, readers, queue):
         first = start(0)
         deliveries.record(first, (readers[0], "sending", ""))
         run = start(1)

@@ -200,7 +200,7 @@ class TestMessage:
 @pytest.mark.django_db
 @pytest.mark.usefixtures("sample_templates")
 class TestHeaders:
-    """What leaves for the mail server, not what is in ``extra_headers``."""
+    """The headers that the mail server receives, rather than ``extra_headers``."""
 
     @pytest.fixture
     def lines(self, make_user, settings):
@@ -214,7 +214,7 @@ class TestHeaders:
         # A header may continue on the next line, but is never encoded.
         return re.sub(r"\n[ \t]+", "", text).splitlines()
 
-    def test_links_leave_as_they_are(self, lines):
+    def test_links_are_not_encoded(self, lines):
         (link,) = [line for line in lines if line.startswith("List-Unsubscribe:")]
         assert re.fullmatch(r"List-Unsubscribe: ?<https://\S+/unsubscribe/\S+/>", link)
         (number,) = [line for line in lines if line.startswith("Message-ID:")]

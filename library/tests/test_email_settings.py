@@ -1,4 +1,4 @@
-"""E-mail settings: a password is never sent in clear by default, and ``check`` says so if it is."""
+"""E-mail settings: by default, passwords are encrypted; ``check`` reports if they are not."""
 
 import pytest
 from django.conf import settings as current
@@ -41,7 +41,7 @@ def test_a_server_with_an_account_is_encrypted(monkeypatch, variables, expected)
         ("", False, False, []),
     ],
 )
-def test_check_deploy_reports_a_password_in_clear(settings, user, tls, ssl, expected):
+def test_check_deploy_reports_an_unencrypted_password(settings, user, tls, ssl, expected):
     settings.EMAIL_HOST, settings.EMAIL_HOST_USER = "mail.example.com", user
     settings.EMAIL_USE_TLS, settings.EMAIL_USE_SSL = tls, ssl
     ids = [message.id for message in run_checks(include_deployment_checks=True)]

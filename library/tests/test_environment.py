@@ -1,4 +1,4 @@
-"""Environment variables: an invalid one ends every process with one line and no secret."""
+"""Environment variables: with an invalid one, processes exit with one line and no secret."""
 
 import os
 import subprocess
@@ -36,7 +36,7 @@ class SampleprodSettings(ProductionDefaults, SampleSettings):
 
 
 class SampleothervariableSettings(SampleprodSettings):
-    """Production of a service whose platform has a variable of its own for the broker."""
+    """Production of a service whose platform has its own variable for the broker."""
 
     BROKER_VARIABLE = "SAMPLE_URL"
 

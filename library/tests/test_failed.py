@@ -22,7 +22,7 @@ pytestmark = pytest.mark.django_db(transaction=True, serialized_rollback=True)
 def short_times(monkeypatch):
     monkeypatch.setattr(failed, "UNKNOWN_SECONDS", 0.5)
     monkeypatch.setattr(failed, "HOLD_SECONDS", 0.1)
-    # As brokers do that are servers: a worker that stops returns what it has not acknowledged.
+    # As with brokers that are servers, a stopping worker returns unacknowledged messages.
     monkeypatch.setattr("kombu.transport.memory.Channel.do_restore", True)
 
 
@@ -45,7 +45,7 @@ def no_other_tasks():
 
 @pytest.fixture
 def learn():
-    """A function with which the app learns the task; returns the queue of its arguments."""
+    """A function that registers the task, and returns the queue of its arguments."""
     done = Queue()
 
     def learn():
@@ -75,7 +75,7 @@ def wait_for_failed(number):
 
 
 def give_up(numbers):
-    """Queue tasks as a worker gives them up that does not know them."""
+    """Add unknown tasks to the failed tasks, as a worker does."""
     queue = make_failed_queue(current_app)
     own = current_app.amqp.queues[current_app.conf.task_default_queue]
     source = [own.exchange.name, own.routing_key]
@@ -86,7 +86,7 @@ def give_up(numbers):
 
 
 def return_known_tasks():
-    """Do what a worker does when it starts, and wait for its thread."""
+    """Requeue failed tasks as a starting worker does, and wait for its thread."""
     before = set(threading.enumerate())
     failed.return_known_tasks(SimpleNamespace(app=current_app))
     for thread in set(threading.enumerate()) - before:

@@ -10,7 +10,7 @@ from prodserver_ops.web import health
 
 @pytest.fixture(autouse=True)
 def _close_databases_in_memory(monkeypatch):
-    """Close what the threads of checks opened; Django keeps a database in memory open."""
+    """Close the connections of check threads; Django keeps databases in memory open."""
 
     def close_all():
         for connection in connections.all(initialized_only=True):
@@ -60,7 +60,7 @@ def test_not_ready_names_the_failed_check_and_no_secret(client, caplog, fail, na
 
 
 @pytest.mark.parametrize(("alive", "status"), [(True, 200), (False, 503)])
-def test_deep_check_wants_heartbeats(client, monkeypatch, alive, status):
+def test_deep_check_requires_heartbeats(client, monkeypatch, alive, status):
     monkeypatch.setattr(health, "CHECKS", {"database": lambda: None, "broker": lambda: None})
     monkeypatch.setattr(health.heartbeats, "is_alive", lambda process: alive or process == "beat")
     response = client.get("/health/ready?deep")

@@ -1,4 +1,4 @@
-"""Databases that have migrations already: of this project, of another one."""
+"""Databases with the migration history of this project, or of another one."""
 
 import pytest
 from django.db import connection
@@ -23,7 +23,7 @@ def test_other_columns_are_those_of_another_service(without_ops):
     with connection.cursor() as cursor:
         cursor.execute("ALTER TABLE dummy_user RENAME COLUMN email TO mail")
     assert find_foreign_history(connection) == (
-        "dummy is migrated, and ops is not, and dummy_user has no email"
+        "dummy is migrated, but ops is not, and dummy_user has no email"
     )
 
 
@@ -31,5 +31,5 @@ def test_missing_table_is_of_another_service(without_ops):
     with connection.cursor() as cursor:
         cursor.execute("ALTER TABLE dummy_user RENAME TO dummy_person")
     assert find_foreign_history(connection) == (
-        "dummy is migrated, and ops is not, and there is no dummy_user"
+        "dummy is migrated, but ops is not, and there is no dummy_user"
     )

@@ -1,4 +1,4 @@
-"""What the library imports: the layers of pyproject.toml, no cycle; and no Jinja in it."""
+"""Imports of the library: layers as in pyproject.toml, and no cycles; no Jinja in its files."""
 
 import os
 import subprocess
@@ -17,7 +17,7 @@ PROJECT = Path(__file__).parents[1]
 
 def test_each_layer_imports_only_from_those_below_it():
     command = [Path(sys.executable).with_name("lint-imports"), "--no-cache", "--no-logo"]
-    # The source, not what is installed.
+    # The source, not the installed package.
     environment = os.environ | {"PYTHONPATH": str(LIBRARY.parent)}
     done = subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -172,12 +172,12 @@ def test_all_web_processes_count_together():
     assert isinstance(limits.cache, DatabaseCache)
 
 
-def test_neither_count_nor_log_contains_who_failed(log_in, user, caplog):
+def test_neither_count_nor_log_contains_name_or_address(log_in, user, caplog):
     fail(log_in, 3)
     with connection.cursor() as cursor:
         cursor.execute(f"SELECT cache_key, value FROM {limits.cache._table}")
         stored = str(cursor.fetchall())
-    assert "Too many failed logins of one address" in caplog.text
+    assert "Too many failed logins for one address" in caplog.text
     assert user.get_username() not in stored + caplog.text
     assert "203.0.113" not in stored + caplog.text
 
@@ -231,9 +231,9 @@ def test_the_longest_password_works_and_a_longer_one_fails(user, log_in):
 
 def test_a_limit_is_logged_once_when_it_is_reached(log_in, caplog):
     fail(log_in, 2)
-    assert caplog.messages.count("Too many failed logins of one address") == 0
+    assert caplog.messages.count("Too many failed logins for one address") == 0
     fail(log_in, 5)
-    assert caplog.messages.count("Too many failed logins of one address") == 1
+    assert caplog.messages.count("Too many failed logins for one address") == 1
 
 
 def test_an_address_is_forgotten_after_a_time(log_in):

@@ -1,4 +1,4 @@
-"""Migrations that break the version which still runs during a deploy are found before it."""
+"""Migrations that break the running version are reported before a deploy."""
 
 import pytest
 from django.db import migrations, models
@@ -81,7 +81,7 @@ def test_field_of_a_model_that_is_created_at_the_same_time_is_accepted():
 class TestCheck:
     @pytest.fixture
     def plan(self, monkeypatch):
-        """A migration to be applied, of an app that has others; returns it."""
+        """Return an unapplied migration of an app with applied migrations."""
         migration = migrations.Migration("0099_danger", "ops")
         migration.operations = [migrations.DeleteModel("Heartbeat")]
         monkeypatch.setattr(

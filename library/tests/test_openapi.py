@@ -1,4 +1,4 @@
-"""The OpenAPI schema: a file that describes the API as it is."""
+"""The OpenAPI schema: a file that describes the current API."""
 
 import sys
 
@@ -26,7 +26,7 @@ def test_openapi_yaml_is_written(folder, capsys):
     call_command("openapi")
     assert (folder / "openapi.yaml").read_text(encoding="utf-8") == generate_schema()
     call_command("openapi", "--check")
-    assert capsys.readouterr().out == "openapi.yaml is written.\nopenapi.yaml is current.\n"
+    assert capsys.readouterr().out == "openapi.yaml was written.\nopenapi.yaml is up to date.\n"
 
 
 @pytest.mark.parametrize("text", [None, "openapi: 3.0.3\n"])

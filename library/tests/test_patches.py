@@ -1,4 +1,4 @@
-"""The table of what the library uses of other packages beyond their documentation."""
+"""The table of private APIs of other packages that the library uses."""
 
 import ast
 import hashlib
@@ -21,7 +21,7 @@ from prodserver_ops.patches import PATCHES
 
 LIBRARY = Path(prodserver_ops.__file__).parent
 
-#: Tokens that say nothing about what a function does.
+#: Tokens that do not affect what a function does.
 LAYOUT = {
     tokenize.COMMENT,
     tokenize.NL,
@@ -31,7 +31,7 @@ LAYOUT = {
     tokenize.ENDMARKER,
 }
 
-#: How much of a signature the table has; the hash of a longer one covers the rest.
+#: Maximum length of a signature in the table; the hash of a longer one covers the rest.
 MAX_SIGNATURE = 60
 
 LISTED = [(patch, name) for patch in PATCHES for name in patch.names]
@@ -66,7 +66,7 @@ def get_function(owner, name):
 
 
 def describe(dotted, with_source):
-    """Return what the table has for a name: its signature, and perhaps a hash of its source.
+    """Return the value for a name in the table: its signature, and optionally a hash of its source.
 
     Raises AttributeError if there is no such name, and no such attribute of an object.
     """
@@ -113,8 +113,8 @@ def get_hash(function):
 
 
 @pytest.mark.parametrize(("patch", "name"), LISTED, ids=[f"{p.owner}.{n}" for p, n in LISTED])
-def test_other_side_is_as_recorded(patch, name):
-    """If this fails, read what changed there, change what depends on it, and record the new one."""
+def test_api_has_not_changed(patch, name):
+    """If this fails, read the change, adapt the code that depends on it, and update the table."""
     pytest.importorskip(patch.owner.partition(".")[0])
     recorded = patch.names[name]
     with_source = re.search(r" [0-9a-f]{8}$", recorded) is not None
@@ -122,7 +122,7 @@ def test_other_side_is_as_recorded(patch, name):
 
 
 @pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: patch.owner)
-def test_each_is_used_where_it_says(patch):
+def test_patch_is_used_in_the_listed_modules(patch):
     words = {word for name in patch.names for word in name.split(".")}
     words.add(patch.owner.rpartition(".")[2])
     for module in patch.where.split():
@@ -136,11 +136,11 @@ def test_requests_are_urls():
         assert patch.request == "none" or patch.request.startswith("https://github.com/")
 
 
-# What the table lacks
+# Uses that the table lacks
 
 KNOWN = {f"{patch.owner}.{name}" for patch in PATCHES for name in patch.names}
 
-#: What the documentation of the packages, or of Python, describes as meant for this.
+#: APIs that the documentation of the packages, or of Python, describes for this use.
 DOCUMENTED = (
     "celery.app.task.Context",
     "celery.app.task.Task.app",
@@ -172,7 +172,7 @@ DOCUMENTED = (
 )
 DOCUMENTED_PRIVATE = {"_default_manager", "_exit", "_meta", "_replace", "_srcfile"}
 
-#: Modules whose documentation, if there is one, does not describe all that can be imported.
+#: Modules whose documentation, if any, does not describe every name that can be imported.
 INTERNAL = re.compile(
     r"(celery\.(app|apps|beat|bin|contrib|worker)|kombu\.transport|gunicorn|granian\.log|pgmq|flower"
     r"|cbs\.(cast|env|settings|urls)|django\.db\.migrations\.(executor|loader)|django\.utils\.log"
@@ -194,13 +194,13 @@ SHORT_NAMES = [module.__name__.removeprefix("prodserver_ops.") for module, _ in 
 
 
 def is_own(base):
-    """Return whether a class is of the library, or of Python."""
+    """Return whether a class is defined by the library, or by Python."""
     package = base.__module__.partition(".")[0]
     return package == "prodserver_ops" or package in sys.stdlib_module_names
 
 
 def is_listed(names):
-    """Return whether one of some dotted names is in the table, or documented."""
+    """Return whether one of the dotted names is in the table, or documented."""
     return any(
         name in KNOWN or any(fnmatch(name, pattern) for pattern in DOCUMENTED) for name in names
     )
@@ -224,7 +224,7 @@ def get_self_uses(cls):
 
 @pytest.mark.parametrize(("module", "tree"), MODULES, ids=SHORT_NAMES)
 class TestTable:
-    def test_has_what_classes_override_and_use_of_their_base_classes(self, module, tree):
+    def test_has_names_that_classes_override_and_use_of_their_base_classes(self, module, tree):
         missing = set()
         for cls in vars(module).values():
             if not inspect.isclass(cls) or cls.__module__ != module.__name__:
@@ -258,7 +258,7 @@ class TestTable:
                     missing.add(node.attr)
         assert not missing
 
-    def test_has_what_is_imported_of_internal_modules(self, module, tree):
+    def test_has_names_that_are_imported_from_internal_modules(self, module, tree):
         imported = set()
         for node in ast.walk(tree):
             if isinstance(node, ast.ImportFrom) and not node.level:

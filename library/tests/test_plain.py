@@ -1,4 +1,4 @@
-"""``add_settings()``: a project whose settings are a plain module."""
+"""``add_settings()``: a project with a plain settings module."""
 
 from pathlib import Path
 
@@ -57,7 +57,7 @@ def test_domain_is_the_first_host(module):
 
 def test_second_call_is_refused(module):
     add_settings(module, package="sample")
-    with pytest.raises(ImproperlyConfigured, match="called before, by a module that this one"):
+    with pytest.raises(ImproperlyConfigured, match="already called by a module that this one"):
         add_settings(module, package="sample")
 
 

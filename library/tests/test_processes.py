@@ -1,4 +1,4 @@
-"""Processes: all run under ``python manage.py prodserver``; ``check`` finds what cannot start."""
+"""Processes: all run with ``python manage.py prodserver``; ``check`` reports invalid ones."""
 
 import signal
 import socket
@@ -43,7 +43,7 @@ def test_list_prints_the_processes(settings, capsys):
 
 
 @pytest.mark.parametrize(
-    ("name", "problem"), [("no-such", "unknown process 'no-such'"), (None, "no process named")]
+    ("name", "problem"), [("no-such", "unknown process 'no-such'"), (None, "no process name")]
 )
 def test_invalid_name_is_reported_with_the_valid_ones(settings, name, problem):
     settings.PRODUCTION_PROCESSES = {"one": {}, "two": {}}

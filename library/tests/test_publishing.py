@@ -1,4 +1,4 @@
-"""Publishing: a request waits a second at most, whatever state the broker is in."""
+"""Publishing: a request waits at most a second, even if the broker does not respond."""
 
 import time
 from threading import Event
@@ -14,7 +14,7 @@ from prodserver_ops.broker.publishing import publish, try_to_publish
 
 @pytest.fixture
 def end():
-    """An event that ends what hangs."""
+    """An event that ends functions that hang."""
     event = Event()
     yield event
     event.set()
@@ -22,7 +22,7 @@ def end():
 
 @pytest.fixture(autouse=True)
 def publisher(monkeypatch):
-    """A thread of its own for each test."""
+    """A separate publisher thread for each test."""
     monkeypatch.setattr(publishing, "publisher", publishing.Publisher())
     return publishing.publisher
 
@@ -79,7 +79,7 @@ def test_the_number_of_waiting_messages_is_limited(in_request, end, monkeypatch,
     monkeypatch.setattr(publishing, "publisher", publishing.Publisher())
     for _ in range(5):
         try_to_publish("x", end.wait)
-    assert "x is not queued yet: 2 messages wait already" in caplog.text
+    assert "x is not queued yet: 2 messages are already waiting" in caplog.text
 
 
 def test_a_process_that_ends_waits_for_a_moment(in_request, end, publisher):

@@ -1,4 +1,4 @@
-"""RabbitMQ: every wait for it has a limit."""
+"""RabbitMQ: every wait has a timeout."""
 
 import ssl
 from contextlib import nullcontext
@@ -48,7 +48,7 @@ def test_tls_verifies_the_certificate_and_the_name_of_the_server(options, expect
 
 
 class Silent:
-    """Stands for py-amqp's part of a channel whose node does not reply."""
+    """Replaces py-amqp's part of a channel whose node does not reply."""
 
     def wait(self, method, callback=None, timeout=None):
         self.waited = timeout
@@ -78,7 +78,7 @@ def test_a_message_without_a_confirmation_is_not_repeated(monkeypatch):
 
 
 class TestBatch:
-    """Messages whose confirmations are waited for together."""
+    """A batch waits for the confirmations of many messages at once."""
 
     @pytest.fixture
     def channel(self):

@@ -1,4 +1,4 @@
-"""The README of the library, followed word for word in an empty folder with its own environment."""
+"""The README of the library, followed literally in an empty folder with its own environment."""
 
 import os
 import re
@@ -26,7 +26,7 @@ PATH = re.compile(
     r"# (?P<path>[\w./]+)(, (?P<where>at the end|(before|instead of) add_settings\(\)))?\n"
 )
 
-#: How long a command may take, and the processes together to be ready, in seconds.
+#: Timeout of a command, and of the processes to be ready, in seconds.
 TIMEOUT = 120
 
 

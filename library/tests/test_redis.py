@@ -1,4 +1,4 @@
-"""Redis: a database of its own, and every wait for it has a limit."""
+"""Redis: a separate database, and every wait has a timeout."""
 
 import pytest
 from celery import current_app

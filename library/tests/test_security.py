@@ -40,7 +40,7 @@ class Sample(Message):
 
 @pytest.fixture
 def responses(client, make_user, monkeypatch):
-    """Responses of every kind that ops has a part in, by name."""
+    """All kinds of responses of the library, by name."""
     monkeypatch.setitem(registry, Sample.name, Sample())
     strict = Client(enforce_csrf_checks=True)
     login = reverse("admin:login")

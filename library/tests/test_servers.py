@@ -1,4 +1,4 @@
-"""The web servers: arguments that they would reject are errors of ``check``."""
+"""The web servers: ``check`` reports arguments that they would reject."""
 
 import pytest
 from django.utils.module_loading import import_string

@@ -1,4 +1,4 @@
-"""Throttles: what protects is counted by all processes, and not forgotten in a flood."""
+"""Throttles: all processes share counts, which are not evicted by a flood of requests."""
 
 import pytest
 from django.core.cache import caches
@@ -37,7 +37,7 @@ def request_from():
 def test_a_shared_throttle_counts_in_the_database(request_from):
     request = request_from("203.0.113.1")
     assert [Posts().allow_request(request, None) for _ in range(2)] == [True, True]
-    # Another process, or a flood of requests, has nothing to forget.
+    # Other processes and floods of requests do not affect the count.
     caches["default"].clear()
     throttle = Posts()
     assert not throttle.allow_request(request, None)

@@ -1,4 +1,4 @@
-"""Tokens of the API: they end by themselves, with the password, and on request."""
+"""API tokens: they expire, become invalid with a new password, and can be deleted."""
 
 from datetime import datetime, timedelta
 

@@ -10,7 +10,7 @@ from prodserver_ops.mail.digests import Message, registry
 
 
 class Sample(Message):
-    """E-mail that stores who unsubscribed."""
+    """An e-mail that stores the users who unsubscribed."""
 
     name = "ops-test"
     unsubscribe_label = "sample news"

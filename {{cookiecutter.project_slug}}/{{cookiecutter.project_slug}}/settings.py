@@ -1,8 +1,8 @@
 """Settings of the service, one class for each mode that ``DJANGO_MODE`` can name.
 
-Unset is development; ``test``, ``staging`` and ``prod`` are the others. The base classes
-hold what most services leave as it is: database, e-mail, broker, logs, security. The
-README lists the environment variables.
+If it is not set, the mode is development; the other modes are ``test``, ``staging`` and ``prod``.
+The base classes contain settings that most services do not change: database, e-mail, broker, logs,
+security. The README lists the environment variables.
 
 https://django-classy-settings.readthedocs.io/
 """
@@ -16,7 +16,7 @@ from prodserver_ops.conf import {{ cookiecutter.__conf_modules }}
 class Settings({{ cookiecutter.__modules.split(", ") | select | each("{0}.Defaults, ") }}conf.Defaults):
     """Development, and the base of the other modes."""
 
-    # The service, and the name of its Python package, which its queues have too
+    # The service; the name of its Python package is also the prefix of its queues
     SITE_NAME = {{ cookiecutter.project_name | one_line | python_string }}
     DOMAIN = "{{ cookiecutter.domain_name }}"
     PACKAGE = "{{ cookiecutter.project_slug }}"
@@ -80,7 +80,7 @@ class Settings({{ cookiecutter.__modules.split(", ") | select | each("{0}.Defaul
         )
     ]
 
-    # API: JSON only; each web process counts these rates for itself
+    # API: JSON only; each web process counts requests separately
     def REST_FRAMEWORK(self):
         return {
             "DEFAULT_AUTHENTICATION_CLASSES": [
@@ -90,7 +90,7 @@ class Settings({{ cookiecutter.__modules.split(", ") | select | each("{0}.Defaul
             "DEFAULT_PARSER_CLASSES": [
                 "prodserver_ops.api.parsers.BoundedJSONParser",
             ],
-            # A view that other users may read says so.
+            # A view that is public overrides this.
             "DEFAULT_PERMISSION_CLASSES": ["rest_framework.permissions.IsAuthenticated"],
             "DEFAULT_RENDERER_CLASSES": ["rest_framework.renderers.JSONRenderer"],
             "EXCEPTION_HANDLER": "prodserver_ops.api.views.exception_handler",
@@ -115,14 +115,14 @@ class Settings({{ cookiecutter.__modules.split(", ") | select | each("{0}.Defaul
     TIME_ZONE = "{{ cookiecutter.timezone }}"
     USE_TZ = True
 
-    # Tasks: where their results are stored, if anywhere, and the variable with the broker's URL
+    # Tasks: the result backend, if any, and the variable with the broker's URL
     CELERY_RESULT_BACKEND = {{ cookiecutter._task_results[cookiecutter.task_results].backend | python_value }}
     BROKER_VARIABLE = "{{ cookiecutter._brokers[cookiecutter.broker].variable }}"
 
-    # Logs: path prefixes before a secret, which is redacted up to the next slash
+    # Logs: prefixes of paths with a secret, which is redacted up to the next slash
     LOG_REDACTED_PATHS = ("/unsubscribe/",)
 
-    # Processes: python manage.py prodserver <process>; more arguments are those of its command line
+    # Processes: python manage.py prodserver <process>; keyword arguments become its arguments
     def PRODUCTION_PROCESSES(self):
         return {
             "web": processes.{{ cookiecutter.web_server }}(self),
@@ -140,7 +140,7 @@ class ProdSettings(conf.ProductionDefaults, Settings):
 
 
 class StagingSettings(conf.StagingDefaults, ProdSettings):
-    """Staging: like production, on a domain of its own."""
+    """Staging: like production, but on its own domain."""
 
     DOMAIN = "staging.{{ cookiecutter.domain_name }}"
 

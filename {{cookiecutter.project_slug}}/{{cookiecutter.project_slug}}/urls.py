@@ -1,4 +1,4 @@
-"""URLs of the service. Middleware answers the health checks under ``/health/``."""
+"""URLs of the service. Middleware responds to the health checks under ``/health/``."""
 
 from django.conf import settings
 from django.contrib import admin

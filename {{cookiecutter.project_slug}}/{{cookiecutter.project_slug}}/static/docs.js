@@ -15,7 +15,7 @@ addEventListener("DOMContentLoaded", () => {
         url: schema,
         deepLinking: true,
         requestInterceptor: (request) => {
-            // Users who are logged in need it; no other site may learn it.
+            // Logged-in users need the token; it must not be sent to other sites.
             if (new URL(request.url, location).origin === location.origin) {
                 request.headers["X-CSRFToken"] = csrfToken;
             }

@@ -1,4 +1,4 @@
-"""The app ``ops``: what runs the processes of a service."""
+"""The app ``ops``, which runs the processes of a service."""
 
 import atexit
 import gc
@@ -31,10 +31,10 @@ class OpsConfig(AppConfig):
         """Called once by each process after all models are loaded."""
         if not hasattr(settings, "PRODUCTION_PROCESSES"):
             raise ImproperlyConfigured(
-                "prodserver_ops has no settings: call add_settings() of prodserver_ops.conf at "
-                "the end of the settings module, or use the classes there."
+                "prodserver_ops is not configured: call add_settings() of prodserver_ops.conf at "
+                "the end of the settings module, or use the classes of prodserver_ops.conf."
             )
-        # They register checks and receivers of Celery's signals, and need loaded apps.
+        # These modules register checks and receivers of Celery's signals. They need loaded apps.
         from .console import checks  # noqa: F401
         from .scheduling import heartbeats  # noqa: F401
 
@@ -42,7 +42,7 @@ class OpsConfig(AppConfig):
         request_started.connect(publishing.start_request)
         request_finished.connect(publishing.finish_request)
         atexit.register(publishing.publisher.flush, publishing.EXIT_TIMEOUT)
-        # A process that ends need not look for garbage, which delays a short command.
+        # Disable garbage collection at exit, which delays short commands.
         atexit.register(gc.freeze)
         connection_created.connect(database.limit_connection)
         pre_migrate.connect(database.lift_limit, sender=self)

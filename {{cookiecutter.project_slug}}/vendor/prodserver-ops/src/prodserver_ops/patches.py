@@ -1,18 +1,18 @@
-"""What this library uses, overrides or replaces of other packages, beyond what they document.
+"""Private APIs of other packages that this library uses, overrides or replaces.
 
-Each of these may change with any release of its package: ``library/tests/test_patches.py`` fails
-when one does, or when a use is not listed here.
+They may change in any release of their packages. ``library/tests/test_patches.py`` fails if one
+has changed, or if a use is not listed here.
 """
 
 from dataclasses import dataclass
 
-#: Called or read as it is.
+#: Called or read without changes.
 USES = "uses"
 
 #: Extended: a method of a subclass that calls the original one, or a class that refers to another.
 OVERRIDES = "overrides"
 
-#: Not run any more, or only in part: its behaviour is copied or given another form.
+#: No longer run, or only in part: the library has its own implementation.
 REPLACES = "replaces"
 
 
@@ -20,10 +20,11 @@ REPLACES = "replaces"
 class Patch:
     """Names of another package, and what this library does with them.
 
-    ``names`` are relative to ``owner``, a package, a module or a class. Each has its signature, without the
-    values of defaults, or "" if it is no function. Where the library depends on what a function
-    does, the first digits of a hash of its source follow. ``where`` are modules of this library,
-    ``request`` is an open public request that may end the need for it.
+    ``names`` are relative to ``owner``, a package, a module or a class. The value of each name is
+    its signature, without the values of defaults, or "" if it is not a function. If the library
+    depends on the implementation of a function, the first digits of a hash of its source follow.
+    ``where`` lists the modules of this library, and ``request`` is the URL of an open issue or pull
+    request that may make the patch unnecessary.
     """
 
     owner: str
@@ -39,7 +40,7 @@ PATCHES = (
         "amqp",
         OVERRIDES,
         "broker.rabbitmq",
-        "RabbitMQ may never reply: each wait has a limit. TLS verifies the name of the server.",
+        "RabbitMQ may never reply, so each wait has a timeout. TLS verifies the name of the server.",
         {
             "abstract_channel.AbstractChannel.wait": "(self, method, callback=..., timeout=..., returns_tuple=...) 063f9143",
             "channel.Channel.basic_publish_confirm": "(self, *args, **kwargs) 1edc1240",
@@ -56,7 +57,7 @@ PATCHES = (
         "kombu.transport.pyamqp",
         OVERRIDES,
         "broker.rabbitmq",
-        "Connections and channels have those limits.",
+        "Connections and channels have these timeouts.",
         {"Connection.Channel": "", "Transport.Connection": ""},
     ),
     Patch(
@@ -74,14 +75,14 @@ PATCHES = (
         "kombu.transport",
         USES,
         "broker",
-        "A URL gets a transport of this library.",
+        "URLs use the transports of this library.",
         {"TRANSPORT_ALIASES": ""},
     ),
     Patch(
         "kombu.transport.virtual.base",
         OVERRIDES,
         "broker.embedded broker.postgresql",
-        "A worker that has to stop does so soon, and returns messages. Replies find their queue.",
+        "A worker stops promptly, and returns its messages. Replies find their queue.",
         {
             "Channel.__init__": "(self, connection, **kwargs)",
             "Channel._lookup": "(self, exchange, routing_key, default=...) 49e6b691",
@@ -95,7 +96,7 @@ PATCHES = (
         "kombu.transport.filesystem",
         REPLACES,
         "broker.embedded",
-        "A file is complete before others see it, and no write of two processes is lost.",
+        "A file is complete before it is visible, and no write of two processes is lost.",
         {
             "Channel._put": "(self, queue, payload, **kwargs) b2437893",
             "Channel._get": "(self, queue) 3d9f10c2",
@@ -138,7 +139,7 @@ PATCHES = (
         "psycopg.Connection",
         REPLACES,
         "core.database",
-        "A frozen server ends no statement: the client limits its wait.",
+        "A server that hangs does not enforce its timeout, so the client limits its wait.",
         {"wait": "(self, gen, interval=..., timeout=...) 2c1b3980"},
     ),
     Patch(
@@ -153,7 +154,7 @@ PATCHES = (
         "celery.app",
         OVERRIDES,
         "worker.app",
-        "A failed worker has an exit status, a retry without a broker loses no message.",
+        "A failed worker has an exit status, and a retry without a broker loses no message.",
         {
             "base.Celery.start": "(self, argv=...) 431773f8",
             "base.Celery.Beat": "(self, **kwargs) ff2d9e6b",
@@ -167,14 +168,14 @@ PATCHES = (
         "celery.contrib.django.task.DjangoTask",
         OVERRIDES,
         "worker.app",
-        "An unavailable broker fails no request whose transaction is committed.",
+        "A request whose transaction is committed does not fail if the broker is unavailable.",
         {"delay_on_commit": "(self, *args, **kwargs) cfdc039b"},
     ),
     Patch(
         "celery.bin",
         USES,
         "worker.app",
-        "Commands without the module of the whole command line.",
+        "Run commands without importing Celery's full command line.",
         {
             "base.CLIContext.__init__": "(self, app, no_color, workdir, quiet=...)",
             "worker.worker": "",
@@ -185,14 +186,14 @@ PATCHES = (
         "celery.bin.celery",
         USES,
         "web.flower",
-        "Flower is a plugin of the whole command line.",
+        "Flower is a plugin of Celery's full command line.",
         {"celery": ""},
     ),
     Patch(
         "celery.worker",
         REPLACES,
         "worker.app worker.failed",
-        "The message of an unknown task goes back instead of being discarded.",
+        "The message of an unknown task returns to its queue instead of being discarded.",
         {
             "state.active_requests": "",
             "consumer.consumer.Consumer.on_unknown_task": "(self, body, message, exc) e1b21bae",
@@ -216,7 +217,7 @@ PATCHES = (
         "celery.beat.Service",
         OVERRIDES,
         "scheduling.beat",
-        "SystemExit that is raised in a query can get lost.",
+        "A SystemExit that is raised in a query can get lost.",
         {
             "get_scheduler": "(self, lazy=..., extension_namespace=...) b71df009",
             "start": "(self, embedded_process=...) b06f6fb3",
@@ -243,14 +244,14 @@ PATCHES = (
         "celery.beat",
         USES,
         "scheduling.scheduler",
-        "Why a run could not be published.",
+        "Find out why a run could not be published.",
         {"SchedulingError": ""},
     ),
     Patch(
         "celery.schedules",
         REPLACES,
         "scheduling.crontabs",
-        "It parses the fields; when they are due is this library's, for when the clock changes.",
+        "Celery parses the fields; the library computes due times, because the clock may change.",
         {
             "crontab.__init__": "(self, minute=..., hour=..., day_of_week=..., day_of_month=.... 5eb05acb",
             "crontab.remaining_delta": "(self, last_run_at, tz=..., ffwd=...) 95ebbbc5",
@@ -262,14 +263,14 @@ PATCHES = (
         "celery.utils.log.LoggingProxy",
         USES,
         "core.logs",
-        "Prints become events.",
+        "Printed output is logged.",
         {"__init__": "(self, logger, loglevel=...)"},
     ),
     Patch(
         "sentry_sdk.integrations.celery.beat",
         USES,
         "scheduling.scheduler",
-        "They replace Scheduler.apply_entry, which must stay the way to publish.",
+        "They replace Scheduler.apply_entry, which must therefore publish all runs.",
         {
             "_patch_beat_apply_entry": "() 8167d93f",
             "_wrap_beat_scheduler": "(original_function) 705a834b",
@@ -327,7 +328,7 @@ PATCHES = (
         "gunicorn.workers.gthread.ThreadWorker",
         OVERRIDES,
         "web.gunicorn_worker",
-        "A worker that ends accepts the connections that wait, which it would reset.",
+        "An exiting worker accepts the waiting connections, instead of resetting them.",
         {
             "__init__": "(self, *args, **kwargs)",
             "init_process": "(self)",
@@ -340,7 +341,7 @@ PATCHES = (
         "gunicorn.workers",
         REPLACES,
         "web.gunicorn_worker",
-        "Health checks have threads of their own, and silent connections have none.",
+        "Health checks have their own threads, and silent connections have none.",
         {
             "gthread.ThreadWorker.accept": "(self, listener) 62992d15",
             "gthread.ThreadWorker.enqueue_req": "(self, conn) 1627cea3",
@@ -366,14 +367,14 @@ PATCHES = (
         "gunicorn.arbiter.Arbiter",
         USES,
         "web.gunicorn_worker",
-        "Where a signal waits that arrives between fork and init_signals.",
+        "Contains the signals that arrive between fork and init_signals.",
         {"SIG_QUEUE": "", "signal": "(self, sig, frame) e1f5d431"},
     ),
     Patch(
         "gunicorn",
         OVERRIDES,
         "web.gunicorn",
-        "Events go to the handlers of LOGGING, and arguments are checked before a start.",
+        "Events go to the handlers of LOGGING, and arguments are checked before the start.",
         {
             "glogging.Logger.setup": "(self, cfg) ca528641",
             "glogging.Logger.error_log": "",
@@ -388,7 +389,7 @@ PATCHES = (
         "granian",
         USES,
         "web.granian",
-        "Check arguments before a start; log_dictconfig leaves logs alone.",
+        "Check arguments before the start; log_dictconfig leaves logging unchanged.",
         {
             "Granian.__init__": "(self, target, address=..., port=..., uds=..., uds_permissio... 5293d6c8",
             "log.LogLevels": "",
@@ -417,7 +418,7 @@ PATCHES = (
         "csp.middleware",
         OVERRIDES,
         "web.csp",
-        "The policy is the setting that Django 6 has.",
+        "The policy comes from the setting of Django 6.",
         {
             "CSPMiddleware.get_policy_parts": "(self, request, response, report_only=...) 797a4ebd",
             "PolicyParts": "",
@@ -452,7 +453,7 @@ PATCHES = (
         "django.db.migrations",
         USES,
         "console.adoption console.checks console.doctor console.migration_safety management.commands.schedules scheduling.operations",
-        "What is to be migrated, and what migrations create.",
+        "Find unapplied migrations, and what migrations create.",
         {
             "executor.MigrationExecutor.migration_plan": "(self, targets, clean_start=...)",
             "executor.MigrationExecutor.apply_migration": "(self, state, migration, fake=..., fake_initial=...)",
@@ -464,7 +465,7 @@ PATCHES = (
         "django.db.backends.base",
         USES,
         "console.adoption core.database mail.deliveries worker.record",
-        "Connections outside of requests, and SQL that Django does not write.",
+        "Connections outside of requests, and SQL that Django does not generate.",
         {
             "schema.BaseDatabaseSchemaEditor.effective_default": "(self, field)",
             "schema.BaseDatabaseSchemaEditor.quote_value": "(self, value)",
@@ -477,7 +478,7 @@ PATCHES = (
         "django.utils",
         USES,
         "core.logs web.asgi",
-        "No connection is kept for another request's thread; one source of logs.",
+        "Connections are not shared between threads, and logging is configured once.",
         {
             "connection.BaseConnectionHandler.settings": "(self)",
             "log.configure_logging": "(logging_config, logging_settings)",
@@ -487,14 +488,14 @@ PATCHES = (
         "django.core.checks",
         USES,
         "console.doctor",
-        "What manage.py check runs.",
+        "Run the checks of manage.py check.",
         {"run_checks": "(self, app_configs=..., tags=..., include_deployment_checks=... b9ea93be"},
     ),
     Patch(
         "rest_framework",
         OVERRIDES,
         "api.throttles api.tokens api.views",
-        "All processes count together; tokens are hashes, and end; a forged cursor is a 404.",
+        "All processes share counts; tokens are hashed and expire; a forged cursor is a 404.",
         {
             "throttling.BaseThrottle.get_ident": "(self, request) 5f124c84",
             "throttling.SimpleRateThrottle.allow_request": "(self, request, view) af512e80",
@@ -510,14 +511,14 @@ PATCHES = (
         "drf_spectacular.management.commands.spectacular.Command",
         USES,
         "api.openapi",
-        "The schema as text.",
+        "Return the schema as text.",
         {"handle": "(self, *args, **options)"},
     ),
     Patch(
         "email.headerregistry.HeaderRegistry",
         OVERRIDES,
         "mail.composing",
-        "It creates a class for each header of each message.",
+        "The original creates a class for each header of each message.",
         {"__getitem__": "(self, name) 243ad2d4"},
     ),
 )

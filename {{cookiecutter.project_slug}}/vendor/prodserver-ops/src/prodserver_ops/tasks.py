@@ -1,4 +1,4 @@
-"""The tasks of the app ``ops``, which Celery finds here: maintenance, and those of e-mail."""
+"""The tasks of the app ``ops``, which Celery finds here: maintenance and e-mail."""
 
 from datetime import timedelta
 

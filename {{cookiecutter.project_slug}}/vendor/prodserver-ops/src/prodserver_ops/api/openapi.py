@@ -1,7 +1,7 @@
 """The OpenAPI schema of the service's API. Production does not load this module.
 
-The schema describes what the code of the views shows. The modules ``openapi`` of the apps may add
-to it with the extensions of drf-spectacular.
+The schema is generated from the views. An app can extend it in a module ``openapi``, with
+extensions of drf-spectacular.
 
 https://drf-spectacular.readthedocs.io/en/latest/blueprints.html
 """
@@ -44,7 +44,7 @@ def errors(*statuses: int) -> dict[int, type[ErrorSerializer]]:
 
 
 class TokenExtension(OpenApiViewExtension):  # type: ignore[no-untyped-call]
-    """Describes the view that returns and ends tokens."""
+    """Describes the view that creates and deletes tokens."""
 
     target_class = TokenView
 

@@ -1,4 +1,4 @@
-"""The API's JSON parser, which bounds the size and the depth of what it reads."""
+"""The API's JSON parser, which limits the size and depth of a request body."""
 
 from collections.abc import Mapping
 from typing import IO, Any
@@ -12,7 +12,7 @@ from rest_framework.parsers import JSONParser
 class BoundedJSONParser(JSONParser):
     """Parses JSON of at most ``DATA_UPLOAD_MAX_MEMORY_SIZE`` bytes.
 
-    Django applies that limit only where it reads the body itself.
+    Django applies this limit only if it reads the body itself.
     """
 
     def parse(

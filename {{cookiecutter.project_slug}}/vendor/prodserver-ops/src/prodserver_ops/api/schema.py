@@ -14,7 +14,7 @@ def get_path() -> Path:
 
 @require_safe
 def view(request: HttpRequest) -> HttpResponse:
-    """Return ``openapi.yaml``; in development, the schema of the code as it is now."""
+    """Return ``openapi.yaml``; in development, generate the schema from the code."""
     if settings.DEBUG:
         from .openapi import generate_schema
 

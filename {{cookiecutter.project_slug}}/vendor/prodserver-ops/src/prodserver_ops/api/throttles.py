@@ -1,4 +1,4 @@
-"""Throttles of the API. A client is an address, or a network of IPv6; see ``clients.py``."""
+"""Throttles of the API. A client is an IPv4 address or IPv6 network; see ``core/clients.py``."""
 
 import time
 from typing import Any
@@ -11,7 +11,7 @@ from ..core.limits import Limit
 
 
 class AnonymousThrottle(throttling.AnonRateThrottle):
-    """Limits requests without a login; each web process counts for itself."""
+    """Limits requests without a login; each web process counts separately."""
 
     def get_ident(self, request: Request) -> str:
         """Return the client's network."""
@@ -19,7 +19,7 @@ class AnonymousThrottle(throttling.AnonRateThrottle):
 
 
 class UserThrottle(throttling.UserRateThrottle):
-    """Limits the requests of a user; each web process counts for itself."""
+    """Limits the requests of a user; each web process counts separately."""
 
     def get_ident(self, request: Request) -> str:
         """Return the client's network, for requests without a login."""
@@ -27,9 +27,9 @@ class UserThrottle(throttling.UserRateThrottle):
 
 
 class SharedThrottle(UserThrottle):
-    """Limits what all web processes count together; set ``scope`` and ``rate``.
+    """Limits requests with a counter that all web processes share; set ``scope`` and ``rate``.
 
-    It costs two queries for each request. No traffic of others can make it forget.
+    Takes two queries for each request. Requests of other clients cannot evict its counts.
     """
 
     def allow_request(self, request: Request, view: Any) -> bool:

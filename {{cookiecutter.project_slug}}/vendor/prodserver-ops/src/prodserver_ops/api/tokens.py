@@ -1,4 +1,4 @@
-"""Tokens of the API: each ends after ``TOKEN_DAYS``, and with the password of its user."""
+"""API tokens, which expire after ``TOKEN_DAYS`` or when the user's password changes."""
 
 import hashlib
 import re
@@ -15,10 +15,10 @@ from rest_framework.exceptions import AuthenticationFailed
 
 from ..models import Token
 
-#: How many tokens a user has at most; a new one replaces the oldest.
+#: Maximum number of tokens of a user; a new token replaces the oldest.
 MAX_TOKENS = 20
 
-#: The number of the row, and the secret.
+#: The primary key of the row, and the secret.
 FORMAT = re.compile(r"([0-9]{1,18})-([A-Za-z0-9_-]{43})")
 
 
@@ -40,7 +40,7 @@ class TokenAuthentication(authentication.TokenAuthentication):
 
 
 def create_token(user: Any) -> tuple[str, Token]:
-    """Return a new token of the user, as its text, which is not stored, and as its row."""
+    """Create a token for a user; return its text, which is not stored, and its row."""
     secret = secrets.token_urlsafe(32)
     token = Token.objects.create(
         user=user,
@@ -53,5 +53,5 @@ def create_token(user: Any) -> tuple[str, Token]:
 
 
 def _hash(secret: str, user: Any) -> str:
-    # With the password's hash in it, the token ends when the password is changed.
+    # The password's hash is included, so that a new password invalidates the token.
     return hashlib.sha256(f"{secret}\n{user.password}".encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""Parts for the service's API: pagination, errors in JSON, and a throttled login."""
+"""Building blocks of the API: pagination, errors in JSON, and a throttled login."""
 
 from typing import Any
 
@@ -21,7 +21,7 @@ from .tokens import TokenAuthentication, create_token
 
 
 class CursorPagination(pagination.CursorPagination):
-    """Pages by cursor, which stay correct while rows are added; set ``ordering``."""
+    """Cursor pagination, which stays correct while rows are added; set ``ordering``."""
 
     page_size = 50
 
@@ -32,13 +32,12 @@ class CursorPagination(pagination.CursorPagination):
         try:
             return super().paginate_queryset(queryset, request, view)
         except (ValidationError, DataError, OverflowError) as error:
-            # The position in a forged cursor may not be a valid value of the field, or be one
-            # that only the database refuses.
+            # The position in a forged cursor may be an invalid value for the field or the database.
             raise NotFound(self.invalid_cursor_message) from error
 
 
 def exception_handler(error: Exception, context: dict[str, Any]) -> Response | None:
-    """Return the response to an exception: in JSON also if the body was too large."""
+    """Return the response to an exception, in JSON even if the request body is too large."""
     if isinstance(error, RequestDataTooBig):
         return Response(
             {"detail": "The request is too large."}, status.HTTP_413_REQUEST_ENTITY_TOO_LARGE
@@ -69,7 +68,7 @@ class TokenView(APIView):
     parser_classes = (BoundedJSONParser,)
 
     def get_authenticators(self) -> list[BaseAuthentication]:
-        """Only a token can end itself; to get one needs no authentication."""
+        """Require a token to delete it; creating one requires no authentication."""
         deletes = self.request is not None and self.request.method == "DELETE"
         return [TokenAuthentication()] if deletes else []
 
@@ -79,7 +78,7 @@ class TokenView(APIView):
         return [permissions.IsAuthenticated() if deletes else permissions.AllowAny()]
 
     def get_throttles(self) -> list[BaseThrottle]:
-        """Limit the attempts to guess a password."""
+        """Limit attempts to guess passwords."""
         return [LoginThrottle()] if self.request.method == "POST" else super().get_throttles()
 
     def post(self, request: Request, *args: Any, **kwargs: Any) -> Response:

@@ -1,7 +1,7 @@
-"""Brokers: the scheme of a broker's URL decides which module of this package is used.
+"""Brokers: the scheme of the broker's URL selects a module of this package.
 
-A module has these functions, of which the last three are optional, and may have a transport of
-kombu that replaces the one of the same scheme:
+A module defines the following functions; the last three are optional. It can also define a kombu
+transport that replaces kombu's own for its scheme:
 
 ``get_options(settings)``
     The options of the transport.
@@ -29,10 +29,10 @@ from . import publishing
 
 @dataclass(frozen=True)
 class Broker:
-    """A broker, and what is known of it before its module is loaded.
+    """A broker, and the data that is needed before its module is imported.
 
-    ``ports`` has the default port of each scheme that its URLs may have, ``transports`` the
-    class of each scheme whose transport this package replaces. ``package`` is the package that it needs, and
+    ``ports`` contains the default port of each URL scheme, and ``transports`` the transport class
+    of each scheme whose transport this package replaces. ``package`` is the required package, and
     ``extra`` the extra of this distribution that installs it.
     """
 
@@ -76,10 +76,10 @@ BROKERS = (
     ),
 )
 
-#: The brokers that are servers, by the scheme of a URL.
+#: The brokers that are servers, by URL scheme.
 BY_SCHEME = {scheme: broker for broker in BROKERS for scheme in broker.ports}
 
-#: How much later than the longest task a message of a lost worker is delivered again, in seconds.
+#: How long after the time limit of tasks the message of a lost worker is redelivered, in seconds.
 VISIBILITY_MARGIN = 60
 
 #: The schemes of brokers that need no server: folders, and the memory of one process.
@@ -87,7 +87,7 @@ EMBEDDED_SCHEMES = ("filesystem", "memory")
 
 
 def get_visibility_timeout(settings: Any) -> int:
-    """Return after how many seconds a broker gives a message of a lost worker to another one."""
+    """Return after how many seconds a broker redelivers the message of a lost worker."""
     limit: int = settings.CELERY_TASK_TIME_LIMIT
     return limit + VISIBILITY_MARGIN
 
@@ -105,12 +105,12 @@ def get_scheme(url: str) -> str:
 
 
 def find(url: str) -> Broker:
-    """Return the broker of a URL; the embedded one if no server has its scheme."""
+    """Return the broker of a URL; the embedded broker if the scheme is not that of a server."""
     return BY_SCHEME.get(get_scheme(url), EMBEDDED)
 
 
 def find_missing_extra(url: str) -> str:
-    """Return the extra of this distribution that a URL needs and that is not installed, or ""."""
+    """Return the extra that a URL requires if its package is not installed, otherwise ""."""
     broker = find(url)
     return broker.extra if broker.package and find_spec(broker.package) is None else ""
 
@@ -143,10 +143,10 @@ def install(url: str) -> None:
 
 
 def count_messages(app: Celery, names: Iterable[str], timeout: float) -> dict[str, int]:
-    """Return how many messages wait in each queue, 0 if it does not exist.
+    """Return the number of waiting messages by queue; 0 for a queue that does not exist.
 
-    ``timeout`` limits how long connecting takes, in seconds. Raises an exception if the broker
-    is unavailable.
+    ``timeout`` limits the time to connect, in seconds. Raises an exception if the broker is
+    unavailable.
     """
     counts: dict[str, int] = {}
     with app.connection_for_read(connect_timeout=timeout) as connection:

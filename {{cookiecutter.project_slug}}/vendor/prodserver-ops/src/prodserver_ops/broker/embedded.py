@@ -1,8 +1,8 @@
-"""The embedded broker for development: Celery's filesystem transport, made safe for several processes.
+"""The embedded broker for development: kombu's filesystem transport, safe for several processes.
 
-kombu's transport makes files visible before they are complete: a reader that is too early
-fails and loses the message, and two processes that create the same file lose one write. It
-takes messages through the folder for temporary files, which may be on another file system.
+kombu's transport makes files visible before they are complete: a process that reads a file too
+early fails and loses the message. If two processes create the same file, one write is lost. It also
+moves messages to the folder for temporary files, which may be on another file system.
 
 https://docs.celeryq.dev/projects/kombu/en/stable/reference/kombu.transport.filesystem.html
 """
@@ -63,7 +63,7 @@ class Transport(filesystem.Transport):
     def drain_events(  # type: ignore[override]
         self, connection: Any, timeout: float | None = None
     ) -> None:
-        """Handle a message; raise TimeoutError soon if there is none, so that a worker can stop."""
+        """Process a message; raise TimeoutError soon if there is none, so that workers can stop."""
         super().drain_events(connection, self.polling_interval if timeout else None)
 
     Channel = Channel
@@ -79,7 +79,7 @@ def get_options(settings: Any) -> dict[str, Any]:
 
 
 def write_draft(path: Path, content: Any) -> Path:
-    """Write JSON to a hidden file beside the path, which no queue reads; return its path."""
+    """Write JSON to a hidden file next to the path, which no queue reads; return its path."""
     draft = path.with_name(f".{uuid4()}")
     draft.write_text(dumps(content))
     return draft

@@ -1,8 +1,8 @@
 """PostgreSQL as the broker: PGMQ's tables and functions in the database of the service.
 
-They are plain SQL and need no server extension. Some defects of kombu's transport are mended:
-replies to ``celery inspect``, which found no worker; an address that came from the environment,
-without TLS; and a pool that kept a worker from ending.
+They are plain SQL and need no server extension. This module fixes defects of kombu's transport:
+``celery inspect`` finds no workers, the address can come from the environment and has no TLS, and
+the connection pool keeps workers from stopping.
 https://docs.celeryq.dev/projects/kombu/en/stable/reference/kombu.transport.pgmq.html
 """
 
@@ -22,30 +22,30 @@ from psycopg_pool import ConnectionPool
 from ..core.database import CONNECT_OPTIONS
 from . import get_visibility_timeout
 
-#: The longest name of a queue that PGMQ accepts.
+#: The maximum length of a queue name in PGMQ.
 NAME_LENGTH = 47
 
-#: How long to wait for a connection of the pool, in seconds.
+#: Timeout for a connection from the pool, in seconds.
 TIMEOUT = 5
 
 
-# It warns of each thread that it does not wait for.
+# The pool warns about each thread that it does not wait for.
 logging.getLogger("psycopg.pool").setLevel(logging.ERROR)
 
-# A hint for other users of pgmq.
+# This warning concerns other users of pgmq.
 warnings.filterwarnings("ignore", "list_queues", UserWarning)
 
 
 class Channel(pgmq.Channel):
-    """A channel that shortens the names of queues, and returns what it has when it closes."""
+    """A channel that shortens queue names, and returns unacknowledged messages when it closes."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)  # type: ignore[no-untyped-call]
-        # Otherwise another worker gets the messages that this one did not run minutes later.
+        # Otherwise another worker gets the unprocessed messages of this one only minutes later.
         self.qos.restore_at_shutdown = True
 
     def entity_name(self, name: Any, *args: Any) -> str:
-        """Return a valid name; the end of a long one is replaced by a hash."""
+        """Return a valid queue name; replace the end of a long name with a hash."""
         valid: str = super().entity_name(name, *args)
         if len(valid) <= NAME_LENGTH:
             return valid
@@ -63,7 +63,7 @@ class Channel(pgmq.Channel):
         try:
             enable(*args, **kwargs)
         except DatabaseError:
-            # Two processes that start create the trigger at the same time; one fails.
+            # If two processes create the trigger at the same time, one of them fails.
             enable(*args, **kwargs)
 
     def _pgmq_send_kwargs(self, message: Any) -> dict[str, Any]:
@@ -81,7 +81,7 @@ class Transport(pgmq.Transport):
     polling_interval = 1
 
     def get_address(self) -> str:
-        """Return the address of the database. pgmq's own has no TLS, and does not quote values."""
+        """Return the connection string. kombu's own has no TLS, and does not quote values."""
         client: Any = self.client
         options: dict[str, Any] = connection.settings_dict["OPTIONS"]
         tls = {name: value for name, value in options.items() if name.startswith("ssl")}
@@ -114,7 +114,7 @@ class Transport(pgmq.Transport):
         return self._notify_waiter
 
     def close_connection(self, connection: Any) -> None:
-        """Close the connection; its pool does not wait for its threads."""
+        """Close the connection, without waiting for the threads of its pool."""
         client, self._pgmq_client = self._pgmq_client, None
         super().close_connection(connection)
         if client is not None and client.pool is not None:
@@ -122,9 +122,9 @@ class Transport(pgmq.Transport):
 
 
 def get_url(url: str) -> str:
-    """Return the URL of a database as that of a broker, without its query.
+    """Convert the URL of a database to the URL of a broker, without its query string.
 
-    Options for TLS, such as ``sslmode``, are those of ``DATABASE_URL``.
+    TLS options, such as ``sslmode``, are read from ``DATABASE_URL``.
     """
     return f"pgmq://{url.partition('://')[2].partition('?')[0]}"
 
@@ -142,7 +142,7 @@ def get_options(settings: Any) -> dict[str, Any]:
 
 
 def install() -> None:
-    """Create PGMQ's schema in the database if it is not there; runs after migrations."""
+    """Create PGMQ's schema in the database if it does not exist; runs after migrations."""
     if connection.vendor != "postgresql":
         return
     with transaction.atomic(), connection.cursor() as cursor:

@@ -1,8 +1,8 @@
-"""Publish messages from requests without waiting for the broker for long.
+"""Publish messages, with a time limit in requests.
 
-A thread of the web process publishes. A request waits for it at most ``REQUEST_TIMEOUT``
-altogether, whatever state the broker is in. A message that must not get lost is a row in the
-database, where a schedule can find it again.
+A thread of the web process publishes the messages. A request waits for it at most
+``REQUEST_TIMEOUT`` in total, even if the broker does not respond. Store data that must not be lost
+in the database, where a schedule can find it again.
 """
 
 import logging
@@ -23,15 +23,15 @@ logger = logging.getLogger(__name__)
 #: How long a request waits until its messages are published, in seconds.
 REQUEST_TIMEOUT = 1
 
-#: Messages that wait for the thread, at most.
+#: Maximum number of messages that wait for the thread.
 MAX_WAITING = 1000
 
-#: How long a process that ends waits until its messages are published, in seconds.
+#: How long an exiting process waits until its messages are published, in seconds.
 EXIT_TIMEOUT = 2
 
 
 class Request(threading.local):
-    """The request that the current thread handles: how long it may still wait, or None."""
+    """The request of the current thread: ``left`` is how long it may still wait, or None."""
 
     left: float | None = None
 
@@ -50,7 +50,7 @@ def finish_request(**kwargs: Any) -> None:
 
 
 class Publisher:
-    """A thread that runs functions one after the other, started when it is needed."""
+    """A thread that runs functions one after another; it starts with the first one."""
 
     def __init__(self) -> None:
         self.items: Queue[tuple[Callable[[], Any], Future[Any]]] = Queue(MAX_WAITING)
@@ -58,7 +58,7 @@ class Publisher:
         self.thread: threading.Thread | None = None
 
     def submit(self, function: Callable[[], Any]) -> "Future[Any]":
-        """Have the thread run a function; raise OperationalError if too many wait."""
+        """Queue a function for the thread; raise OperationalError if too many are waiting."""
         future: Future[Any] = Future()
         with self.lock:
             if self.thread is None:
@@ -68,11 +68,11 @@ class Publisher:
         try:
             self.items.put_nowait((function, future))
         except Full as error:
-            raise OperationalError(f"{MAX_WAITING} messages wait already") from error
+            raise OperationalError(f"{MAX_WAITING} messages are already waiting") from error
         return future
 
     def flush(self, seconds: float) -> None:
-        """Wait until nothing is left to run, or the time is over."""
+        """Wait until all functions have run, or the time is up."""
         deadline = time.monotonic() + seconds
         while self.items.unfinished_tasks and time.monotonic() < deadline:
             time.sleep(0.05)
@@ -94,8 +94,8 @@ publisher = Publisher()
 def publish(function: Callable[[], Any]) -> Any:
     """Run a function that publishes a message, and return its result.
 
-    In a request, raise OperationalError if its time is over; the message may still be
-    published later.
+    In a request, raises OperationalError when its time is up; the message may still be published
+    later.
     """
     if request.left is None:
         return function()
@@ -118,9 +118,9 @@ def open_batch(app: Celery) -> AbstractContextManager[Producer]:
 
 
 def try_to_publish(name: str, function: Callable[[], Any]) -> None:
-    """Run a function that publishes a message of that name; log why it fails.
+    """Run a function that publishes a message; if it fails, log the name and the error.
 
-    In a request, return after its time is over; the message may still be published later.
+    In a request, returns when its time is up; the message may still be published later.
     """
 
     def run() -> None:

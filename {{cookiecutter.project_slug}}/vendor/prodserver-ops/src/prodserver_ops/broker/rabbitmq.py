@@ -1,7 +1,7 @@
-"""RabbitMQ: the transport, with a limit for every reply, and its options.
+"""RabbitMQ: a transport with a timeout for every reply.
 
-A node that has reached its memory or disk limit accepts connections and messages, and does
-not reply until it has room again. A frozen one never does.
+A node that has reached its memory or disk limit accepts connections and messages, but does not
+reply until resources are free again. A node that hangs never replies.
 """
 
 import ssl
@@ -45,9 +45,9 @@ class Channel(ReplyLimit, pyamqp.Channel):  # type: ignore[misc]
     """A channel with limited waits."""
 
     def basic_publish_confirm(self, *args: Any, **kwargs: Any) -> Any:
-        """Publish a message; raise OperationalError without a confirmation.
+        """Publish a message; raise OperationalError if it is not confirmed.
 
-        Celery repeats a message at connection errors, which would take several times as long.
+        Celery retries after connection errors, which would take several times as long.
         """
         try:
             return super().basic_publish_confirm(*args, **kwargs)
@@ -64,7 +64,7 @@ class Connection(ReplyLimit, pyamqp.Connection):  # type: ignore[misc]
 class SSLConnection(Connection):
     """A connection that verifies the server's certificate and its name.
 
-    By itself py-amqp accepts any name. A URL may end with ``?ssl_ca_certs=FILE``, for the
+    By default, py-amqp accepts any name. A URL may end with ``?ssl_ca_certs=FILE``, for the
     certificates of a private CA, or with ``?ssl_cert_reqs=none`` to verify nothing.
     """
 
@@ -95,9 +95,9 @@ def get_options(settings: Any) -> dict[str, Any]:
 
 
 class BatchProducer(Producer):
-    """A producer that waits for the confirmations of many messages together."""
+    """A producer that waits for the confirmations of many messages at once."""
 
-    #: How many messages may be without a confirmation.
+    #: Maximum number of unconfirmed messages.
     LIMIT = 1000
 
     def __init__(self, channel: Any) -> None:
@@ -113,23 +113,23 @@ class BatchProducer(Producer):
         """Publish a message; RabbitMQ numbers them from 1."""
         self.number += 1
         self.unconfirmed.add(self.number)
-        # A new connection would not confirm what an earlier one has sent.
+        # A new connection does not confirm the messages of an earlier one.
         result = super().publish(*args, **kwargs | {"retry": False})
         if len(self.unconfirmed) >= self.LIMIT:
             self.wait()
         return result
 
     def confirm(self, number: int, multiple: bool) -> None:
-        """Note the confirmation of a message, or of all up to it."""
+        """Record the confirmation of a message, or of all messages up to it."""
         done = {other for other in self.unconfirmed if other <= number} if multiple else {number}
         self.unconfirmed -= done
 
     def refuse(self, *args: Any) -> None:
-        """Raise OperationalError: RabbitMQ does not take a message."""
+        """Raise OperationalError, because RabbitMQ has refused a message."""
         raise OperationalError("RabbitMQ refused a message")
 
     def wait(self) -> None:
-        """Wait until all messages are confirmed; raise OperationalError without a reply."""
+        """Wait until all messages are confirmed; raise OperationalError if there is no reply."""
         try:
             while self.unconfirmed:
                 self.channel.connection.drain_events(timeout=REPLY_TIMEOUT)
@@ -139,7 +139,7 @@ class BatchProducer(Producer):
 
 @contextmanager
 def open_batch(app: Celery) -> Iterator[Producer]:
-    """Yield a producer for many messages, which are confirmed when the block has ended.
+    """Yield a producer for many messages, which are confirmed when the block ends.
 
     Raises OperationalError if RabbitMQ is unavailable or does not confirm them.
     """

@@ -1,10 +1,10 @@
-"""Redis: the options of the transport, with limits for every reply."""
+"""Redis: the options of the transport, with a timeout for every reply."""
 
 from typing import Any
 
 from . import get_visibility_timeout
 
-#: The number of the database if the URL names none: caches and channels use 0.
+#: The default database. Caches and channels use database 0.
 DATABASE = 1
 
 #: How long to wait for a connection or a reply, in seconds.
@@ -12,10 +12,10 @@ TIMEOUT = 5
 
 
 def get_url(url: str) -> str:
-    """Return the URL for Celery, with the number of a database.
+    """Return the URL for Celery, with the number of the database.
 
-    Without ``ssl_cert_reqs`` in its query Celery would not verify the server. A URL may end
-    with ``?ssl_ca_certs=FILE``, for the certificates of a private CA, or with
+    Without ``ssl_cert_reqs`` in the query string, Celery does not verify the server. A URL may
+    end with ``?ssl_ca_certs=FILE``, for the certificates of a private CA, or with
     ``?ssl_cert_reqs=none`` to verify nothing.
     """
     base, _, query = url.rstrip("/").partition("?")
@@ -29,7 +29,7 @@ def get_options(settings: Any) -> dict[str, Any]:
     """Return the options of the transport."""
     return {
         "visibility_timeout": get_visibility_timeout(settings),
-        # Look for such messages every 10 seconds; kombu's default is 100.
+        # Look for messages of lost workers every 10 seconds; kombu's default is 100 seconds.
         "unacked_restore_throttle": 1,
         "socket_connect_timeout": TIMEOUT,
         "socket_timeout": TIMEOUT,

@@ -1,4 +1,4 @@
-"""Channels: the settings of the layer that carries messages between web processes.
+"""Settings of the channel layer, which carries messages between processes.
 
 https://channels.readthedocs.io/
 """
@@ -9,13 +9,13 @@ from urllib.parse import urlsplit
 from .defaults import ProductionProcessDefaults
 from .environment import RedactedError, env, expects, or_empty
 
-#: The number of the layer's database in Redis, whatever the URL says: brokers use others.
+#: The Redis database of the layer, whatever the URL says; brokers use other databases.
 DATABASE = 0
 
-#: How long connecting to Redis takes at most, in seconds.
+#: Timeout for connecting to Redis, in seconds.
 TIMEOUT = 1
 
-#: How long a consumer waits for Redis to respond, in seconds; it does after at most 5 seconds.
+#: Timeout for a reply from Redis, in seconds. Blocking reads of the layer take up to 5 seconds.
 READ_TIMEOUT = 10
 
 
@@ -29,7 +29,7 @@ def redis_url(text: str) -> str:
 
 
 class Defaults:
-    """The settings of the layer: Redis, or in development the memory of the only web process."""
+    """Settings of the layer: Redis, or memory in development, which has a single web process."""
 
     PACKAGE: str
 

@@ -1,9 +1,9 @@
 """Base classes of a service's settings, one for each mode.
 
-``ProcessDefaults`` has what the processes need and works in any Django project. ``Defaults`` adds
-what a generated service shares with others: security, database, e-mail, static files.
-``TestDefaults``, ``ProductionDefaults`` and ``StagingDefaults`` change it for one mode. A class
-in ``settings.py`` can override each value.
+``ProcessDefaults`` contains the settings that the processes need, and works in any Django project.
+``Defaults`` adds the settings that all generated services share: security, database, e-mail, static
+files. ``TestDefaults``, ``ProductionDefaults`` and ``StagingDefaults`` adapt them to one mode. A
+class in ``settings.py`` can override each value.
 
 https://django-classy-settings.readthedocs.io/
 """
@@ -44,7 +44,7 @@ from .environment import (
     webhook_url,
 )
 
-#: Describes a view in the schema of the API: production need not have drf-spectacular.
+#: The schema class of the API's views. drf-spectacular is optional in production.
 SCHEMA_CLASS = (
     "drf_spectacular.openapi.AutoSchema"
     if find_spec("drf_spectacular")
@@ -52,7 +52,7 @@ SCHEMA_CLASS = (
 )
 
 
-#: Options of a database that several processes use, by the name of Django's backend.
+#: Default options of a database that several processes use, by engine.
 DATABASE_OPTIONS = {
     "django.db.backends.postgresql": CONNECT_OPTIONS,
     "django.db.backends.sqlite3": get_sqlite("")["OPTIONS"],
@@ -60,14 +60,14 @@ DATABASE_OPTIONS = {
 
 
 def limit_database(database: dict[str, Any]) -> dict[str, Any]:
-    """Return an entry of ``DATABASES`` with the options of its backend, unless it has them."""
+    """Return an entry of ``DATABASES`` with the default options of its engine added."""
     options = DATABASE_OPTIONS.get(database.get("ENGINE", ""))
     if options is None:
         return database
     return {**database, "OPTIONS": options | database.get("OPTIONS", {})}
 
 
-#: Requests that Django rejects, by the name of the exception: anybody can send them.
+#: Exceptions with which Django rejects invalid requests, which anyone can send.
 REJECTIONS = (
     "DisallowedHost",
     "DisallowedRedirect",
@@ -80,11 +80,11 @@ REJECTIONS = (
 
 
 class ProcessDefaults(BaseSettings):  # type: ignore[misc]
-    """What web, worker and beat need, with the values for development.
+    """Settings that web, worker and beat need, with values for development.
 
-    ``PACKAGE`` names the Python package of the service: its Celery app is ``celery_app`` in it,
-    and its queues have this name. ``BASE_DIR`` is the folder of ``manage.py``. E-mail has
-    ``SITE_NAME`` in its subject, and links to ``DOMAIN``.
+    ``PACKAGE`` is the Python package of the service. It contains the Celery app, ``celery_app``,
+    and its name is the prefix of the queues. ``BASE_DIR`` is the folder of ``manage.py``. E-mails
+    have ``SITE_NAME`` in the subject, and link to ``DOMAIN``.
     """
 
     PACKAGE: str
@@ -102,22 +102,22 @@ class ProcessDefaults(BaseSettings):  # type: ignore[misc]
 
     # Broker: folders that the processes share, unless CELERY_BROKER_URL is set
     CELERY_BROKER_URL = env("filesystem://localhost", cast=broker_url(*broker.EMBEDDED_SCHEMES))
-    # The variable that production reads if that one is not set, such as RABBITMQ_URL on Dokku
+    # The variable to read instead in production, such as RABBITMQ_URL on Dokku
     BROKER_VARIABLE = "CELERY_BROKER_URL"
 
     def CELERY_BROKER_TRANSPORT_OPTIONS(self) -> dict[str, Any]:
         return broker.get_options(self.CELERY_BROKER_URL, self)
 
-    # Queues: e-mail has one of its own, so that other tasks do not wait behind it
+    # Queues: e-mail has its own queue, so that other tasks do not wait behind it
     def CELERY_TASK_DEFAULT_QUEUE(self) -> str:
         return self.PACKAGE
 
     @property
     def mail_queue(self) -> str:
-        """The name of the queue of e-mail."""
+        """The name of the e-mail queue."""
         return f"{self.PACKAGE}.mail"
 
-    # Queues that exist and that workers consume too, such as those of an earlier service
+    # Existing queues that workers also consume, such as those of an earlier service
     EXTRA_QUEUES = env("", cast=or_empty(queue_names, []))
 
     def CELERY_TASK_QUEUES(self) -> list[Queue]:
@@ -154,11 +154,11 @@ class ProcessDefaults(BaseSettings):  # type: ignore[misc]
     CELERY_BROKER_CONNECTION_RETRY_ON_STARTUP = True
     CELERY_BROKER_CONNECTION_MAX_RETRIES = None
 
-    # Time limits of tasks, in seconds: an exception at the first, SIGKILL at the second
+    # Time limits of tasks, in seconds: the first raises an exception, the second kills the process
     CELERY_TASK_SOFT_TIME_LIMIT = 240
     CELERY_TASK_TIME_LIMIT = 300
 
-    # Messages are JSON, which runs no code; stored results are deleted after a week
+    # Serialization: only JSON, which cannot execute code. Results expire after a week
     CELERY_ACCEPT_CONTENT = ["json"]
     CELERY_RESULT_BACKEND: str | None = None
     CELERY_RESULT_EXTENDED = True
@@ -169,21 +169,21 @@ class ProcessDefaults(BaseSettings):  # type: ignore[misc]
     def CELERY_RESULT_EXPIRES(self) -> timedelta | None:
         return timedelta(days=7) if self.CELERY_RESULT_BACKEND else None
 
-    # Celery's defaults; it looks for them for each message, and longest if they are missing.
+    # Celery's defaults. Celery reads them for each message, which is faster if they are set.
     CELERY_TASK_ALWAYS_EAGER = False
     CELERY_TASK_SEND_SENT_EVENT = False
     CELERY_TASK_REPR_MAXLEVELS = 3
     CELERY_BROKER_POOL_ACQUIRE_TIMEOUT: float | None = None
 
-    # Beat: schedules from the database; a run that was missed by up to an hour is made up for
+    # Beat: schedules from the database. A missed run is queued up to an hour late
     CELERY_BEAT_SCHEDULER = "prodserver_ops.scheduling.scheduler:Scheduler"
     CELERY_BEAT_CRON_STARTING_DEADLINE = 3600
 
     def CELERY_TIMEZONE(self) -> str:
         return self.TIME_ZONE
 
-    # Remote control, such as `celery inspect active`: the exchange is this service's own, so
-    # that services can share a broker
+    # Remote control, such as `celery inspect active`: each service has its own exchange, so that
+    # services can share a broker
     def CELERY_CONTROL_EXCHANGE(self) -> str:
         return self.PACKAGE
 
@@ -192,7 +192,7 @@ class ProcessDefaults(BaseSettings):  # type: ignore[misc]
     CELERY_CONTROL_QUEUE_DURABLE = True
 
     # Processes
-    PORT = env(8000, cast=or_empty(port, 8000))  # It may be "" for all but web.
+    PORT = env(8000, cast=or_empty(port, 8000))  # It may be empty, except for web.
     BIND_HOST = env("127.0.0.1", cast=host)
     WEB_CONCURRENCY = env(1, cast=integer(1))
     WEB_THREADS = env(4, cast=integer(1))
@@ -203,23 +203,23 @@ class ProcessDefaults(BaseSettings):  # type: ignore[misc]
     def SITE_URL(self) -> str:
         return f"http://localhost:{self.PORT}"
 
-    # Proxies in front of the service that append to X-Forwarded-For
+    # Number of proxies in front of the service that append to X-Forwarded-For
     PROXY_COUNT = env(0, cast=integer(0, 10))
 
-    # The longest time of a statement in PostgreSQL, in seconds; see core/database.py
+    # Time limit of a statement in PostgreSQL, in seconds; see core/database.py
     DATABASE_STATEMENT_TIMEOUT = env(30, cast=integer(1, 3600))
 
-    # Where the embedded database's locks between processes are files
+    # Folder of the lock files that processes use with SQLite
     def LOCK_DIR(self) -> Path:
         return self.VAR_DIR / "locks"
 
-    # How many e-mails of a digest a task sends at the same time, each through its own connection
+    # How many e-mails of a digest a task sends at the same time, each over its own connection
     EMAIL_CONNECTIONS = env(1, cast=integer(1, 100))
 
-    # How many bytes of files a request contains at most, if web/uploads.py handles them
+    # Maximum size of uploaded files in a request, in bytes; see web/uploads.py
     UPLOAD_MAX_SIZE = 5 * 2**20
 
-    # How long a token of the API is valid
+    # How many days an API token is valid
     TOKEN_DAYS = env(90, cast=integer(1, 3650))
 
     # Logs: one line for each event, all through one handler; see core/logs.py
@@ -247,7 +247,7 @@ class ProcessDefaults(BaseSettings):  # type: ignore[misc]
                 # Remove Django's own handlers.
                 "django": {"level": self.LOG_LEVEL},
                 "django.server": {"propagate": True},
-                # The request log has a line for each 4xx response already.
+                # The request log already has a line for each 4xx response.
                 "django.request": {"level": "ERROR"},
             }
             | {f"django.security.{name}": {"filters": ["rejected"]} for name in REJECTIONS},
@@ -263,7 +263,7 @@ class ProcessDefaults(BaseSettings):  # type: ignore[misc]
 
 
 class Defaults(ProcessDefaults):
-    """All settings that services share, with the values for development."""
+    """All settings that services share, with values for development."""
 
     # Security
     DEBUG = env(True, cast=boolean)
@@ -283,7 +283,7 @@ class Defaults(ProcessDefaults):
         "frame-ancestors": ["'none'"],
     }
 
-    # Requests: how many bytes of fields they contain at most; UPLOAD_MAX_SIZE is for files
+    # Requests: maximum size without files, in bytes; UPLOAD_MAX_SIZE limits files
     DATA_UPLOAD_MAX_MEMORY_SIZE = 2**20
     FILE_UPLOAD_HANDLERS = [
         "prodserver_ops.web.uploads.LimitedUploadHandler",
@@ -291,10 +291,10 @@ class Defaults(ProcessDefaults):
         "django.core.files.uploadhandler.TemporaryFileUploadHandler",
     ]
 
-    # Messages to signed-in users: in their session, without a cookie that each request reads
+    # Messages framework: messages are stored in the session, without an additional cookie
     MESSAGE_STORAGE = "django.contrib.messages.storage.session.SessionStorage"
 
-    # Caches: counts that all processes share are in a table of their own; see core/limits.py
+    # Caches: in the memory of each process. Shared counters have a table; see core/limits.py
     CACHES = {
         "default": {
             "BACKEND": "django.core.cache.backends.locmem.LocMemCache",
@@ -321,8 +321,8 @@ class Defaults(ProcessDefaults):
     def DATABASES(self) -> dict[str, Any]:
         return {"default": limit_database(self.database)}
 
-    # E-mail: printed by the process that sends it unless EMAIL_HOST is set
-    # A server with an account gets STARTTLS on port 587
+    # E-mail: printed to the console unless EMAIL_HOST is set
+    # With EMAIL_HOST_USER, the default is STARTTLS on port 587
     EMAIL_HOST = env("", cast=or_empty(host))
     EMAIL_HOST_USER = env("")
     EMAIL_HOST_PASSWORD = env("")
@@ -343,10 +343,10 @@ class Defaults(ProcessDefaults):
     def DEFAULT_FROM_EMAIL(self) -> str:
         return f"noreply@{self.DOMAIN}"
 
-    # The backend of Django that is used without a server
+    # Django's e-mail backend if there is no server
     EMAIL_WITHOUT_SERVER = "console"
 
-    # Or through the HTTP API of a provider that django-anymail supports
+    # Alternative to SMTP: the HTTP API of a provider that django-anymail supports
     # https://anymail.dev/en/stable/esps/
     EMAIL_API = env("", cast=or_empty(email_api, None))
 
@@ -372,7 +372,7 @@ class TestDefaults(Defaults):
     CELERY_RESULT_BACKEND = None
     WHITENOISE_AUTOREFRESH = True
 
-    # Two test runs at the same time share no locks
+    # Concurrent test runs do not share locks
     def LOCK_DIR(self) -> Path:
         return Path(gettempdir()) / f"{self.PACKAGE}-{os.getpid()}"
 
@@ -380,9 +380,9 @@ class TestDefaults(Defaults):
 
 
 class ProductionProcessDefaults(ProcessDefaults):
-    """What web, worker and beat need in production."""
+    """Settings that web, worker and beat need in production."""
 
-    # Proxies in front of the service that append to X-Forwarded-For
+    # Number of proxies in front of the service that append to X-Forwarded-For
     PROXY_COUNT = env(1, cast=integer(0, 10))
 
     @env(cast=site_url)
@@ -427,14 +427,14 @@ class ProductionDefaults(ProductionProcessDefaults, Defaults):
     SESSION_COOKIE_SECURE = True
     CSRF_COOKIE_SECURE = True
 
-    # Static files: hashed names, compressed, cached by browsers for good
+    # Static files: hashed names, compressed, cached by browsers forever
     STORAGES = {
         "default": {"BACKEND": "django.core.files.storage.FileSystemStorage"},
         "staticfiles": {"BACKEND": "whitenoise.storage.CompressedManifestStaticFilesStorage"},
     }
     WHITENOISE_KEEP_ONLY_HASHED_FILES = True
 
-    # Database: persistent connections, checked before they are used again
+    # Database: persistent connections, checked before they are reused
     database = env(env.Required, key="DATABASE_URL", cast=database_url)
 
     def DATABASES(self) -> dict[str, Any]:
@@ -451,11 +451,11 @@ class ProductionDefaults(ProductionProcessDefaults, Defaults):
 
 
 class StagingDefaults(ProductionDefaults):
-    """Staging: like production, on a domain of its own, without e-mail to real people."""
+    """Staging: like production, but on its own domain and without e-mail to real people."""
 
     SECURE_HSTS_SECONDS = env(60, cast=integer(0))
     SENTRY_ENVIRONMENT = "staging"
 
-    # E-mail: discarded unless EMAIL_HOST is set, because logs must not contain it
+    # E-mail: discarded unless EMAIL_HOST is set; the console backend would print it to the logs
     EMAIL_HOST = env("", cast=or_empty(host))
     EMAIL_WITHOUT_SERVER = "dummy"

@@ -1,8 +1,8 @@
 """Read settings from environment variables, and check every value.
 
-A cast takes the text of a variable and returns the value, or raises ValueError. A missing
-or invalid variable ends any process at its start with one line on stderr and exit status
-1: ``PORT: got "80a", expected an integer from 1 to 65535``.
+A cast takes the text of a variable and returns the value, or raises ValueError. If a variable is
+missing or invalid, every process exits at its start with status 1 and one line on stderr:
+``PORT: got "80a", expected an integer from 1 to 65535``.
 """
 
 import json
@@ -32,11 +32,11 @@ IPV6 = r"\[[0-9a-f:.]+\]"
 
 
 class EnvironmentVariableError(SystemExit):
-    """Invalid environment variables; uncaught, Python prints it and exits with status 1."""
+    """Invalid environment variables. Unless caught, Python prints it and exits with status 1."""
 
 
 class RedactedError(ValueError):
-    """Describes a value that is, or may contain, a secret, without the value itself."""
+    """Describes an invalid value without showing it, because it may contain a secret."""
 
 
 class env(cbs.env):  # type: ignore[misc]
@@ -116,7 +116,7 @@ def _modes(settings: type[cbs.BaseSettings]) -> Iterator[str]:
 
 
 def _quote(text: str) -> str:
-    # A URL with a password may have been set for the wrong variable.
+    # The value may be a URL with a password that was meant for another variable.
     shown = json.dumps(re.sub(r"\S*:\S*@", "***@", text))
     return shown if len(shown) <= 80 else f'{shown[:76]}..."'
 
@@ -125,7 +125,7 @@ def _quote(text: str) -> str:
 
 
 def expects(description: str) -> Callable[[Cast[T]], Cast[T]]:
-    """Attach to a cast the description of the values that it accepts."""
+    """Add a description of the accepted values to a cast."""
 
     def describe(cast: Cast[T]) -> Cast[T]:
         cast.expects = description  # type: ignore[attr-defined]
@@ -135,7 +135,7 @@ def expects(description: str) -> Callable[[Cast[T]], Cast[T]]:
 
 
 def or_empty(cast: Cast[Any], value: Any = "") -> Cast[Any]:
-    """Return a cast that gives ``value`` for a variable that is set but empty."""
+    """Return a cast that returns ``value`` if the variable is set but empty."""
 
     @wraps(cast)
     def cast_unless_empty(text: str) -> Any:
@@ -145,7 +145,7 @@ def or_empty(cast: Cast[Any], value: Any = "") -> Cast[Any]:
 
 
 def one_of(*values: str) -> Cast[str]:
-    """Return a cast that accepts one of these words, in any case."""
+    """Return a cast that accepts one of these words, case-insensitively."""
     by_name = {value.lower(): value for value in values}
 
     @expects(f"{', '.join(values[:-1])} or {values[-1]}")
@@ -218,7 +218,7 @@ def email_address(text: str) -> str:
 
 @expects("a path such as admin/, of letters, digits, - and _")
 def path(text: str) -> str:
-    """Return the path in the form that Django's ``path()`` expects: no leading slash, one trailing."""
+    """Return the path as Django's ``path()`` expects it: without leading, with trailing slash."""
     if not re.fullmatch(r"[\w-]+(/[\w-]+)*", text.strip("/"), re.ASCII):
         raise ValueError
     return f"{text.strip('/')}/"
@@ -244,13 +244,13 @@ def secret_key(text: str) -> str:
 
 @expects("earlier secret keys, separated by commas")
 def secret_keys(text: str) -> list[str]:
-    """Accept a list of keys that signed what is still in use, such as links in e-mails."""
+    """Accept earlier keys, whose signatures stay valid, such as those of links in e-mails."""
     return [secret_key(key.strip()) for key in text.split(",")]
 
 
 @expects("postgres://USER:PASSWORD@HOST:PORT/NAME")
 def database_url(text: str) -> dict[str, Any]:
-    """Return the URL of a PostgreSQL database as an entry of ``DATABASES``."""
+    """Return an entry of ``DATABASES`` for the URL of a PostgreSQL database."""
     parts = _split(text, {"postgres", "postgresql"})
     if not parts.hostname and "host" not in parse_qs(parts.query):
         raise RedactedError("a URL without a host")
@@ -265,7 +265,7 @@ def database_url(text: str) -> dict[str, Any]:
 
 @expects("postgres://USER:PASSWORD@HOST:PORT/NAME or sqlite:///PATH")
 def development_database_url(text: str) -> dict[str, Any]:
-    """Return the URL of a PostgreSQL or SQLite database as an entry of ``DATABASES``."""
+    """Return an entry of ``DATABASES`` for the URL of a PostgreSQL or SQLite database."""
     if not text.startswith("sqlite:"):
         return database_url(text)
     path = text.removeprefix("sqlite:///")
@@ -279,16 +279,16 @@ def email_api(text: str) -> tuple[str, dict[str, str]]:
     """Return the name of a provider of django-anymail, and its settings by name."""
     provider, _, query = text.partition("?")
     if not re.fullmatch("[a-z_]+", provider):
-        raise RedactedError("no name of a provider")
+        raise RedactedError("an invalid provider name")
     try:
         values = dict(parse_qsl(query, strict_parsing=bool(query)))
     except ValueError:
-        raise RedactedError("settings that are not name=value, joined with &") from None
+        raise RedactedError("settings that are not in the form name=value&name=value") from None
     return provider, {f"{provider}_{name}".upper(): value for name, value in values.items()}
 
 
 def broker_url(*schemes: str) -> Cast[str]:
-    """Return a cast that accepts the URL of a server, or one with another of these schemes."""
+    """Return a cast that accepts the URL of a supported broker, or one with these schemes."""
 
     schemes = (*broker.BY_SCHEME, *schemes)
 

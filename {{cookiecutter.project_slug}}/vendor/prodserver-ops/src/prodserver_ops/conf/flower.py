@@ -1,4 +1,4 @@
-"""The settings of Flower, which shows workers and tasks.
+"""Settings of Flower, which shows workers and tasks.
 
 https://flower.readthedocs.io/
 """
@@ -8,7 +8,7 @@ from typing import Any
 from .defaults import ProductionProcessDefaults
 from .environment import RedactedError, env, expects, integer, or_empty, port
 
-#: The least number of characters of the password.
+#: Minimum length of the password.
 PASSWORD_LENGTH = 16
 
 
@@ -35,7 +35,7 @@ class Defaults:
             return required
         return ""
 
-    # Workers report each task.
+    # Workers send events about each task.
     CELERY_WORKER_SEND_TASK_EVENTS = True
     CELERY_TASK_SEND_SENT_EVENT = True
 

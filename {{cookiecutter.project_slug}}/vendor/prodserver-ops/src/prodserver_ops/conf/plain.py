@@ -1,4 +1,4 @@
-"""Settings for a project whose settings are a plain module."""
+"""Settings for a project with a plain settings module."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,27 +15,27 @@ from .environment import evaluate
 def add_settings(
     module: dict[str, Any], package: str, parts: Iterable[type] = ()
 ) -> ProcessDefaults:
-    """Add to a settings module what the processes need, and return all settings as an object.
+    """Add the settings that the processes need to a settings module; return all as an object.
 
     Call it once, at the end of the module that ``DJANGO_SETTINGS_MODULE`` names.
 
     module
-        ``globals()`` of the module. A setting that it has already is kept, and the others follow
-        from it: with ``DEBUG = False`` they are those of production.
+        ``globals()`` of the module. Existing settings are kept, and the others are derived from
+        them: with ``DEBUG = False`` they are the settings of production.
     package
         The Python package whose ``celery_app`` is the Celery app.
     parts
         Classes with more settings, such as ``prodserver_ops.conf.flower.Defaults``.
 
-    The object is for the functions of ``prodserver_ops.conf.processes``, if the module sets
-    ``PRODUCTION_PROCESSES`` itself: by default they are web with gunicorn, worker and beat.
+    The default processes are web with gunicorn, worker and beat. To set ``PRODUCTION_PROCESSES``
+    yourself, pass the returned object to the functions of ``prodserver_ops.conf.processes``.
 
     Raises EnvironmentVariableError for a missing or invalid environment variable.
     """
     if "ADDED_SETTINGS" in module:
         raise ImproperlyConfigured(
-            "add_settings() was called before, by a module that this one imports. Call it once, "
-            "at the end of each module that DJANGO_SETTINGS_MODULE may name."
+            "add_settings() was already called by a module that this one imports. Call it only at "
+            "the end of modules that DJANGO_SETTINGS_MODULE can name."
         )
     base_dir = Path(module.get("BASE_DIR") or find_base_dir(module))
     load_dotenv(base_dir / ".env")
@@ -49,7 +49,7 @@ def add_settings(
         "ASGI_APPLICATION": f"{package}.asgi.application",
     }
     defaults = type("Plain", (*parts, base), names)
-    # Only settings that the classes know: cbs would call any other that is a function.
+    # Only settings that the classes define: cbs would call functions among the others.
     given = {name: module[name] for name in dir(defaults) if name.isupper() and name in module}
     settings: ProcessDefaults = type("Plain", (defaults,), given | {"PACKAGE": package})()
     values = evaluate(settings) | given
@@ -64,7 +64,7 @@ def add_settings(
 
 
 def find_base_dir(module: dict[str, Any]) -> Path:
-    """Return the folder that has the settings' package, usually with ``manage.py``."""
+    """Return the folder that contains the settings package, usually with ``manage.py``."""
     path = Path(module["__file__"]).resolve()
     depth = str(module["__name__"]).count(".") + (path.stem == "__init__")
     return path.parents[depth]

@@ -1,12 +1,12 @@
 """Entries of ``PRODUCTION_PROCESSES``, from the settings of a service.
 
-Each function takes the settings, and arguments that are added to the usual ones or replace them,
-as on the command line of the process: ``worker(self, queues="reports", concurrency=1)``.
+Each function takes the settings, and keyword arguments that extend or override the arguments of
+the process: ``worker(self, queues="reports", concurrency=1)``.
 """
 
 from typing import Any
 
-#: How long a request may take to complete when its process has to stop, in seconds.
+#: How long a web process waits for running requests when it stops, in seconds.
 STOP_TIMEOUT = 25
 
 
@@ -76,7 +76,7 @@ def worker(settings: Any, **arguments: Any) -> dict[str, Any]:
 
 
 def beat(settings: Any, **arguments: Any) -> dict[str, Any]:
-    """Return beat, which queues the tasks whose schedule is due."""
+    """Return beat, which queues tasks when their schedules are due."""
     return {
         "BACKEND": "django_prodserver.backends.workers.celery.CeleryBeat",
         "APP": f"{settings.PACKAGE}.celery_app",

@@ -1,4 +1,4 @@
-"""The queue ``high``, with a worker process of its own."""
+"""The queue ``high``, which has its own worker process."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from . import processes
 class Defaults:
     """The settings of the queue."""
 
-    #: Names of the tasks that go there; ``*`` matches any part of a name.
+    #: Names of the tasks that use the queue; ``*`` matches any part of a name.
     HIGH_TASKS = ["ops.send_notification"]
 
     def HIGH_QUEUE(self) -> str:

@@ -1,9 +1,9 @@
-"""Databases of an earlier service: their tables are kept, and the migrations fitted to them.
+"""Adopt the database of an earlier service: keep its tables, and fit the migrations to them.
 
-An earlier service may have used ``auth.User``, or an app of the same name, so that its recorded
-migrations are not those of this service. ``python manage.py adopt`` keeps each table that exists,
-adds the columns, indexes and constraints that it lacks, and creates the rest. docs/move.md leads
-through a move.
+An earlier service may have used ``auth.User``, or an app with the same name, so that its migration
+history does not match this service. ``python manage.py adopt`` keeps existing tables, adds missing
+columns, indexes and constraints, and creates the other tables. docs/move.md describes how to move
+a service.
 """
 
 from collections.abc import Iterable
@@ -25,37 +25,37 @@ from django.db.migrations.operations.base import Operation
 from django.db.migrations.state import ProjectState
 from django.db.models import Q
 
-#: The label of the app whose migrations each service of the template has.
+#: The label of this library's app.
 OPS = "ops"
 
-PROBLEM = "The migrations of this database are those of another service: {}."
+PROBLEM = "The migration history of this database belongs to another service: {}."
 
 
 def find_foreign_history(connection: BaseDatabaseWrapper) -> str | None:
-    """Return what shows that the recorded migrations are another service's, or None."""
+    """Return why the migration history belongs to another service, or None."""
     loader = MigrationExecutor(connection).loader
     user = get_user_model()._meta
     first = next(iter(loader.graph.root_nodes(user.app_label)), None)
     if first and first not in loader.applied_migrations:
         for label in ("admin", "authtoken"):
             if any(key[0] == label for key in loader.applied_migrations):
-                return f"{label} is migrated, and {'.'.join(first)} is not"
+                return f"{label} is migrated, but {'.'.join(first)} is not"
     labels = {label for label, _ in loader.applied_migrations}
     if user.app_label not in labels:
         return None
     if OPS not in labels and (problem := _find_misfit(connection, loader, user.app_label)):
-        return f"{user.app_label} is migrated, and {OPS} is not, and {problem}"
+        return f"{user.app_label} is migrated, but {OPS} is not, and {problem}"
     if user.db_table not in connection.introspection.table_names():
-        return f"{user.app_label} is migrated, and there is no {user.db_table}"
+        return f"{user.app_label} is migrated, but there is no {user.db_table}"
     return None
 
 
 def _find_misfit(
     connection: BaseDatabaseWrapper, loader: MigrationLoader, label: str
 ) -> str | None:
-    """Return what an app's applied migrations create and the database lacks, or None.
+    """Return which table or columns of an app's applied migrations are missing, or None.
 
-    A project that this library is added to has it all.
+    In a project that this library is added to, none are missing.
     """
     nodes = [key for key in loader.applied_migrations if key[0] == label and key in loader.graph]
     state = loader.project_state(nodes)
@@ -85,7 +85,7 @@ def _own_labels() -> set[str]:
 
 
 def adopt(connection: BaseDatabaseWrapper) -> Iterable[str]:
-    """Apply all migrations; keep the tables that exist. Yield a line for each one kept."""
+    """Apply all migrations and keep existing tables; yield a line for each kept table."""
     executor = MigrationExecutor(connection)
     executor.recorder.ensure_schema()
     tables = set(connection.introspection.table_names())
@@ -121,7 +121,7 @@ def _adopt_migration(
 def _get_kept_table(
     operation: Operation, label: str, state: ProjectState, tables: set[str]
 ) -> Any | None:
-    """Return the model of an operation that creates something in a table that is kept."""
+    """Return the model of an operation that would create or extend an existing table, or None."""
     match operation:
         case migrations.CreateModel():
             name = operation.name
@@ -136,7 +136,7 @@ def _get_kept_table(
 def _fit(
     operation: Operation, label: str, editor: BaseDatabaseSchemaEditor, model: Any
 ) -> Iterable[str]:
-    """Add what the operation creates and the table lacks."""
+    """Add the parts of the operation that the table lacks."""
     connection, table = editor.connection, model._meta.db_table
     with connection.cursor() as cursor:
         description = connection.introspection.get_table_description(cursor, table)
@@ -159,7 +159,7 @@ def _fit(
                 if constraint.name not in constraints:
                     editor.add_constraint(model, constraint)
             new = ", ".join(field.column for field in added) or "nothing"
-            yield f"{table} is kept for {label}.{operation.name}; added to it: {new}"
+            yield f"kept {table} for {label}.{operation.name}; added: {new}"
         case migrations.AddField():
             field = model._meta.get_field(operation.name)
             if field.many_to_many or field.column not in columns:
@@ -181,10 +181,10 @@ def _add_field(editor: BaseDatabaseSchemaEditor, model: Any, field: Any) -> None
 
 
 def copy_permissions() -> int:
-    """Copy permissions on models of the earlier service to the same models of this one.
+    """Copy permissions for models of the earlier service to the same models of this service.
 
-    The earlier one is ``auth.User`` or a model of an app that is not installed. Returns how many
-    were copied.
+    The earlier models are ``auth.User`` and models of apps that are not installed. Returns the
+    number of copied permissions.
     """
     user, count, own = get_user_model(), 0, _own_labels()
     labels = {config.label for config in apps.get_app_configs()}

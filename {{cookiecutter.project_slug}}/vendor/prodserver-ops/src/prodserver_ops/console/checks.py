@@ -1,4 +1,4 @@
-"""System checks of what would fail only at run time: schedules and processes."""
+"""System checks for problems that would otherwise appear only at run time."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -47,8 +47,8 @@ def check_schedules(app_configs: Any = None, **kwargs: Any) -> Messages:
         if operations and REQUIRED_MIGRATION not in loader.graph.forwards_plan(key):
             messages.append(
                 checks.Error(
-                    f"Migration {name} changes schedules, but an empty database may have no "
-                    f"table for them when it runs.",
+                    f"Migration {name} changes schedules, but on an empty database it may run "
+                    f"before their table exists.",
                     hint="Add this line to its dependencies: "
                     f'("{REQUIRED_MIGRATION[0]}", "{REQUIRED_MIGRATION[1]}"),',
                     obj=name,
@@ -80,16 +80,16 @@ def check_time_zone(app_configs: Any = None, **kwargs: Any) -> Messages:
     """Report times without a time zone, which are ambiguous when clocks change."""
     if settings.USE_TZ:
         return []
-    problem = "USE_TZ is off, and schedules need times with a time zone."
+    problem = "USE_TZ is off, but schedules need times with a time zone."
     hint = "https://docs.djangoproject.com/en/stable/topics/i18n/timezones/#migration-guide"
     return [checks.Error(problem, hint=hint, id="schedules.E004")]
 
 
 @checks.register(deploy=True)
 def check_email(app_configs: Any = None, **kwargs: Any) -> Messages:
-    """Report a mail server that gets its password in clear, and one that cannot be used."""
+    """Report a mail server that receives its password unencrypted, or is misconfigured."""
     if settings.EMAIL_USE_TLS and settings.EMAIL_USE_SSL:
-        problem = "EMAIL_USE_TLS and EMAIL_USE_SSL are both on; a mail server supports one of them."
+        problem = "EMAIL_USE_TLS and EMAIL_USE_SSL are mutually exclusive, but both are on."
         return [checks.Error(problem, id="email.E002")]
     if getattr(settings, "EMAIL_API", None):
         try:
@@ -103,7 +103,7 @@ def check_email(app_configs: Any = None, **kwargs: Any) -> Messages:
         return []
     encrypted = settings.EMAIL_USE_TLS or settings.EMAIL_USE_SSL
     if settings.EMAIL_HOST and settings.EMAIL_HOST_USER and not encrypted:
-        problem = "The password of the SMTP server is sent in clear."
+        problem = "The password of the SMTP server is sent unencrypted."
         hint = "Set EMAIL_USE_TLS=on for STARTTLS, or EMAIL_USE_SSL=on."
         return [checks.Error(problem, hint=hint, id="email.E001")]
     return []
@@ -111,7 +111,7 @@ def check_email(app_configs: Any = None, **kwargs: Any) -> Messages:
 
 @checks.register(deploy=True)
 def check_schema(app_configs: Any = None, **kwargs: Any) -> Messages:
-    """Report that the file with the schema of the API is missing."""
+    """Report that the file with the OpenAPI schema is missing."""
     path = schema.get_path()
     if path.exists() or not is_served(schema.view):
         return []
@@ -131,7 +131,7 @@ def is_served(view: Any, resolver: Any = None) -> bool:
 def check_history(
     app_configs: Any = None, databases: Sequence[str] | None = None, **kwargs: Any
 ) -> Messages:
-    """Report a database that was another service's; ``migrate`` would fail, or miss tables."""
+    """Report a database of another service; ``migrate`` would fail, or skip tables."""
     from . import adoption
 
     for alias in databases or []:
@@ -149,7 +149,7 @@ def check_history(
 def check_migrations(
     app_configs: Any = None, databases: Sequence[str] | None = None, **kwargs: Any
 ) -> Messages:
-    """Report migrations to be applied that break the previous version."""
+    """Report unapplied migrations that break the previous version."""
     from . import migration_safety
 
     return [
@@ -166,7 +166,7 @@ def check_processes(app_configs: Any = None, **kwargs: Any) -> Messages:
     if processes.runs_other_commands():
         messages.append(
             checks.Error(
-                "The commands prodserver, server and worker are those of django-prodserver.",
+                "django-prodserver overrides the commands prodserver, server and worker.",
                 hint='Move "prodserver_ops" before "django_prodserver" in INSTALLED_APPS.',
                 id="processes.E004",
             )

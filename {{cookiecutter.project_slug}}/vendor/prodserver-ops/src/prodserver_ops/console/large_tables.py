@@ -1,4 +1,4 @@
-"""Admin lists that take about the same time however many rows their table has."""
+"""Admin lists that take about the same time regardless of the number of rows."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from django.db.models import QuerySet
 from django.http import HttpRequest
 from django.utils.functional import cached_property
 
-#: Rows that a list counts at most, and the first ones in its order that it searches.
+#: Maximum number of rows that a list counts, and of rows at its start that it searches.
 MAX_ROWS = 10_000
 MAX_SEARCHED = 2_000
 
@@ -18,7 +18,7 @@ class BoundedPaginator(Paginator):  # type: ignore[type-arg]
 
     @cached_property
     def count(self) -> int:
-        """The number of rows, ``MAX_ROWS`` at most."""
+        """The number of rows, at most ``MAX_ROWS``."""
         rows: QuerySet[Any] = self.object_list[:MAX_ROWS]  # type: ignore[assignment]
         return rows.count()
 
@@ -26,9 +26,9 @@ class BoundedPaginator(Paginator):  # type: ignore[type-arg]
 class LargeTableAdmin(admin.ModelAdmin):  # type: ignore[type-arg]
     """Base class for models whose table may have millions of rows.
 
-    Counts and searches are limited to ``MAX_ROWS`` and ``MAX_SEARCHED`` rows, and there
-    are no facets, which count the whole table for each choice of a filter. Give the model
-    an index for each order and filter of the list.
+    Counts and searches are limited to ``MAX_ROWS`` and ``MAX_SEARCHED`` rows. Facets are off,
+    because they count the whole table for each choice of a filter. Add an index to the model for
+    each order and filter of the list.
     """
 
     paginator = BoundedPaginator
@@ -41,7 +41,7 @@ class LargeTableAdmin(admin.ModelAdmin):  # type: ignore[type-arg]
     ) -> tuple[QuerySet[Any], bool]:
         """Return the rows that match the search term, among the first ``MAX_SEARCHED``."""
         if search_term:
-            # As a subquery, PostgreSQL may read it once for each row.
+            # PostgreSQL may run a subquery once for each row.
             keys = list(queryset.values_list("pk", flat=True)[:MAX_SEARCHED])
             queryset = queryset.filter(pk__in=keys)
         return super().get_search_results(request, queryset, search_term)

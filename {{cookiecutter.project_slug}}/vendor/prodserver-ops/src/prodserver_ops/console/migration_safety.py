@@ -1,8 +1,8 @@
 """Migrations that break the previous version of the service.
 
-During a deploy the previous version runs on the new schema until it is replaced, and after a
-rollback again. These operations break it: its INSERTs lack a new required column, and its queries
-name a column or table that is gone.
+During a deploy, and after a rollback, the previous version runs on the new schema. An operation
+breaks it if its INSERTs lack a new required column, or its queries use a column or table that no
+longer exists.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,15 +16,15 @@ from django.db.migrations.state import ProjectState
 from django.db.models.fields import NOT_PROVIDED
 from django.db.utils import OperationalError
 
-#: A migration with this attribute is accepted: the previous version does not need what it changes.
+#: Set this attribute to True in a migration that the previous version is compatible with.
 ATTRIBUTE = "old_version_works"
 
 
 def find_messages(alias: str) -> list[checks.CheckMessage]:
-    """Report migrations to be applied to a database that break the previous version.
+    """Report unapplied migrations of a database that break the previous version.
 
-    Runs with ``check --database default``, as before each deploy. An app of which nothing is
-    applied yet has no previous version.
+    Runs with ``check --database default``, for example before each deploy. An app without applied
+    migrations has no previous version.
     """
     try:
         executor = MigrationExecutor(connections[alias])
@@ -39,9 +39,9 @@ def find_messages(alias: str) -> list[checks.CheckMessage]:
         state = executor.loader.project_state((migration.app_label, migration.name), False)
         messages += [
             checks.Warning(
-                f"Migration {migration}: {problem}, which breaks the version that still runs.",
+                f"Migration {migration}: {problem}, which breaks the running version.",
                 hint=f"{hint} See docs/deploy.md, or set {ATTRIBUTE} = True in the migration "
-                "if that version does not use it.",
+                "if that version is compatible with it.",
                 obj=f"{migration}",
                 id="migrations.W001",
             )
@@ -53,9 +53,9 @@ def find_messages(alias: str) -> list[checks.CheckMessage]:
 def find_problems(
     operations: Sequence[Operation], label: str, state: ProjectState
 ) -> Iterator[tuple[str, str]]:
-    """Yield what breaks the previous version, and what to do instead.
+    """Yield each problem for the previous version, and what to do instead.
 
-    ``state`` is that before the operations.
+    ``state`` is the state before the operations.
     """
     created: set[str] = set()
     for operation in operations:

@@ -1,4 +1,4 @@
-"""Whether the processes of ``PRODUCTION_PROCESSES`` can start: their backends and arguments."""
+"""Check that the processes in ``PRODUCTION_PROCESSES`` can start: backends and arguments."""
 
 from importlib.util import find_spec
 from typing import Any
@@ -32,7 +32,7 @@ def runs_other_commands() -> bool:
 
 
 def find_hint(process: dict[str, Any]) -> str | None:
-    """Return how to install the package that a backend of ``web/`` needs if it is missing."""
+    """Return how to install the package of a backend in ``web/`` if it is missing."""
     package, _, rest = str(process.get("BACKEND")).partition(".web.")
     extra = rest.partition(".")[0]
     if package != "prodserver_ops" or find_spec(extra) is not None:

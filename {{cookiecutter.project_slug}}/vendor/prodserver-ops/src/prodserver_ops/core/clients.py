@@ -1,4 +1,4 @@
-"""The address of a request's client, behind the number of proxies in ``PROXY_COUNT``."""
+"""The address of the client that sent a request, behind ``PROXY_COUNT`` proxies."""
 
 from functools import lru_cache
 from ipaddress import IPv6Address, ip_address, ip_network
@@ -6,15 +6,15 @@ from ipaddress import IPv6Address, ip_address, ip_network
 from django.conf import settings
 from django.http import HttpRequest
 
-#: The leading bits of an IPv6 address that a provider gives to one customer.
+#: Prefix length of the IPv6 network that a provider assigns to one customer.
 IPV6_PREFIX = 64
 
 
 def get_address(request: HttpRequest) -> str:
     """Return the client's IP address, or "" if there is none, as on a Unix socket.
 
-    Each proxy appends the address that it was called from to X-Forwarded-For, so only the
-    last ``PROXY_COUNT`` of them are true: a client can send any others.
+    Each proxy appends the address of its client to X-Forwarded-For. Only the last ``PROXY_COUNT``
+    addresses are trustworthy, because a client can send any others.
     """
     if settings.PROXY_COUNT and (forwarded := request.META.get("HTTP_X_FORWARDED_FOR")):
         address = forwarded.split(",")[-settings.PROXY_COUNT :][0].strip()
@@ -36,12 +36,12 @@ def _parse(address: str) -> str:
 
 
 def get_network(request: HttpRequest) -> str:
-    """Return what counts as one client: its IPv4 address, or the /64 of its IPv6 address."""
+    """Return the network that counts as one client: an IPv4 address, or the /64 of an IPv6 one."""
     return to_network(get_address(request))
 
 
 def to_network(address: str) -> str:
-    """Return the network of an IP address; other texts as they are."""
+    """Return the network of an IP address; return other strings unchanged."""
     parsed = _parse(address)
     if ":" not in parsed:
         return parsed or address

@@ -1,4 +1,4 @@
-"""Management commands that run in a process of their own."""
+"""Management commands that run in another process."""
 
 import sys
 from pathlib import Path
@@ -7,6 +7,6 @@ from django.conf import settings
 
 
 def get_script() -> str:
-    """Return the path of ``manage.py``: of the running command, otherwise in ``BASE_DIR``."""
+    """Return the path of the running ``manage.py``, or of the one in ``BASE_DIR``."""
     script = Path(sys.argv[0]).resolve()
     return str(script if script.name == "manage.py" else Path(settings.BASE_DIR, "manage.py"))

@@ -1,4 +1,4 @@
-"""Functions that run at the same time, with one time limit."""
+"""Run functions at the same time, with one time limit for all."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -12,10 +12,10 @@ def run[T](
     seconds: float,
     running: dict[str, Thread] | None = None,
 ) -> dict[str, T | Exception]:
-    """Run functions; return results or exceptions by name, of those that end within the limit.
+    """Run functions; return the results or exceptions of those that end in time, by name.
 
-    ``running`` keeps the thread of each name for the next call: a function that still runs is
-    not started again.
+    ``running`` keeps the threads by name between calls: a function that is still running is not
+    started again.
     """
     results: dict[str, T | Exception] = {}
 

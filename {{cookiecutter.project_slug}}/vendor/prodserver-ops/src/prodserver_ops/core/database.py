@@ -1,7 +1,7 @@
-"""Limits of every wait for PostgreSQL, and a check for poolers that do not keep sessions.
+"""Timeouts for PostgreSQL, and a check for poolers that do not keep sessions.
 
-By default neither Django nor PostgreSQL limits how long a client waits for a server that is
-frozen or out of reach.
+By default, neither Django nor PostgreSQL limits how long a client waits for a server that hangs or
+is unreachable.
 """
 
 from collections.abc import Iterator
@@ -17,8 +17,8 @@ from django.db.backends.base.base import BaseDatabaseWrapper
 if TYPE_CHECKING:
     import psycopg
 
-#: Options of each connection. Connecting takes at most 5 seconds; a peer that acknowledges
-#: nothing for 25 seconds counts as lost, whether data is on its way to it or not.
+#: Options of each connection. The timeout for connecting is 5 seconds. A connection is lost if the
+#: server acknowledges nothing for 25 seconds, whether or not the client has sent data.
 #: https://www.postgresql.org/docs/current/libpq-connect.html#LIBPQ-PARAMKEYWORDS
 CONNECT_OPTIONS = {
     "connect_timeout": 5,
@@ -29,8 +29,8 @@ CONNECT_OPTIONS = {
     "keepalives_count": 3,
 }
 
-#: What the server applies to each session, other than the limit of a statement. It ends the
-#: session of a client that is out of reach, with its locks, as soon as the client notices.
+#: Parameters of each session, except the statement timeout. The server ends the session of an
+#: unreachable client, and releases its locks, after the same time as the client.
 #: https://www.postgresql.org/docs/current/runtime-config.html
 SESSION_PARAMETERS = {
     "lock_timeout": "10s",
@@ -41,7 +41,7 @@ SESSION_PARAMETERS = {
     "tcp_keepalives_count": "3",
 }
 
-#: How much longer than a statement may take the client waits for its result, in seconds.
+#: How long the client waits for a result beyond the statement timeout, in seconds.
 GRACE = 5
 
 #: How long the check for a pooler waits for a response, in seconds.
@@ -49,7 +49,7 @@ CHECK_TIMEOUT = 5
 
 
 def get_sqlite(path: str | Path) -> dict[str, Any]:
-    """Return an SQLite database as an entry of ``DATABASES``: several processes may write."""
+    """Return an entry of ``DATABASES`` for an SQLite database that several processes write to."""
     return {
         "ENGINE": "django.db.backends.sqlite3",
         "NAME": path,
@@ -73,8 +73,8 @@ def limit_connection(connection: BaseDatabaseWrapper, **kwargs: Any) -> None:
 def lift_limit(using: str, **kwargs: Any) -> None:
     """Let migrations take as long as they need; a receiver of ``pre_migrate``.
 
-    The limit for locks still applies: queries of other processes wait behind a migration
-    that waits.
+    The lock timeout still applies, because queries of other processes wait behind a migration that
+    waits for a lock.
     """
     connection = connections[using]
     if connection.vendor == "postgresql":
@@ -83,7 +83,7 @@ def lift_limit(using: str, **kwargs: Any) -> None:
 
 
 def set_limits(connection: BaseDatabaseWrapper, seconds: int) -> None:
-    """Limit each statement to some seconds; 0 is no limit."""
+    """Set the statement timeout in seconds; 0 means no limit."""
     raw: Any = connection.connection
     limit_wait(raw, seconds + GRACE if seconds else None)
     with raw.cursor() as cursor:
@@ -92,7 +92,7 @@ def set_limits(connection: BaseDatabaseWrapper, seconds: int) -> None:
 
 
 def limit_wait(raw: "psycopg.Connection[Any]", seconds: float | None) -> None:
-    """Limit how long a connection waits for each result: a frozen server ends no statement."""
+    """Limit how long a connection waits for a result, in case the server hangs."""
     raw.wait = partial(_wait, raw, seconds)  # type: ignore[method-assign]
 
 
@@ -107,7 +107,7 @@ def _wait(
     except psycopg.OperationalError as error:
         if raw.info.transaction_status is not psycopg.pq.TransactionStatus.ACTIVE:
             raise
-        # The result may still arrive, as that of another statement.
+        # The result may still arrive, and be taken for that of the next statement.
         raw.pgconn.finish()
         raise psycopg.OperationalError("the server does not respond") from error
 
@@ -126,11 +126,11 @@ def short_transaction() -> Iterator[None]:
 
 
 def find_pooler(alias: str = DEFAULT_DB_ALIAS) -> str | None:
-    """Return a sentence if a pooler gives each transaction another session, otherwise None.
+    """Return an error message if a pooler does not keep sessions, otherwise None.
 
-    A server tells each client the process id of its session. A pooler sends another one, and
-    in transaction mode two clients share a session. Returns None too if the database does
-    not respond.
+    PostgreSQL sends each client the process id of its session. A pooler sends a different id, and
+    in transaction mode two clients can share a session. Also returns None if the database does not
+    respond.
     """
     if connections[alias].vendor != "postgresql":
         return None
@@ -145,9 +145,9 @@ def find_pooler(alias: str = DEFAULT_DB_ALIAS) -> str | None:
                 for _ in range(3):
                     if _get_session(second) == session or _get_session(first) != session:
                         return (
-                            "A pooler gives each transaction another session, as PgBouncer does "
+                            "A pooler does not keep sessions between transactions, like PgBouncer "
                             "with pool_mode = transaction. Use pool_mode = session, or connect "
-                            "to PostgreSQL itself: locks and cursors need a session."
+                            "directly to PostgreSQL: locks and cursors need a session."
                         )
     except psycopg.Error:
         pass

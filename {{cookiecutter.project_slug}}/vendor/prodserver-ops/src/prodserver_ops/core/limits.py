@@ -1,9 +1,9 @@
-"""Limits that all processes count together, in a table of the database.
+"""Limits that all processes share, in a database table.
 
-A limit has slots. An event takes one slot for some time; if none is free, the limit is
-reached. Two processes never take the same slot, because adding a cache entry is atomic.
-The names of slots are hashes, so the table does not reveal who took them. The cache is not one of
-``CACHES``: these are the project's.
+A limit has slots. An event takes a slot for some time; if no slot is free, the limit is reached.
+Two processes never take the same slot, because adding a cache entry is atomic. The names of slots
+are hashes, so the table does not contain user names or addresses. The cache is not in ``CACHES``,
+which belongs to the project.
 """
 
 import time
@@ -14,7 +14,7 @@ from django.core.cache.backends.db import DatabaseCache
 from django.core.management import call_command
 from django.utils.crypto import salted_hmac
 
-#: The cache. ``CACHES`` of release 1.x had it under this name; the entries are the same.
+#: The cache. In release 1.x it was in ``CACHES``, with the same name and entries.
 cache = DatabaseCache("limits", {"OPTIONS": {"MAX_ENTRIES": 100_000}})
 
 

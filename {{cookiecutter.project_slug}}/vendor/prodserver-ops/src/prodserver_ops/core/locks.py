@@ -31,7 +31,7 @@ class AdvisoryLock:
         return self.connection.is_usable()
 
     def release(self) -> None:
-        """Release the lock, unless its session has ended already."""
+        """Release the lock, unless its session has already ended."""
         if self.connection.is_usable():
             self._query("SELECT pg_advisory_unlock(%s)", self.key)
 
@@ -73,14 +73,14 @@ class FileLock:
 
 
 def get_lock(name: str, connection: Any = default_connection) -> AdvisoryLock | FileLock:
-    """Return the lock of that name, not acquired yet."""
+    """Return the lock with a name, without acquiring it."""
     lock_class = AdvisoryLock if connection.vendor == "postgresql" else FileLock
     return lock_class(name, connection)
 
 
 @contextmanager
 def try_lock(name: str) -> Iterator[bool]:
-    """Try to take the lock of that name for the block; yield whether it was taken."""
+    """Try to hold the lock with a name during the block; yield whether it is held."""
     lock = get_lock(name)
     acquired = lock.acquire()
     try:

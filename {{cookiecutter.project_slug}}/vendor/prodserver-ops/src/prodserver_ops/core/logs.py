@@ -31,7 +31,7 @@ access = logging.getLogger(f"{__package__}.access")
 #: The id of the request that the current thread handles.
 request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
 
-#: What an X-Request-ID header must match; otherwise the request gets a new id.
+#: Pattern of a valid X-Request-ID header; a request with an invalid header gets a new id.
 VALID_REQUEST_ID = re.compile(r"[A-Za-z0-9_.:=-]{8,128}")
 
 #: Patterns that are redacted in every event, each with its replacement.
@@ -50,16 +50,16 @@ REDACTIONS = [
     ),
     # Client addresses in the messages of a web server
     (re.compile(r"\bip=\S+"), "ip=***"),
-    # Values of a row in PostgreSQL's error messages; a text may have several lines
+    # Values of a row in PostgreSQL's error messages, which may span several lines
     (re.compile(r"(?<=\)=)\(.*\)"), "(***)"),
     (re.compile(r"(?<=Failing row contains )\((?s:.*?)\)\.?(?=\\n|\n|[\"']|$)"), "(***)."),
 ]
 
-#: What a text contains if one of the patterns may match: it costs less to look for.
+#: Matches if one of the patterns may match. This check is faster than the patterns.
 SUSPICIOUS = re.compile(r"[@?]|%40|ip=|=\(|contains \(")
 
 #: The fields passed with ``extra`` that JSON events contain. Libraries pass whole requests
-#: and task arguments in others.
+#: and task arguments in other fields.
 FIELDS = ("method", "path", "status", "duration_ms", "client")
 
 #: Returns an object as JSON.
@@ -73,14 +73,14 @@ def configure(process: str) -> None:
     """Send all logs and prints of this process to stdout, under the given process name."""
     global _process, _stream
     _process = process
-    # A forked process of a web server inherits the proxy that is set below. A project's own
-    # LOGGING may name sys.stdout, and the proxy would write to itself.
+    # A forked process of a web server inherits the proxy that is set below. If the project's
+    # LOGGING uses sys.stdout, the proxy would write to itself.
     if isinstance(sys.stdout, LoggingProxy) and _stream is not None:
         sys.stdout = sys.__stdout__ = _stream  # type: ignore[assignment, misc]
     _stream = sys.stdout
     configure_logging(settings.LOGGING_CONFIG, settings.LOGGING)
     logging.captureWarnings(True)
-    # No format shows these: https://docs.python.org/3/howto/logging.html#optimization
+    # No formatter uses these: https://docs.python.org/3/howto/logging.html#optimization
     logging.logThreads = logging.logProcesses = False
     logging.logMultiprocessing = False
     logging.logAsyncioTasks = False  # type: ignore[attr-defined]
@@ -169,13 +169,14 @@ class JsonFormatter(logging.Formatter):
 
 
 class RejectedRequestFilter(logging.Filter):
-    """Logs a request that Django rejects as one line at WARNING: it is no error of ours.
+    """Logs a request that Django rejects as one line at WARNING.
 
-    Without it, each one would be a traceback, and an event in Sentry.
+    It is not an error of the service. By default, Django would log a traceback, and Sentry would
+    report it.
     """
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Change the event, and pass it on."""
+        """Change the level of the event, remove its traceback and keep it."""
         record.levelno, record.levelname = logging.WARNING, "WARNING"
         record.exc_info = record.exc_text = None
         return True

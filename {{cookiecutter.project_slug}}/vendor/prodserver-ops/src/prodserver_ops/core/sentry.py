@@ -1,4 +1,4 @@
-"""Sentry gets errors and failed or missed schedules if ``SENTRY_DSN`` is set."""
+"""Report errors, and failed or missed schedules, to Sentry if ``SENTRY_DSN`` is set."""
 
 from typing import Any
 
@@ -11,9 +11,9 @@ from .logs import redact
 
 
 def configure() -> None:
-    """Start to report, without personal data: no request bodies, users or variables.
+    """Initialize Sentry without personal data: no request bodies, users or local variables.
 
-    A project whose settings started to report keeps its own way.
+    Does nothing if the project's settings have already initialized it.
     """
     if sentry_sdk.is_initialized():
         return
@@ -30,7 +30,7 @@ def configure() -> None:
 
 
 def redact_event(event: Any, hint: Any) -> Any:
-    """Return an event or breadcrumb without its query string, all its texts redacted."""
+    """Return an event or breadcrumb without its query string, with all strings redacted."""
     event.get("request", {}).pop("query_string", None)
     return _redact_all(event)
 

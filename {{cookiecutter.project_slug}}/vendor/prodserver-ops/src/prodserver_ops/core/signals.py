@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def deferred_sigterm() -> Iterator[None]:
-    """Defer SIGTERM to the end of the block.
+    """Defer SIGTERM until the end of the block.
 
     Celery sends it to a running task when the connection to the broker is lost.
     """

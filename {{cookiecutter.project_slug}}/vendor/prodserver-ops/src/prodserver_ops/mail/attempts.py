@@ -1,8 +1,8 @@
-"""E-mails that are not finished: each is a row that says when to try it next.
+"""Unfinished e-mails: each has a row with the time of the next attempt.
 
-An e-mail that the server refuses for now follows a ladder. One that it rejects is tried once
-more, in case the fault was the server's. One that may have been accepted without a reply is
-sent again after a day, twice at most.
+If the server refuses an e-mail temporarily, it is tried again after increasing waits. A rejected
+e-mail is tried once more, in case the server had a problem. If the server may have accepted an
+e-mail without a reply, it is sent again after a day, at most twice.
 """
 
 import logging
@@ -16,16 +16,16 @@ from .transport import Outcome, Verdict
 
 logger = logging.getLogger(__name__)
 
-#: Waits between the attempts of an e-mail that the server refuses for now, and the wait before
-#: the last attempt of one that it rejects: nine attempts in about four hours.
+#: The waits between attempts after temporary refusals, and the wait before the last attempt after
+#: a rejection: nine attempts in about four hours.
 LADDER = [timedelta(minutes=minutes) for minutes in (1, 2, 4, 8, 16, 32, 64)]
 LAST_WAIT = timedelta(hours=2)
 
-#: An e-mail that may have been accepted is sent again at most this often, after this time each.
+#: How often an e-mail that may have been accepted is sent again, and after how long.
 MAX_REPEATS = 2
 REPEAT_AFTER = timedelta(days=1)
 
-#: When an attempt that left no trace is repeated for the first time: its process was killed.
+#: How long after its start an attempt is first repeated, if its process was killed.
 KILLED_AFTER = timedelta(minutes=10)
 
 
@@ -36,14 +36,14 @@ def get_attempts(message_ids: Iterable[str]) -> dict[str, Attempt]:
 
 
 def request(message_id: str) -> None:
-    """Store that an e-mail is wanted."""
+    """Store a request to send an e-mail."""
     Attempt.objects.get_or_create(message_id=message_id, defaults={"next_at": timezone.now()})
 
 
 def begin(message_id: str, *, killed: bool = False) -> None:
-    """Record that an e-mail may be sent from now on, in case nothing more is heard of it.
+    """Record the start of an attempt, in case the process is killed before it ends.
 
-    ``killed`` if an earlier attempt was not recorded because its process was killed.
+    ``killed`` is whether an earlier attempt was not recorded because its process was killed.
     """
     attempt = Attempt.objects.filter(message_id=message_id).first() or Attempt(
         message_id=message_id
@@ -54,17 +54,17 @@ def begin(message_id: str, *, killed: bool = False) -> None:
 
 
 def is_exhausted(attempt: Attempt) -> bool:
-    """Return whether an e-mail may have been accepted so often that it is given up.
+    """Return whether an e-mail may have been accepted too often to be sent again.
 
-    Each attempt may have ended with its process.
+    Each attempt may have killed its process.
     """
     return attempt.unknown > MAX_REPEATS
 
 
 def end(message_id: str, outcome: Outcome) -> bool:
-    """Record what became of an e-mail that was not sent; return whether it is given up.
+    """Record the outcome of an e-mail that was not sent; return whether it is given up.
 
-    A failure of the server is no reason to give an e-mail up.
+    An e-mail is never given up because of a failure of the server.
     """
     attempt = Attempt.objects.get(message_id=message_id)
     now = timezone.now()

@@ -14,8 +14,8 @@ from django.template.loader import get_template
 from .digests import Message, email_of
 from .unsubscribe import link
 
-#: Headers that stay on one line in ASCII: mailers cannot read them in encoded words (RFC 2047),
-#: which Python's policies make of any long word.
+#: Headers that must stay on one line, in ASCII. Python's policies convert long words to encoded
+#: words (RFC 2047), which mail clients cannot read in these headers.
 PLAIN_HEADERS = ("List-Unsubscribe", "Message-ID")
 
 
@@ -28,7 +28,7 @@ class PlainHeader(UnstructuredHeader):
 
 
 class Headers(HeaderRegistry):
-    """The classes of headers. Python's registry creates a class for each header of each message."""
+    """Caches header classes. Python's registry creates a class for each header of each message."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class Headers(HeaderRegistry):
             self.map_to_type(name, PlainHeader)  # type: ignore[arg-type]
 
     def __getitem__(self, name: str) -> Any:
-        """Return the class of the headers with a name."""
+        """Return the class for a header name."""
         if name not in self.classes:
             self.classes[name] = super().__getitem__(name)
         return self.classes[name]
@@ -47,7 +47,7 @@ HEADERS = Headers()
 
 
 class Email(EmailMultiAlternatives):
-    """An e-mail whose links in headers leave as they are."""
+    """An e-mail that does not encode the links in its headers."""
 
     def message(self, **kwargs: Any) -> Any:
         """Return the message for a mail server."""

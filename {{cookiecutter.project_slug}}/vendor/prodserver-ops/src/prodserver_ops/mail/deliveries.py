@@ -1,11 +1,10 @@
-"""Send each message to each recipient once, whatever process crashes.
+"""Send each message to each recipient once, even if a process crashes.
 
-A digest's recipients are divided by primary key, an integer, into chunks, and each chunk is
-a task. A chunk holds a lock, so that two workers never send it at the same time. A chunk
-sends as many e-mails at the same time as ``EMAIL_CONNECTIONS`` says. A delivery is committed
-before its e-mail is sent, and again after: one query commits that some e-mails were sent and
-that the next ones are being sent. If the process is killed in between, these are sent again,
-with the same Message-ID.
+The recipients of a digest are divided into chunks by their primary key, an integer, and each chunk
+is a task. A chunk holds a lock, so that two workers never send it at the same time. It sends up to
+``EMAIL_CONNECTIONS`` e-mails at the same time. A delivery is committed before its e-mail is sent,
+and again afterwards: a single query commits which e-mails were sent, and which are sent next. If
+the process is killed in between, the latter are sent again, with the same Message-ID.
 """
 
 import time
@@ -34,16 +33,16 @@ from .transport import Outcome, Paused, Server, ServerFailed, Verdict, connect, 
 #: Primary keys in a chunk, and therefore the maximum number of recipients in memory.
 CHUNK = 500
 
-#: E-mails that are composed at once.
+#: Number of e-mails that are composed at once.
 BATCH = 100
 
-#: Seconds after which a chunk stops, so that other tasks get their turn.
+#: Seconds after which a chunk stops, so that other tasks can run.
 CHUNK_SECONDS = 20
 
 SENDING, SENT, FAILED = DigestDelivery.Status
 
 
-#: The reason of an e-mail that is given up because no attempt ended.
+#: The reason for giving up an e-mail of which no attempt ended.
 EXHAUSTED = "the process was killed in each attempt"
 
 
@@ -55,10 +54,10 @@ class Busy(Exception):
 
 
 def get_run(digest: Digest, due: datetime) -> DigestRun | None:
-    """Return the run of a digest that is due at a time; None if a later one exists.
+    """Return the run of a digest that is due at a time, or None if a later run exists.
 
-    A new run covers the time since the previous one, up to the digest's ``max_age``. Previous
-    ones that nobody received are folded into it.
+    A new run covers the time since the previous run, at most the digest's ``max_age``. Earlier runs
+    that nobody received are merged into it.
     """
     start, end = digest.period(due)
     with transaction.atomic():
@@ -121,10 +120,10 @@ def due_chunks(run: DigestRun) -> set[int]:
 
 
 def send_chunk(run: DigestRun, chunk: int) -> bool:
-    """Send the digest to the recipients of a chunk who are due; return whether all were tried.
+    """Send the digest to the due recipients of a chunk; return whether all were tried.
 
-    It stops after ``CHUNK_SECONDS``. Raises Busy if another process is sending the chunk,
-    Paused if e-mail pauses, and the error if the mail server cannot be used.
+    Stops after ``CHUNK_SECONDS``. Raises Busy if another process is sending the chunk, Paused if
+    e-mail is paused, and the error of the mail server if it is unusable.
     """
     if is_paused():
         raise Paused
@@ -149,9 +148,9 @@ def send_chunk(run: DigestRun, chunk: int) -> bool:
 
 
 def _get_recipients(run: DigestRun, chunk: int) -> tuple[list[Any], set[Any]]:
-    """Return the recipients of a chunk without a finished delivery, and the keys of some.
+    """Return the recipients of a chunk without a finished delivery, and the keys of those tried.
 
-    These are the recipients whose e-mail was begun: its process was killed, or it was not
+    If an e-mail was tried without finishing its delivery, its process was killed, or it was not
     accepted.
     """
     first, end = chunk * CHUNK, (chunk + 1) * CHUNK
@@ -185,13 +184,13 @@ def _send(
     deadline = time.monotonic() + CHUNK_SECONDS
     limit = settings.EMAIL_CONNECTIONS
     problem: Exception | None = None
-    # Each of these may have killed its process.
+    # Each of these e-mails may have killed its process.
     repeats = begun | {user.pk for user in recipients if _message_id(run, user) in unfinished}
     emails = _composed(run, recipients)
     upcoming = deque(islice(emails, limit))
     following = [upcoming.popleft()]
     with transaction.atomic():
-        # A later run may have taken the place of this one.
+        # A later run may have replaced this one.
         if not DigestRun.objects.select_for_update().filter(pk=run.pk).exists():
             return True
         record(run, (recipients[0], SENDING, ""))
@@ -205,7 +204,7 @@ def _send(
             try:
                 upcoming.extend(islice(emails, limit - len(upcoming)))
             except Exception as error:
-                # Raised below: here it would lose what became of those that are being sent.
+                # Raised below, so that the outcomes of the e-mails being sent are recorded first.
                 problem = error
             rows = []
             for recipient, outcome in server.finish():
@@ -233,9 +232,10 @@ def _send(
 def _take_group(
     upcoming: deque[tuple[Any, EmailMessage]], server: Server, repeats: set[Any]
 ) -> list[tuple[Any, EmailMessage]]:
-    """Return the e-mails to send next, at the same time, and take them away.
+    """Remove the e-mails to send next, at the same time, and return them.
 
-    One that is repeated is sent alone: if it kills the process again, no other one is to blame.
+    A repeated e-mail is sent alone, so that the others are not repeated if it kills the process
+    again.
     """
     group: list[tuple[Any, EmailMessage]] = []
     while upcoming and len(group) < server.room:
@@ -249,8 +249,8 @@ def _take_group(
 
 
 def unusable(outcome: Outcome) -> ServerFailed:
-    """Return the error that says why the mail server cannot be used."""
-    return ServerFailed(f"the mail server cannot be used: {outcome.reason}")
+    """Return the error for a mail server that is unusable."""
+    return ServerFailed(f"the mail server is unusable: {outcome.reason}")
 
 
 def _message_id(run: DigestRun, recipient: Any) -> str:
@@ -264,7 +264,7 @@ def _prefix(run: DigestRun) -> str:
 def _composed(run: DigestRun, recipients: Sequence[Any]) -> Iterator[tuple[Any, EmailMessage]]:
     """Yield each recipient with the e-mail to send.
 
-    Composing a batch at once is faster than one e-mail between two commits.
+    Composing a batch at once is faster than composing one e-mail between two commits.
     """
     digest = get_digest(run.digest)
     contents = digest.contents(recipients, run)
@@ -275,7 +275,7 @@ def _composed(run: DigestRun, recipients: Sequence[Any]) -> Iterator[tuple[Any, 
         ]
 
 
-#: Django's own upsert is a transaction, of three round trips to the database.
+#: Django's own upsert is a transaction, which takes three round trips to the database.
 RECORD = """
 INSERT INTO ops_digestdelivery (digest, period_end, recipient_id, status, reason, created_at)
 VALUES {} ON CONFLICT (recipient_id, digest, period_end) DO UPDATE
@@ -284,7 +284,7 @@ SET status = EXCLUDED.status, reason = EXCLUDED.reason, created_at = EXCLUDED.cr
 
 
 def record(run: DigestRun, *rows: tuple[Any, str, str]) -> None:
-    """Commit recipient, status and reason of deliveries of a run."""
+    """Commit deliveries of a run, given as recipient, status and reason."""
     if not rows:
         return
     adapt = connection.ops.adapt_datetimefield_value
@@ -299,9 +299,9 @@ def record(run: DigestRun, *rows: tuple[Any, str, str]) -> None:
 
 @contextmanager
 def relaxed_commits() -> Iterator[None]:
-    """Let PostgreSQL confirm commits before they are on disk, which takes less time.
+    """Let PostgreSQL confirm commits before they are on disk, which is faster.
 
-    Only a crash of PostgreSQL itself can lose them, not one of this process.
+    Only a crash of PostgreSQL can lose them; a crash of this process cannot.
     https://www.postgresql.org/docs/current/wal-async-commit.html
     """
     if connection.vendor != "postgresql":
@@ -321,15 +321,15 @@ def relaxed_commits() -> Iterator[None]:
 
 
 def request_notification(name: str, pk: Any) -> None:
-    """Store that the notification about an object is wanted."""
+    """Store a request for the notification about an object."""
     attempts.request(f"{name}.{pk}")
 
 
 def send_notification(notification: Notification, pk: Any) -> None:
     """Send the notification about an object if it is requested, due and still wanted.
 
-    Raises Busy if another process is sending it, Paused if e-mail pauses, and the error if
-    the mail server cannot be used.
+    Raises Busy if another process is sending it, Paused if e-mail is paused, and the error of the
+    mail server if it is unusable.
     """
     if is_paused():
         raise Paused
@@ -351,7 +351,7 @@ def send_notification(notification: Notification, pk: Any) -> None:
         recipient = notification.recipient(obj)
         email = compose(notification, recipient, notification.context(obj), message_id)
         with connect() as server, deferred_sigterm():
-            # Recorded before it is made: the process may be killed in it.
+            # Recorded before the attempt, in which the process may be killed.
             attempts.begin(message_id)
             outcome = server.send(email)
             if outcome.verdict is Verdict.SENT:

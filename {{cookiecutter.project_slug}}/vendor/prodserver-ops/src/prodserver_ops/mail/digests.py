@@ -20,14 +20,14 @@ class Message:
     """A kind of e-mail.
 
     name
-        Unique name: lower-case letters, digits, ``_`` and ``-``, at most 50.
+        Unique name: lower-case letters, digits, ``_`` and ``-``; at most 50 characters.
     subject
-        What follows the name of the service in the subject line; see also ``get_subject()``.
+        The subject line, after the name of the service; see also ``get_subject()``.
     template
         ``"news"`` renders ``email/news.txt`` and ``email/news.html``.
     unsubscribe_label
-        What a link in the e-mail unsubscribes from, such as ``"weekly digests"``. None
-        for e-mail without such a link.
+        Describes the e-mails to unsubscribe from, such as ``"weekly digests"``. None for e-mail
+        without an unsubscribe link.
     """
 
     name: str
@@ -40,22 +40,23 @@ class Message:
         return self.subject
 
     def get_sample(self) -> dict[str, Any]:
-        """Return a context of the templates with made-up data, for the preview."""
+        """Return a context of the templates with sample data, for the preview."""
         return {}
 
     def unsubscribe(self, recipient: Any) -> None:
-        """Store that the recipient does not want this e-mail any more."""
-        raise NotImplementedError(f"{type(self).__name__} has a label but no unsubscribe()")
+        """Store that the recipient has unsubscribed from this e-mail."""
+        name = type(self).__name__
+        raise NotImplementedError(f"{name} has an unsubscribe_label, but no unsubscribe()")
 
 
 class Digest(Message):
     """An e-mail that each recipient gets once for each period.
 
     recipient_fields
-        The fields of a recipient that the templates use. Another field costs a query for
-        each recipient. Empty to load all fields.
+        The fields of a recipient that the templates use. Each other field takes a query per
+        recipient. Empty to load all fields.
     max_age
-        How late a digest may be sent, and how much a digest covers at most if earlier ones
+        The maximum delay of a digest, and the maximum period that it covers if earlier digests
         were not sent.
     """
 
@@ -67,7 +68,7 @@ class Digest(Message):
         raise NotImplementedError
 
     def recipients(self, run: DigestRun) -> QuerySet[Any]:
-        """Return the users who get the digest of this run, as a queryset without slices."""
+        """Return the users who get the digest of this run, as an unsliced queryset."""
         raise NotImplementedError
 
     def contents(self, recipients: Sequence[Any], run: DigestRun) -> dict[Any, dict[str, Any]]:
@@ -81,7 +82,7 @@ class HourlyDigest(Digest):
     def period(self, now: datetime) -> tuple[datetime, datetime]:
         """Return start and end of the last whole hour in the service's time zone.
 
-        It has 30 or 90 minutes where the clock changed by half an hour.
+        It has 30 or 90 minutes if the clock changed by half an hour.
         """
         end = _whole_hour(now)
         return _whole_hour(end - timedelta(microseconds=1)), end
@@ -110,7 +111,7 @@ class WeeklyDigest(Digest):
 
 def _whole_hour(moment: datetime) -> datetime:
     hour = moment.astimezone(UTC).replace(second=0, microsecond=0)
-    # A second step is needed where the clock changed by a part of an hour.
+    # A second step is needed if the clock changed by a fraction of an hour.
     while minutes := timezone.localtime(hour).minute:
         hour -= timedelta(minutes=minutes)
     return hour
@@ -124,12 +125,12 @@ def _midnight(day: Any) -> datetime:
 class Notification(Message):
     """An e-mail about one object, sent once to one recipient.
 
-    ``tasks.notify_on_commit()`` requests it. Rows that are created in another way, such as
-    imported ones, notify nobody.
+    ``tasks.notify_on_commit()`` requests it. Rows that are created without calling it, such as
+    imported rows, send no notification.
     """
 
     def waiting(self) -> QuerySet[Any]:
-        """Return the objects whose notification is still wanted and not sent yet."""
+        """Return the objects whose notification is still wanted and has not been sent."""
         raise NotImplementedError
 
     def recipient(self, obj: Any) -> Any:
@@ -141,7 +142,7 @@ class Notification(Message):
         raise NotImplementedError
 
     def mark_sent(self, obj: Any) -> None:
-        """Store that the notification was sent, so that ``waiting`` leaves the object out."""
+        """Store that the notification was sent, so that ``waiting`` excludes the object."""
         raise NotImplementedError
 
 
@@ -163,7 +164,9 @@ def register[M: Message](message_class: type[M]) -> type[M]:
         )
     if message.name in registry:
         other = type(registry[message.name]).__name__
-        raise ImproperlyConfigured(f"{message_class.__name__} and {other}: both {message.name!r}")
+        raise ImproperlyConfigured(
+            f"{message_class.__name__} and {other} have the same name: {message.name!r}"
+        )
     registry[message.name] = message
     return message_class
 
@@ -185,7 +188,7 @@ def get_digests() -> dict[str, Digest]:
 
 
 def get_digest(name: str) -> Digest:
-    """Return the digest of that name; raise ValueError if there is none."""
+    """Return the digest with a name; raise ValueError if there is none."""
     return _get(Digest, name)
 
 
@@ -195,7 +198,7 @@ def get_notifications() -> dict[str, Notification]:
 
 
 def get_notification(name: str) -> Notification:
-    """Return the notification of that name; raise ValueError if there is none."""
+    """Return the notification with a name; raise ValueError if there is none."""
     return _get(Notification, name)
 
 

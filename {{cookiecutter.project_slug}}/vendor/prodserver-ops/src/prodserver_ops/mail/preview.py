@@ -1,4 +1,4 @@
-"""Pages that show each e-mail with made-up data; in development only."""
+"""Pages that show each e-mail with sample data, in development only."""
 
 from django.conf import settings
 from django.contrib.auth import get_user_model
@@ -10,12 +10,12 @@ from .composing import Email, compose
 from .digests import registry
 from .unsubscribe import get_base
 
-#: An e-mail has its styles in itself and loads nothing; the page cannot run scripts.
+#: An e-mail has inline styles and loads no resources; the page cannot run scripts.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; sandbox"
 
 
 def compose_sample(name: str) -> Email:
-    """Return an e-mail with made-up data; raise Http404 unless DEBUG is on and it exists."""
+    """Return an e-mail with sample data; raise Http404 if it is unknown or DEBUG is off."""
     if not settings.DEBUG or name not in registry:
         raise Http404
     model = get_user_model()

@@ -1,8 +1,8 @@
-"""The mail server: what its errors say, and whether it can be used at all.
+"""The mail server: the meaning of its errors, and whether it is usable.
 
-All processes find out together that it cannot: if it is out of reach, or treats several
-e-mails in a row alike, e-mail pauses. After each pause one process tries; the others go on
-once an e-mail was accepted. ``python manage.py doctor`` shows the reason.
+All processes share this state. If the server is unreachable, or several e-mails in a row fail in
+the same way, e-mail is paused. After each pause, one process tries to send an e-mail; the others
+continue when it is accepted. ``python manage.py doctor`` shows the reason.
 """
 
 import re
@@ -24,7 +24,7 @@ from django.core import mail
 from ..core.limits import cache
 from ..core.locks import try_lock
 
-#: How long no e-mail is sent after the server could not be used, in seconds.
+#: How long e-mail is paused after the server was unusable, in seconds.
 PAUSE_SECONDS = 60
 
 #: How long a failure counts, in seconds.
@@ -34,26 +34,26 @@ PAUSED, FAILURES = "mail-paused", "mail-failed"
 
 
 class Verdict(Enum):
-    """What a mail server's reply, or an error of a mail backend, says about one e-mail."""
+    """The result of sending one e-mail, from the server's reply or the mail backend's error."""
 
     SENT = "accepted"
-    INVALID = "never sent: it cannot be sent as it is"
-    REJECTED = "rejected for good"
-    REFUSED = "refused for now"
+    INVALID = "not sent: the e-mail is invalid"
+    REJECTED = "rejected permanently"
+    REFUSED = "refused temporarily"
     UNKNOWN = "no reply: the server may have accepted it"
-    UNUSABLE = "not sent: the server cannot be used"
+    UNUSABLE = "not sent: the server is unusable"
 
 
-#: How many e-mails in a row that fail in the same way are a failure of the server.
+#: How many e-mails in a row must fail in the same way to count as a failure of the server.
 MAX_IN_ROW = {Verdict.REJECTED: 5, Verdict.UNKNOWN: 3, Verdict.UNUSABLE: 1}
 
 
 class Paused(Exception):
-    """No e-mail is sent at the moment."""
+    """E-mail is paused."""
 
 
 class ServerFailed(Exception):
-    """The mail server treats every e-mail in the same way."""
+    """The mail server would fail for every e-mail."""
 
 
 @dataclass(frozen=True)
@@ -66,11 +66,11 @@ class Failures:
 
     @property
     def is_general(self) -> bool:
-        """Whether they are a failure of the server."""
+        """Whether they count as a failure of the server."""
         return self.count >= MAX_IN_ROW[self.verdict]
 
     def is_like(self, other: "Failures") -> bool:
-        """Return whether another e-mail failed in the same way, whoever received it."""
+        """Return whether another e-mail failed in the same way, regardless of its recipient."""
         return self.verdict is other.verdict and _get_kind(self.reason) == _get_kind(other.reason)
 
 
@@ -90,7 +90,7 @@ class Outcome:
 
 
 class Server:
-    """The mail server, with a connection for each e-mail that is sent at the same time."""
+    """The mail server, with several connections to send e-mails at the same time."""
 
     def __init__(self, failures: Failures | None) -> None:
         self.failures = failures
@@ -123,17 +123,17 @@ class Server:
         return self._capacity - len(self.sending)
 
     def send(self, email: Any) -> Outcome:
-        """Send an e-mail; return what became of it."""
+        """Send an e-mail; return the outcome."""
         return self._judge(self._try(email))
 
     def start(self, emails: Sequence[tuple[Any, Any]]) -> None:
-        """Begin to send e-mails, each given with its recipient."""
+        """Start to send e-mails, given as pairs of recipient and e-mail."""
         self._open_more(len(self.sending) + len(emails))
         for recipient, email in emails:
             self.sending[self._threads.submit(self._try, email)] = recipient
 
     def finish(self) -> list[tuple[Any, Outcome]]:
-        """Wait for a quarter of the e-mails that are being sent; return recipients and outcomes."""
+        """Wait until a quarter of the e-mails is sent; return recipients and outcomes."""
         time_limit = None
         quarter = (len(self.sending) + 3) // 4
         try:
@@ -151,19 +151,19 @@ class Server:
         return outcomes
 
     def _open_more(self, wanted: int) -> None:
-        """Open the connections that are missing, unless the server refuses some."""
+        """Open missing connections; if the server refuses some, use fewer."""
         missing = min(wanted, self._limit) - self._count
         for opening in [self._threads.submit(self.open) for _ in range(missing)]:
             if opening.exception() is not None:
                 self._limit = max(self._count, 1)
 
     def _try(self, email: Any) -> Exception | None:
-        """Send an e-mail through a connection that is free; return the error if there is one."""
+        """Send an e-mail over a free connection; return the error, if any."""
         connection = self._free.get()
         try:
             connection.send_messages([email])
         except Exception as error:
-            # After a lost connection the backend opens another one.
+            # The backend opens a new connection after a lost one.
             if classify_error(error)[0] is Verdict.UNKNOWN:
                 connection.close()
             return error
@@ -178,18 +178,18 @@ class Server:
                 self.failures = None
             return Outcome(Verdict.SENT)
         if isinstance(error, SoftTimeLimitExceeded):
-            return Outcome(Verdict.UNKNOWN, "the time limit of the task", stops=True)
+            return Outcome(Verdict.UNKNOWN, "the task exceeded its time limit", stops=True)
         verdict, reason = classify_error(error)
         return Outcome(verdict, reason, self.count(verdict, reason))
 
     def count(self, verdict: Verdict, reason: str) -> bool:
-        """Count an e-mail that failed; return whether it is a failure of the server."""
+        """Count a failed e-mail; return whether the server itself has failed."""
         if verdict not in MAX_IN_ROW:
             return False
         failures, before = Failures(verdict, reason), get_failures()
         if before is not None and before.is_like(failures):
             failures = replace(failures, count=before.count + 1)
-        # Not the object: another version of the service may read it.
+        # A tuple, because another version of the service may read it.
         values = verdict.name, reason, failures.count
         cache.set(FAILURES, values, FAILURE_SECONDS)
         self.failures = failures
@@ -200,8 +200,8 @@ class Server:
 def connect() -> Iterator[Server]:
     """Yield the mail server with an open connection.
 
-    Raises Paused if e-mail pauses or another process tries whether the server can be used
-    again. If it cannot, e-mail pauses and the error is raised.
+    Raises Paused if e-mail is paused, or another process is trying the server after a pause. If the
+    server is unusable, pauses e-mail and raises the error.
     """
     state = cache.get_many([PAUSED, FAILURES])
     if PAUSED in state:
@@ -224,17 +224,17 @@ def connect() -> Iterator[Server]:
 
 
 def is_paused() -> bool:
-    """Return whether the mail server could not be used a moment ago."""
+    """Return whether e-mail is paused."""
     return cache.get(PAUSED) is not None
 
 
 def get_failures() -> Failures | None:
-    """Return the last e-mails that failed, unless one was accepted since."""
+    """Return the latest failures, unless an e-mail has been accepted since then."""
     return _read(cache.get(FAILURES))
 
 
 def _read(values: tuple[str, str, int] | None) -> Failures | None:
-    """Return the failures that an entry of the cache stands for."""
+    """Return the failures that a cache entry contains."""
     if values is None:
         return None
     verdict, reason, count = values
@@ -245,9 +245,9 @@ def classify_error(error: Exception) -> tuple[Verdict, str]:
     """Return what an error of a mail backend says about one e-mail, and the reason.
 
     Replies 5xx of an SMTP server are permanent, replies 4xx are temporary (RFC 5321, section
-    4.2.1); 421 ends the connection. A failed login or a refused sender concerns every e-mail.
-    Errors of HTTP APIs have a ``status_code``. An error without a reply is unknown: a lost
-    connection, a server that takes too long, an exception of another backend.
+    4.2.1); 421 ends the connection. A failed login or a refused sender affects every e-mail.
+    Errors of HTTP APIs have a ``status_code``. The verdict on an error without a reply is
+    ``UNKNOWN``: a lost connection, a timeout, or an exception of another backend.
     """
     text: str | bytes
     match error:
@@ -277,7 +277,7 @@ def classify_error(error: Exception) -> tuple[Verdict, str]:
 
 
 def _classify_status(status: Any) -> Verdict:
-    """Return what the status of an HTTP API says; an error on the way to it has none."""
+    """Return the verdict for the status code of an HTTP API; network errors have none."""
     match status:
         case 401 | 402 | 403:
             return Verdict.UNUSABLE

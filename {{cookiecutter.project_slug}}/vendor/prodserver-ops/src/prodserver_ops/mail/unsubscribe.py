@@ -32,7 +32,7 @@ def _path() -> str:
 @csrf_exempt  # Mail providers post without a CSRF token; the signature authenticates.
 @require_http_methods(["GET", "HEAD", "POST"])
 def view(request: HttpRequest, token: str) -> HttpResponse:
-    """Ask for confirmation, because mail scanners follow links; unsubscribe at a POST."""
+    """Ask for confirmation, because mail scanners follow links; unsubscribe on POST."""
     try:
         pk, name = signer.unsign(token).split(":")
     except BadSignature as error:

@@ -1,4 +1,4 @@
-"""Filters for e-mail in text."""
+"""Filters for plain text e-mail."""
 
 from django import template
 
@@ -7,5 +7,5 @@ register = template.Library()
 
 @register.filter
 def quote(text: str) -> str:
-    """Return a text with ``> `` before each line, as mail clients quote."""
+    """Prefix each line with ``> ``, as mail clients do for quotes."""
     return "\n".join(f"> {line}".rstrip() for line in text.splitlines())

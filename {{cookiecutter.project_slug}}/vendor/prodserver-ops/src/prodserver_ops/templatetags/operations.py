@@ -17,8 +17,8 @@ register = template.Library()
 
 @register.simple_tag(takes_context=True)
 def operations_summary(context: dict[str, Any]) -> dict[str, Any] | None:
-    """Return what the index says about operations; None for who may not see them."""
-    # Without the admin, which this module needs, Django loads these tags all the same.
+    """Return the summary for the index, or None if the user may not view operations."""
+    # Imported here, because Django loads these tags even if the admin is not installed.
     from ..console.operations import VIEW_PERMISSION, get_summary
 
     return get_summary() if context["user"].has_perm(VIEW_PERMISSION) else None
@@ -26,7 +26,7 @@ def operations_summary(context: dict[str, Any]) -> dict[str, Any] | None:
 
 @register.filter
 def seconds(value: Any) -> str:
-    """Return a duration in seconds for people: ``20 ms``, ``3.1 s``, ``2 min 5 s``; or nothing."""
+    """Format a duration in seconds, such as ``20 ms``, ``3.1 s`` or ``2 min 5 s``."""
     if not isinstance(value, float):
         return ""
     if value < 1:
@@ -38,20 +38,20 @@ def seconds(value: Any) -> str:
 
 @register.filter
 def ago(moment: datetime) -> str:
-    """Return how long ago something was: ``3 seconds ago``, ``2 hours, 5 minutes ago``."""
+    """Return how long ago a time was: ``3 seconds ago``, ``2 hours, 5 minutes ago``."""
     age = int((timezone.now() - moment).total_seconds())
     return f"{timesince(moment) if age >= 60 else f'{max(age, 0)} seconds'} ago"
 
 
 @register.filter
 def arguments(run: TaskRun) -> str:
-    """Return the arguments of a run in short, without secrets."""
+    """Return the arguments of a run, shortened and redacted."""
     return redact(run.arguments.removesuffix(", {}]").removeprefix("["))[:100]
 
 
 @register.filter
 def mark(run: TaskRun) -> SafeString:
-    """Return a sign for the result of a run, with its details as a tooltip."""
+    """Return a symbol for the result of a run, with its details as a tooltip."""
     sign = {"succeeded": "✓", "failed": "✗", "running": "…"}.get(run.status, "↻")
     details = f"{run.get_status_display()}, {run.started_at:%Y-%m-%d %H:%M:%S} UTC"
     if run.duration is not None:

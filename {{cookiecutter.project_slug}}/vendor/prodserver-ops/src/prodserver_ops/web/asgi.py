@@ -1,7 +1,7 @@
-"""What the ASGI application of the service runs in: logs, and a limit of requests.
+"""A wrapper of the ASGI application that configures logs and limits concurrent requests.
 
-Django runs each request of a synchronous view in a thread of its own. Without a limit, a
-burst of requests would need as many connections to the database.
+Django runs each request to a synchronous view in its own thread. Without a limit, a burst of
+requests would open as many database connections.
 """
 
 import asyncio
@@ -20,11 +20,11 @@ warnings.filterwarnings("ignore", "StreamingHttpResponse must consume synchronou
 
 
 class LimitedApplication:
-    """Runs ``WEB_THREADS`` requests at a time, and more for health checks only."""
+    """Runs up to ``WEB_THREADS`` requests at a time; health checks do not count."""
 
     def __init__(self, application: Callable[..., Awaitable[None]]) -> None:
-        logs.configure("web")  # A process of the server may not inherit this.
-        # Requests do not share threads, so no connection can be kept for the next one.
+        logs.configure("web")  # The server's processes may not inherit it.
+        # Requests do not share threads, so connections cannot be reused.
         for database in connections.settings.values():
             database["CONN_MAX_AGE"] = 0
         self.application = application

@@ -1,4 +1,4 @@
-"""Channels: messages from any process to the consumers of a group."""
+"""Send messages from any process to the consumers of a group, through Channels."""
 
 import asyncio
 import logging
@@ -14,7 +14,7 @@ TIMEOUT = 1
 
 
 def send_to_group(group: str, message: dict[str, Any]) -> None:
-    """Send a message to the consumers of a group; only log it if Redis is unavailable."""
+    """Send a message to the consumers of a group; log an error if Redis is unavailable."""
 
     async def send() -> None:
         async with asyncio.timeout(TIMEOUT):
@@ -24,4 +24,4 @@ def send_to_group(group: str, message: dict[str, Any]) -> None:
     try:
         async_to_sync(send)()
     except Exception as error:
-        logger.error("No message is sent to %s: %s", group, type(error).__name__)
+        logger.error("Could not send a message to %s: %s", group, type(error).__name__)

@@ -11,18 +11,18 @@ from django_prodserver.backends.servers.flower import CeleryFlower
 
 from .servers import port_in_use
 
-#: A service has those of ``conf/flower.py`` only if it has the process.
+#: The settings of ``conf/flower.py`` exist only if the service has this process.
 settings: Any = service_settings
 
 
 class Flower(CeleryFlower):
     """Runs Flower until SIGTERM."""
 
-    #: Where it responds while it works, and the variable with its port
+    #: The path of its health check, and the variable with its port
     HEALTH_PATH, PORT_VARIABLE = "/healthcheck", "FLOWER_PORT"
 
     def start_server(self, *args: str) -> None:
-        """Serve; everybody but the account of ``FLOWER_BASIC_AUTH`` gets a 401.
+        """Run Flower; only the account in ``FLOWER_BASIC_AUTH`` has access.
 
         Raise CommandError if another process uses the port.
         """
@@ -30,7 +30,7 @@ class Flower(CeleryFlower):
             # Not an argument, which other users of the host could read
             os.environ["FLOWER_BASIC_AUTH"] = settings.FLOWER_BASIC_AUTH
         signal.signal(signal.SIGTERM, lambda *_: sys.exit())
-        # Flower is a plugin of the whole command line.
+        # Flower is a plugin of Celery's full command line.
         from celery.bin.celery import celery
 
         celery.params[0].default = self.app

@@ -16,7 +16,7 @@ class Server(GunicornServer):
         self.bind: str = process.get("ARGS", {}).get("bind", "unix:")
 
     def get_address(self) -> tuple[str, int] | None:
-        """Return host and port; None if it listens on neither."""
+        """Return host and port, or None if the server does not listen on a port."""
         address = parse_address(self.bind)
         return address if isinstance(address, tuple) else None
 

@@ -1,7 +1,7 @@
-"""gunicorn's threaded worker, which responds to health checks also if all threads are busy.
+"""gunicorn's threaded worker, with separate threads for health checks.
 
-A thread that waits for a database or a slow client cannot respond. Health checks have a
-thread of their own for each of their URLs.
+It responds to health checks even if all threads are busy with a slow database or slow clients.
+Each URL of a health check has its own thread.
 """
 
 import errno
@@ -25,7 +25,7 @@ from ..scheduling.heartbeats import start_web_heartbeat
 #: How long a new connection may be silent, in seconds.
 SILENCE_TIMEOUT = 5
 
-#: How many bytes of a request may show that it is a health check.
+#: How many bytes of a request are read to recognize a health check.
 PEEK_SIZE = 4096
 
 #: The signals with which the main process stops a worker.
@@ -38,10 +38,10 @@ class HealthWorker(ThreadWorker):
     """A threaded worker with threads for health checks."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """Prepare a worker in the main process, which is forked next.
+        """Create the worker in the main process, before the fork.
 
-        What is loaded before is in memory that all workers share, unless the garbage
-        collector writes to it, or what it frees is used again.
+        Workers share the memory of objects that are loaded before the fork, as long as the garbage
+        collector does not write to it and freed memory is not reused.
         https://docs.python.org/3/library/gc.html#gc.freeze
         """
         super().__init__(*args, **kwargs)
@@ -54,10 +54,10 @@ class HealthWorker(ThreadWorker):
         super().init_process()
 
     def init_signals(self) -> None:
-        """Handle signals. If one arrived since the process was forked, exit.
+        """Install the signal handlers; exit if a signal to stop has arrived since the fork.
 
-        Until here the process has the handlers of the main process, which only queue a
-        signal. The main process would wait for it until ``graceful_timeout``.
+        Until then the process has the handlers of the main process, which only queue signals.
+        The main process would wait for this worker until ``graceful_timeout``.
         """
         inherited: Any = signal.getsignal(signal.SIGTERM)
         super().init_signals()
@@ -67,14 +67,14 @@ class HealthWorker(ThreadWorker):
             sys.exit(0)
 
     def load_wsgi(self) -> None:
-        """Load the application, and record that the process is at work."""
+        """Load the application, and start to record heartbeats."""
         super().load_wsgi()
         start_web_heartbeat()
 
     def set_accept_enabled(self, enabled: bool | None) -> None:
-        """Start or stop accepting connections. A worker that ends first accepts those that wait.
+        """Start or stop accepting connections; before exiting, accept all waiting connections.
 
-        Closing the socket would reset them. It refuses later ones at once.
+        Closing the socket would reset them. New connections are refused immediately.
         https://github.com/benoitc/gunicorn/issues/3397
         """
         super().set_accept_enabled(enabled)
@@ -88,9 +88,9 @@ class HealthWorker(ThreadWorker):
     def accept(  # type: ignore[override]
         self, listener: socket.socket
     ) -> bool:
-        """Accept a connection, if one waits; return whether others may wait.
+        """Accept a waiting connection, if any; return whether more may be waiting.
 
-        It gets a thread when its first bytes arrive.
+        A connection gets a thread when its first bytes arrive.
         """
         try:
             client, address = listener.accept()
@@ -119,7 +119,7 @@ class HealthWorker(ThreadWorker):
             start = connection.sock.recv(PEEK_SIZE, socket.MSG_PEEK | socket.MSG_DONTWAIT)
         except OSError:
             start = b""
-        # An incomplete request could hold up the thread.
+        # An incomplete request could block the thread.
         if b"\r\n\r\n" in start:
             for name, health_pool in self.health_pools.items():
                 if start.startswith(name):

@@ -1,9 +1,9 @@
 """Health checks for load balancers and deploys.
 
 ``GET /health/live`` returns 200 while the process responds. ``GET /health/ready`` returns
-200 if the database and the broker are available, otherwise 503; its JSON names what is not.
-``GET /health/ready?deep`` also wants each worker and beat to have recorded a heartbeat lately.
-Either takes about ``READY_TIMEOUT`` at most, also if a server does not respond.
+200 if the database and the broker are available, otherwise 503, and the result of each check in
+JSON. ``GET /health/ready?deep`` also requires recent heartbeats of each worker and of beat. A check
+takes at most about ``READY_TIMEOUT``, even if a server does not respond.
 """
 
 import logging
@@ -41,13 +41,13 @@ def check_broker() -> None:
 
 
 def check_heartbeat(process: str) -> None:
-    """Raise an exception if no process of that kind recorded a heartbeat lately."""
+    """Raise an exception if no process with this name has recorded a heartbeat recently."""
     if not heartbeats.is_alive(process):
         raise NoHeartbeat
 
 
 class NoHeartbeat(Exception):
-    """A process hangs or does not run."""
+    """A process hangs or is not running."""
 
 
 CHECKS: dict[str, Callable[[], None]] = {"database": check_database, "broker": check_broker}
@@ -59,7 +59,7 @@ def get_deep_checks() -> dict[str, Callable[[], None]]:
     return CHECKS | {name: partial(check_heartbeat, name) for name in processes}
 
 
-#: The running check of each name: one that hangs is not started again.
+#: The threads of running checks, by name. A check that hangs is not started again.
 _running: dict[str, Thread] = {}
 
 
@@ -76,7 +76,7 @@ def get_readiness(checks: dict[str, Callable[[], None]]) -> dict[str, str]:
 
 
 class HealthMiddleware:
-    """Responds to health checks before any rule about hosts, HTTPS or sessions applies."""
+    """Responds to health checks before other middleware checks hosts, HTTPS or sessions."""
 
     def __init__(self, get_response: Callable[[HttpRequest], HttpResponse]) -> None:
         self.get_response = get_response

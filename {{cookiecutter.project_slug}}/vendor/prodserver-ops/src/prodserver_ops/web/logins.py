@@ -1,9 +1,9 @@
 """Login throttling: after too many failures, logins are refused for some minutes.
 
-It applies to the admin, the API and every other use of ``authenticate()``. A login is
-refused, without a look at the password, if ``ADDRESS`` is reached for the client's address.
-If ``NAME`` is reached for the user name, an address that never logged in with that name has
-one attempt in the same time, and one that did is not affected: nobody can lock a user out.
+This applies to the admin, the API and every other use of ``authenticate()``. If the client's
+address reaches the limit ``ADDRESS``, logins fail without checking the password. If the user name
+reaches the limit ``NAME``, addresses that have never logged in with that name have one attempt in
+the same time. Addresses that have are not affected, so nobody can lock a user out.
 
 ``python manage.py unlock`` ends a lock.
 """
@@ -31,11 +31,11 @@ LOCKOUT_MINUTES = 15
 ADDRESS = Limit("address", 10, LOCKOUT_MINUTES * 60)
 NAME = Limit("user name", 50, LOCKOUT_MINUTES * 60)
 
-#: How long an address that logged in with a user name is known, in seconds.
+#: How long an address is remembered after a login with a user name, in seconds.
 KNOWN = timedelta(days=90).total_seconds()
 
-#: Characters of a user name or password above which a login fails at once: the time to
-#: normalize a name grows with the square of its length.
+#: Maximum length of a user name or password. Logins with longer ones fail immediately, because the
+#: time to normalize a name grows with the square of its length.
 MAX_LENGTH = 1024
 
 
@@ -83,7 +83,7 @@ def is_locked(request: HttpRequest, username: str) -> bool:
     failures = ADDRESS.count(get_network(request))
     if failures >= ADDRESS.slots:
         return True
-    # An address under which nothing failed has one attempt for any name.
+    # An address without failures has one attempt for any name.
     return (
         failures > 0
         and NAME.count(normalize(username)) >= NAME.slots
@@ -95,7 +95,7 @@ def record_failure(request: HttpRequest, username: str) -> None:
     """Take one slot of the client's address and one of the user name."""
     for limit, value in ((ADDRESS, get_network(request)), (NAME, normalize(username))):
         if limit.take(value) and limit.count(value) == limit.slots:
-            logger.warning("Too many failed logins of one %s", limit.name)
+            logger.warning("Too many failed logins for one %s", limit.name)
 
 
 def record_success(request: HttpRequest, username: str) -> None:
@@ -106,7 +106,7 @@ def record_success(request: HttpRequest, username: str) -> None:
 
 
 def unlock(value: str) -> int:
-    """Forget the failures of a user name or an address; return how many they were."""
+    """Forget the failed logins of a user name or an address; return their number."""
     count = 0
     for limit, key in ((NAME, normalize(value)), (ADDRESS, to_network(value))):
         count += limit.count(key)

@@ -1,7 +1,7 @@
-"""What the backends of Granian and uvicorn share.
+"""The base class of the backends of Granian and uvicorn.
 
-django-prodserver's own backends take a command line, which knows neither the logs nor, for
-Granian, the time limit for a stop.
+django-prodserver's own backends use a command line, which cannot configure the logs or, for
+Granian, the time limit for stopping.
 """
 
 import inspect
@@ -14,7 +14,7 @@ from django_prodserver.backends.base import BaseServerBackend
 
 
 def port_in_use(port: int, variable: str = "PORT") -> CommandError:
-    """Return the error of a process whose port another one uses."""
+    """Return the error for a port that another process uses."""
     return CommandError(
         f"Port {port} is already in use. "
         f"Stop the process that uses it, or set {variable} to another port."
@@ -37,11 +37,11 @@ class PythonServer(BaseServerBackend):
 
     @property
     def application(self) -> str:
-        """The ASGI application, as these servers expect it."""
+        """The ASGI application in the form that these servers expect, ``module:name``."""
         return ":".join(settings.ASGI_APPLICATION.rsplit(".", 1))
 
     def get_address(self) -> tuple[str, int] | None:
-        """Return host and port; None if it listens on neither."""
+        """Return host and port, or None if the server does not listen on a port."""
         if self.arguments.keys() & self.other_addresses or "port" not in self.arguments:
             return None
         return self.arguments.get(self.address_argument, "127.0.0.1"), self.arguments["port"]

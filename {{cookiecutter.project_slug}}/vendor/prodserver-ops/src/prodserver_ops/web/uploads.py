@@ -1,4 +1,4 @@
-"""A limit for files that requests upload, which Django writes to temporary files without one."""
+"""A size limit for uploaded files. Django has none, and writes them to temporary files."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from django.core.files.uploadhandler import FileUploadHandler
 
 
 class LimitedUploadHandler(FileUploadHandler):
-    """Refuses requests with files of more than ``UPLOAD_MAX_SIZE`` bytes altogether."""
+    """Rejects requests with more than ``UPLOAD_MAX_SIZE`` bytes of files in total."""
 
     def handle_raw_input(
         self,
@@ -23,8 +23,8 @@ class LimitedUploadHandler(FileUploadHandler):
             raise RequestDataTooBig("The uploaded files are larger than UPLOAD_MAX_SIZE.")
 
     def receive_data_chunk(self, raw_data: bytes, start: int) -> bytes:
-        """Leave the data to the next handler."""
+        """Pass the data to the next handler."""
         return raw_data
 
     def file_complete(self, file_size: int) -> None:
-        """Leave the file to the next handler."""
+        """Pass the file to the next handler."""

@@ -19,7 +19,7 @@ TRY_AGAIN_LATER = 1013
 
 
 class UnknownPath(AsyncWebsocketConsumer):
-    """Refuses a connection."""
+    """Rejects a connection."""
 
     async def connect(self) -> None:
         """Close it with a 403."""
@@ -27,17 +27,17 @@ class UnknownPath(AsyncWebsocketConsumer):
 
 
 class RedisErrorMiddleware:
-    """Closes a WebSocket if Redis is unavailable; its page connects again."""
+    """Closes a WebSocket if Redis is unavailable; its page reconnects."""
 
     def __init__(self, application: Any) -> None:
         self.application = application
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Run the application; log an error of Redis in one line."""
+        """Run the application; log a Redis error as one line."""
         try:
             await self.application(scope, receive, send)
         except RedisError as error:
-            logger.warning("A WebSocket is closed, Redis is unavailable: %s", type(error).__name__)
+            logger.warning("WebSocket closed, Redis is unavailable: %s", type(error).__name__)
             with suppress(OSError, RuntimeError):  # The client may be gone.
                 await send({"type": "websocket.close", "code": TRY_AGAIN_LATER})
 
@@ -45,7 +45,7 @@ class RedisErrorMiddleware:
 def get_websocket_application(urlpatterns: list[Any]) -> Any:
     """Return an application that serves these paths to pages of ``ALLOWED_HOSTS``.
 
-    ``scope["user"]`` is the user of the session. Other paths are refused.
+    ``scope["user"]`` is the user of the session. Connections to other paths are rejected.
     """
     unknown: Any = UnknownPath.as_asgi()
     routes: list[Any] = [*urlpatterns, re_path("", unknown)]

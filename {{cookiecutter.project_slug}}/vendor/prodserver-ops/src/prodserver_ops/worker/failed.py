@@ -1,8 +1,8 @@
-"""Messages that no worker could run, in a queue that no worker consumes.
+"""Failed tasks: their messages are in a queue that no worker consumes.
 
-They are tasks that killed worker after worker, and tasks that no worker knows, as after a
-rollback. ``doctor`` reports them and ``python manage.py requeue`` runs them again. A worker that
-knows a task returns its messages when it starts.
+These tasks have killed several workers, or are unknown to all workers, for example after a
+rollback. ``doctor`` reports them, and ``python manage.py requeue`` runs them again. When a worker
+starts, it also requeues the unknown tasks that it knows.
 """
 
 import logging
@@ -20,26 +20,26 @@ from .app import make_failed_queue
 
 logger = logging.getLogger(__name__)
 
-#: How long the message of an unknown task goes back to its queue, in seconds: while a deploy
-#: replaces the workers, another one may know it.
+#: How long the message of an unknown task returns to its queue, in seconds. During a deploy,
+#: another worker may know the task.
 UNKNOWN_SECONDS = 120
 
-#: How long a worker keeps such a message before it goes back, in seconds.
+#: How long a worker holds such a message before returning it, in seconds.
 HOLD_SECONDS = 0.5
 
-#: The properties of a message that stay the same.
+#: The properties of a message that are preserved.
 KEPT_PROPERTIES = ("correlation_id", "reply_to", "priority", "delivery_mode")
 
 
 class Consumer(CeleryConsumer):
-    """The part of a worker that receives messages; it discards none of an unknown task."""
+    """A worker's consumer. Unlike Celery's, it does not discard messages of unknown tasks."""
 
     def on_unknown_task(self, body: Any, message: Message, exc: Exception) -> None:
-        """Return the message for another worker; after ``UNKNOWN_SECONDS`` give it up."""
+        """Return the message to its queue; after ``UNKNOWN_SECONDS``, give up."""
         name = message.headers.get("task")
         since = float(message.headers.get("unknown_since") or 0)
         if not since:
-            logger.warning("%s is unknown to this worker; its message goes back", name)
+            logger.warning("%s is unknown to this worker; its message returns to the queue", name)
             since = time.time()
         is_given_up = time.time() - since >= UNKNOWN_SECONDS
         if is_given_up:
@@ -57,14 +57,14 @@ class Consumer(CeleryConsumer):
                 republish(self.app, message, source, headers)
             message.ack()
         except Exception as error:
-            # It is delivered again when the worker ends or connects again.
-            logger.warning("A message did not go back: %s", type(error).__name__)
+            # The broker redelivers it when the worker exits or reconnects.
+            logger.warning("Could not return a message to its queue: %s", type(error).__name__)
 
 
 def republish(
     app: Celery, message: Message, target: Queue | tuple[str, str], headers: dict[str, Any]
 ) -> None:
-    """Publish a message as it is to a queue, or to an exchange with a routing key."""
+    """Publish a message unchanged to a queue, or to an exchange with a routing key."""
     options: dict[str, Any] = {
         name: message.properties[name]
         for name in KEPT_PROPERTIES
@@ -86,7 +86,7 @@ def republish(
 
 
 def requeue(app: Celery, is_wanted: Callable[[Message], bool]) -> int:
-    """Return failed tasks to their queues; return how many."""
+    """Return failed tasks to their queues; return their number."""
     queue, count = make_failed_queue(app), 0
     with app.connection_for_write() as connection, connection.channel() as channel:
         bound = queue(channel)
@@ -110,7 +110,7 @@ def requeue(app: Celery, is_wanted: Callable[[Message], bool]) -> int:
 
 @signals.worker_ready.connect
 def return_known_tasks(sender: Any, **kwargs: Any) -> None:
-    """Return the messages whose task this worker knows; another one gave them up."""
+    """Requeue the unknown tasks that this worker knows."""
 
     def run() -> None:
         try:
@@ -122,10 +122,10 @@ def return_known_tasks(sender: Any, **kwargs: Any) -> None:
                 ),
             )
         except Exception as error:
-            logger.warning("Failed tasks were not looked at: %s", type(error).__name__)
+            logger.warning("Could not read the failed tasks: %s", type(error).__name__)
         else:
             if count:
-                logger.info("Tasks that were unknown before: %d returned", count)
+                logger.info("Failed tasks that this worker knows: %d requeued", count)
 
-    # A broker that hangs does not hold up the worker.
+    # In a thread, so that a broker that hangs does not block the worker.
     threading.Thread(target=run, daemon=True).start()

@@ -1,8 +1,8 @@
 """The record of task runs, which the page *Operations* shows.
 
-A worker notes each run in memory, and a thread writes what ended, and what has run for longer
-than a second, to the database once a second. A task never waits for that. SIGKILL loses the
-notes of the last second; a database that is unavailable loses those of that time.
+A worker keeps notes of its runs in memory. Once a second, a thread writes the runs that have ended,
+or have been running for more than a second, to the database. Tasks never wait for it. SIGKILL loses
+the notes of the last second, and notes are also lost while the database is unavailable.
 """
 
 import json
@@ -31,18 +31,18 @@ logger = logging.getLogger(__name__)
 #: How often a process writes its notes, in seconds.
 INTERVAL = 1
 
-#: How many runs a process writes each time, failed ones first, then those of schedules; the
-#: others are left out.
+#: Maximum number of runs that a process writes at a time. Failed runs come first, then runs of
+#: schedules; the others are not recorded.
 MAX_RUNS = 50
 
-#: How many notes a process keeps while the database is unavailable.
+#: Maximum number of notes that a process keeps in memory.
 MAX_NOTES = 1000
 
-#: How many rows are kept, and for how long.
+#: Maximum number and age of rows.
 KEEP_ROWS = 100_000
 KEEP_DAYS = timedelta(days=7)
 
-#: The states of Celery, as the record names them; others are left out.
+#: The states of Celery that are recorded, and their statuses.
 STATUSES = {
     "SUCCESS": TaskRun.Status.SUCCEEDED,
     "FAILURE": TaskRun.Status.FAILED,
@@ -57,7 +57,7 @@ MAX_ERROR = TaskRun._meta.get_field("error").max_length or 0
 
 @dataclass(slots=True)
 class Note:
-    """What a process notes of a run: it takes less time than a row."""
+    """A run in memory, which takes less time to create than a row."""
 
     task_id: str
     name: str
@@ -79,11 +79,11 @@ class Note:
 
     @property
     def is_stored(self) -> bool:
-        """Whether the run has a row already."""
+        """Whether the run already has a row."""
         return self.row is not None and self.row.pk is not None
 
     def make_row(self) -> TaskRun:
-        """Return the row of the run, with its present state."""
+        """Return the row of the run, with its current state."""
         if self.row is None:
             self.row = TaskRun(
                 task_id=self.task_id,
@@ -107,7 +107,7 @@ class Recorder:
         self.running: OrderedDict[str, Note] = OrderedDict()
         self.ended: list[Note] = []
         self.wake = threading.Event()
-        # The thread must not get a SIGTERM that the main thread defers: it would take effect.
+        # Block SIGTERM, so that the thread does not receive a signal that the main thread defers.
         with deferred_sigterm():
             threading.Thread(target=self.write_forever, daemon=True).start()
 
@@ -134,7 +134,7 @@ class Recorder:
                 return
             if isinstance(result, BaseException):
                 error = redact(f"{type(result).__name__}: {result}")[:MAX_ERROR]
-                # PostgreSQL stores no NUL, and UTF-8 has no surrogates.
+                # PostgreSQL cannot store NUL characters, and UTF-8 cannot encode surrogates.
                 note.error = error.replace("\0", "").encode(errors="replace").decode()
             self.ended.append(note)
             del self.ended[:-MAX_NOTES]
@@ -179,7 +179,7 @@ class Recorder:
 
 
 def dump(args: Any, kwargs: Any) -> str:
-    """Return the arguments of a task as JSON, or an empty text if they are too long."""
+    """Return the arguments of a task as JSON, or an empty string if they are too long."""
     try:
         text = json.dumps([args, kwargs])
     except (TypeError, ValueError, RecursionError):
@@ -191,7 +191,7 @@ _recorder: Recorder | None = None
 
 
 def get_recorder() -> Recorder:
-    """Return the recorder of this process; a worker forks."""
+    """Return the recorder of this process; create one after a fork."""
     global _recorder
     if _recorder is None or _recorder.pid != os.getpid():
         _recorder = Recorder()
@@ -215,13 +215,13 @@ def note_end(task_id: str, task: Any, retval: Any, state: str | None, **others: 
 @signals.worker_process_shutdown.connect
 @signals.worker_shutdown.connect
 def write_rest(**others: Any) -> None:
-    """Write what is left when a process of a worker ends."""
+    """Write the remaining notes when a worker process exits."""
     if _recorder is not None and _recorder.pid == os.getpid():
         _recorder.write()
 
 
 def delete_old_runs() -> None:
-    """Delete the rows that are too old or too many."""
+    """Delete the rows that exceed the maximum age or number."""
     TaskRun.objects.filter(started_at__lt=timezone.now() - KEEP_DAYS).delete()
     newest = TaskRun.objects.order_by("-pk").values_list("pk", flat=True).first()
     if newest is not None:

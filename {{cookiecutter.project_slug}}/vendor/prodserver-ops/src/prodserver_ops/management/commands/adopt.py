@@ -10,11 +10,11 @@ from ...console import adoption
 
 
 class Command(BaseCommand):
-    """Apply all migrations to a database whose recorded migrations are another service's.
+    """Apply all migrations to a database with the migration history of another service.
 
-    A table that exists is kept with its rows, and gets the columns that it lacks; the earlier
-    service can still use it. Does nothing if the database is this service's already.
-    docs/move.md leads through a move. Make a backup first.
+    Existing tables keep their rows, and get missing columns; the earlier service can still use
+    them. Does nothing if the database already belongs to this service. docs/move.md describes how
+    to move a service. Make a backup first.
     """
 
     help = "Take over the database of an earlier service; see docs/move.md."
@@ -24,11 +24,11 @@ class Command(BaseCommand):
         """Adopt the database."""
         problem = adoption.find_foreign_history(connection)
         if problem is None:
-            self.stdout.write("Nothing to adopt: the migrations are those of this service")
+            self.stdout.write("Nothing to adopt: the database already belongs to this service")
             return
         self.stdout.write(adoption.PROBLEM.format(problem))
         for line in adoption.adopt(connection):
             self.stdout.write(line)
-        # What is left to do after migrations, such as content types and permissions.
+        # The handlers of post_migrate create content types and permissions.
         call_command("migrate", verbosity=0, interactive=False)
         self.stdout.write(f"permissions copied: {adoption.copy_permissions()}")

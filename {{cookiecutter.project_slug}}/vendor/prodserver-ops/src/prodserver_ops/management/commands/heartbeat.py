@@ -1,4 +1,4 @@
-"""``python manage.py heartbeat PROCESS``: report whether a worker or beat of this host works."""
+"""``python manage.py heartbeat PROCESS``: report whether a worker or beat runs on this host."""
 
 import socket
 import sys
@@ -12,12 +12,12 @@ from ...scheduling import heartbeats
 
 
 class Command(BaseCommand):
-    """Exit with status 0 if a process of this host recorded a heartbeat lately, else with 1.
+    """Exit with status 0 if a process on this host has a recent heartbeat, otherwise with 1.
 
-    Health checks of containers run it.
+    Use it as the health check of a container.
     """
 
-    help = "Exit with status 0 if a worker or beat of this host is at work, otherwise with 1."
+    help = "Exit with status 0 if a worker or beat is running on this host, otherwise with 1."
     requires_system_checks = ()
 
     def add_arguments(self, parser: ArgumentParser) -> None:

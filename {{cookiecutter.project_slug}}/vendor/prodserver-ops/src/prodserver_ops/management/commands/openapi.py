@@ -21,7 +21,7 @@ class Command(BaseCommand):
     def add_arguments(self, parser: ArgumentParser) -> None:
         """Add ``--check``."""
         parser.add_argument(
-            "--check", action="store_true", help="Write nothing; fail if the file is not current."
+            "--check", action="store_true", help="Do not write the file; fail if it is outdated."
         )
 
     def handle(self, *args: Any, **options: Any) -> None:
@@ -34,14 +34,11 @@ class Command(BaseCommand):
         schema = generate_schema(validate=True)
         if options["check"]:
             if not path.exists() or path.read_text(encoding="utf-8") != schema:
-                raise CommandError(
-                    f"{path.name} is not the schema of the API as it is now;"
-                    " run: uv run manage.py openapi"
-                )
-            self.stdout.write(f"{path.name} is current.")
+                raise CommandError(f"{path.name} is outdated; run: uv run manage.py openapi")
+            self.stdout.write(f"{path.name} is up to date.")
             return
         try:
             path.write_text(schema, encoding="utf-8")
         except OSError as error:
             raise CommandError(f"{path} cannot be written: {error.strerror}") from error
-        self.stdout.write(f"{path.name} is written.")
+        self.stdout.write(f"{path.name} was written.")

@@ -36,7 +36,7 @@ except ImportError:
 #: How long a process may take to stop before a reload kills it, in seconds.
 STOP_TIMEOUT = 10
 
-#: How often to look for the parent process, in seconds.
+#: How often to check whether the parent process is running, in seconds.
 PARENT_INTERVAL = 0.5
 
 #: The commands for one kind of process, each with the base class of its backends.
@@ -46,9 +46,9 @@ COMMANDS = {"server": BaseServerBackend, "worker": BaseWorkerBackend}
 class Command(BaseProcessCommand):
     """Run the web, worker or beat process in the foreground, until SIGTERM.
 
-    The processes are those of the setting ``PRODUCTION_PROCESSES``. A missing or unknown
-    name exits with status 1. The commands ``server`` and ``worker`` are the same for one kind
-    of process, which ``backend_base_class`` says.
+    The setting ``PRODUCTION_PROCESSES`` defines the processes. Exits with status 1 if the name is
+    missing or unknown. The commands ``server`` and ``worker`` run only processes whose backend is
+    a subclass of ``backend_base_class``.
     """
 
     help = "Run one process of the service in the foreground, until SIGTERM."
@@ -75,7 +75,7 @@ class Command(BaseProcessCommand):
         return [name for name, process in processes if self.find_other_command(process) is None]
 
     def find_other_command(self, process: dict[str, Any]) -> str | None:
-        """Return the command for the kind of a process if this one is for another kind."""
+        """Return the command that runs this kind of process, or None if this command does."""
         if self.backend_base_class is BaseProcessBackend:
             return None
         try:
@@ -93,7 +93,7 @@ class Command(BaseProcessCommand):
         """Run the process; raise CommandError if it cannot start."""
         if process_name not in settings.PRODUCTION_PROCESSES:
             processes = ", ".join(self.get_process_names())
-            problem = f"unknown process {process_name!r}" if process_name else "no process named"
+            problem = f"unknown process {process_name!r}" if process_name else "no process name"
             raise CommandError(f"{problem}; the processes are: {processes}")
         if other := self.find_other_command(settings.PRODUCTION_PROCESSES[process_name]):
             raise CommandError(
@@ -105,7 +105,7 @@ class Command(BaseProcessCommand):
             return
         if pooler := find_pooler():
             raise CommandError(pooler)
-        # A server may read the command line too, and would fail on Django's options.
+        # Some servers also read the command line, and would fail on Django's options.
         sys.argv[1:] = ["prodserver", process_name]
         logs.configure(process_name)
         self.stdout = OutputWrapper(sys.stdout)
@@ -141,7 +141,7 @@ class Command(BaseProcessCommand):
 
 
 def get_packages() -> list[Path]:
-    """Return the folders of the Python packages beside ``manage.py``."""
+    """Return the folders of the Python packages next to ``manage.py``."""
     return [path.parent for path in Path(settings.BASE_DIR).glob("*/__init__.py")]
 
 
@@ -154,7 +154,7 @@ def wait_for_parent(stopped: threading.Event) -> None:
 
 
 def stop(child: subprocess.Popen[bytes], timeout: float) -> None:
-    """Stop a process with SIGTERM; after the timeout in seconds with SIGKILL."""
+    """Stop a process with SIGTERM, and with SIGKILL after the timeout in seconds."""
     child.terminate()
     try:
         child.wait(timeout)

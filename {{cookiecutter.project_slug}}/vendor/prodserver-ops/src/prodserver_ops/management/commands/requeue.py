@@ -1,4 +1,4 @@
-"""``python manage.py requeue``: run the tasks again that were given up."""
+"""``python manage.py requeue``: run failed tasks again."""
 
 from argparse import ArgumentParser
 from typing import Any
@@ -11,12 +11,12 @@ from ...worker.failed import requeue
 
 
 class Command(BaseCommand):
-    """Return the messages of failed tasks to the queue, all or those of some tasks.
+    """Return the messages of failed tasks to their queues; by default those of all tasks.
 
-    ``doctor`` reports how many there are. Prints how many were returned.
+    ``doctor`` reports how many there are. Prints the number of requeued tasks.
     """
 
-    help = "Run the tasks again that were given up; doctor reports how many there are."
+    help = "Run failed tasks again. The command doctor reports how many there are."
 
     def add_arguments(self, parser: ArgumentParser) -> None:
         """Add the names of tasks."""

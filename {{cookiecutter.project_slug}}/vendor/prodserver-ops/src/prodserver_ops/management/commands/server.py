@@ -1,4 +1,4 @@
-"""``python manage.py server PROCESS``: the name that django-prodserver has for ``prodserver``."""
+"""``python manage.py server PROCESS``: django-prodserver's command for web servers."""
 
 from django_prodserver.backends.base import BaseServerBackend
 

@@ -1,4 +1,4 @@
-"""``python manage.py smoke``: start all processes of the service, and prove that they work."""
+"""``python manage.py smoke``: start all processes of the service, and check that they work."""
 
 import os
 import signal
@@ -31,12 +31,12 @@ SHOWN_LINES = 20
 class Command(BaseCommand):
     """Start all processes of ``PRODUCTION_PROCESSES`` and stop them again.
 
-    In between, web must be ready, worker and beat must record heartbeats, and a schedule in
-    the database must be dispatched and run; it is deleted after. Exits with status 1, and
-    the output of the process in question, if that takes too long or a process fails.
+    In between, web must become ready, worker and beat must record heartbeats, and a temporary
+    schedule must be dispatched and run. If this takes too long or a process fails, prints the
+    output of that process, and exits with status 1.
     """
 
-    help = "Start all processes, wait until a schedule was run by a worker, and stop them."
+    help = "Start all processes, wait until a worker has run a schedule, and stop them."
 
     def add_arguments(self, parser: ArgumentParser) -> None:
         """Add the time limit."""
@@ -45,7 +45,7 @@ class Command(BaseCommand):
             type=int,
             default=60,
             metavar="SECONDS",
-            help="How long they may take to work, and then to stop; 60 by default.",
+            help="Time limit for the processes to be ready, and then to stop; 60 by default.",
         )
 
     def handle(self, *args: Any, **options: Any) -> None:
@@ -70,7 +70,7 @@ class Command(BaseCommand):
 
 @contextmanager
 def temporary_schedule() -> Any:
-    """Yield a schedule that is due each second, and delete it after."""
+    """Yield a schedule that is due every second, and delete it afterwards."""
     interval, _ = IntervalSchedule.objects.get_or_create(every=1, period="seconds")
     schedule = PeriodicTask.objects.create(
         name=f"smoke-{os.getpid()}", task="ops.delete_records", interval=interval
@@ -159,7 +159,7 @@ class Processes:
                 raise self.get_error(name, f"ended with status {status} when it was stopped")
 
     def kill(self) -> None:
-        """Kill what still runs, with its child processes."""
+        """Kill the processes that are still running, with their child processes."""
         for process, output in self.running.values():
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)

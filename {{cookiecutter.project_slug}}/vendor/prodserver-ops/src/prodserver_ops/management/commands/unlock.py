@@ -1,4 +1,4 @@
-"""``python manage.py unlock``: allow logins again that failed too often."""
+"""``python manage.py unlock``: allow logins again after too many failures."""
 
 from argparse import ArgumentParser
 from typing import Any
@@ -20,7 +20,7 @@ class Command(BaseCommand):
         )
 
     def handle(self, *args: Any, **options: Any) -> None:
-        """Forget the failures, and say how many there were."""
+        """Forget the failures, and print how many there were."""
         for name in options["names"]:
             count = logins.unlock(name)
             self.stdout.write(f"{name}: {count} failed logins forgotten")

@@ -1,4 +1,4 @@
-"""``python manage.py upgrade``: bring the service to the newest version of its template."""
+"""``python manage.py upgrade``: upgrade the service to the newest version of its template."""
 
 import json
 import os
@@ -23,15 +23,15 @@ from ...api.schema import get_path
 #: Runs cruft, which renders both versions and applies the difference.
 CRUFT = ["tool", "run", "--from", "cruft>=2.16,<3", "--with", "cookiecutter>=2.7.1,<2.8", "cruft"]
 
-#: How many lines of the tests' output the report has.
+#: How many lines of the tests' output the report contains.
 SHOWN_LINES = 30
 
 RECORD = ".cruft.json"
 
 UNPLACED = (
-    "The template changed these files, and the service does not have them: they were renamed or "
-    "deleted. Make each change where its code is now. Add a file that you do not need to `skip` of "
-    "`[tool.cruft]` in `pyproject.toml`:"
+    "The template changed these files, but the service does not have them: they were renamed or "
+    "deleted. Make each change where the code is now. Add files that you do not need to `skip` in "
+    "`[tool.cruft]` of `pyproject.toml`:"
 )
 
 REJECTED = "Make the changes that these files contain, and delete them:"
@@ -43,16 +43,16 @@ VARIABLE = re.compile(
 
 
 class Command(BaseCommand):
-    """Apply what changed in the template since the recorded version, and report it.
+    """Apply the template's changes since the recorded version, and report them.
 
-    The report is Markdown: the template's changelog, changes that have no place in the service,
-    files with conflicts, new migrations, new and removed environment variables, and the result of
-    the tests. Nothing is committed and no database is changed. Exits with status 1 if the working
-    tree has changes, the template cannot be read, a change has no place, or the tests fail;
+    The report is Markdown: the template's changelog, changes to files that the service does not
+    have, files with conflicts, new migrations, new and removed environment variables, and the
+    result of the tests. Nothing is committed and no database is changed. Exits with status 1 if the
+    working tree has changes, the template cannot be read, files are missing, or the tests fail;
     conflicts are part of the report.
     """
 
-    help = "Bring the service to the newest version of its template, and report what changed."
+    help = "Upgrade the service to the newest version of its template, and report what changed."
     requires_system_checks = ()
 
     def add_arguments(self, parser: ArgumentParser) -> None:
@@ -66,7 +66,7 @@ class Command(BaseCommand):
         if uv is None:
             raise CommandError("uv not found; run: python3 -m pip install uv")
         if not Path(settings.BASE_DIR, RECORD).exists():
-            raise CommandError(f"{RECORD} not found: it names the template")
+            raise CommandError(f"{RECORD} not found: it contains the URL of the template")
         if run(["git", "status", "--porcelain"]).strip():
             raise CommandError("the working tree has changes: commit them first")
         before, files = read_state(), list_files()
@@ -83,7 +83,7 @@ class Command(BaseCommand):
         schema = get_path().name
         if set(conflicts) <= {schema} and not rejected:
             run([uv, "sync", "--quiet"])
-            # It is written, not merged. If that fails, a test says why.
+            # The schema is generated, not merged. If that fails, a test shows why.
             with suppress(CommandError):
                 run([uv, "run", "--quiet", "manage.py", "openapi"])
                 run(["git", "add", schema])
@@ -91,13 +91,15 @@ class Command(BaseCommand):
         sections = [
             f"# Template {before['version']} → {after['version']}",
             get_changelog(after, before["version"]),
-            list_section("Changes without a place", unplaced, UNPLACED),
+            list_section("Changes to missing files", unplaced, UNPLACED),
             list_section("Rejected changes", rejected, REJECTED),
             list_section("Conflicts", conflicts, "Resolve the marked lines of these files:"),
         ]
         passed = True
         if conflicts or rejected:
-            sections.append("The rest was not looked at because of the conflicts.")
+            sections.append(
+                "Migrations, variables and tests were not checked because of the conflicts."
+            )
         else:
             sections += [
                 list_section("New migrations", minus(after, before, "migrations")),
@@ -142,11 +144,11 @@ def run(command: list[str]) -> str:
 
 
 def read_state() -> dict[str, Any]:
-    """Return version and commit of the template, and what the service has now."""
+    """Return the template's version and commit, and the service's migrations and variables."""
     base = Path(settings.BASE_DIR)
     record = json.loads((base / RECORD).read_text())
     answers = record["context"]["cookiecutter"]
-    # The library in the service's folder is of the version that its files have.
+    # The library in vendor/ has the same version as the service's files.
     paths = [*base.glob("*/settings.py"), *base.glob("vendor/*/src/prodserver_ops/conf/*.py")]
     text = "\n".join(path.read_text() for path in paths)
     return {
@@ -161,7 +163,7 @@ def read_state() -> dict[str, Any]:
 
 
 def minus(one: dict[str, Any], other: dict[str, Any], name: str) -> list[str]:
-    """Return what one state has and the other lacks, sorted."""
+    """Return the items that one state has and the other lacks, sorted."""
     return sorted(one[name] - other[name])
 
 
@@ -191,10 +193,10 @@ def read_skipped() -> list[str]:
 def find_unplaced(
     uv: str, before: dict[str, Any], after: dict[str, Any], files: set[str], skipped: list[str]
 ) -> list[str]:
-    """Return the files that the template changed, and that the service did not have.
+    """Return the files that the template changed, but the service did not have.
 
-    Cruft leaves them out without a word. A new file in a folder that the service did not have
-    is one of them: it is where the template has it, for example in a package that was renamed.
+    cruft skips them silently. New files in a folder that the service did not have are included,
+    for example those in a package that was renamed.
     """
     with tempfile.TemporaryDirectory() as folder:
         old, new = (render(uv, state, Path(folder)) for state in (before, after))
@@ -215,7 +217,7 @@ def find_unplaced(
 
 
 def render(uv: str, state: dict[str, Any], folder: Path) -> dict[str, bytes]:
-    """Return the files of the template in a state of the service."""
+    """Render the template for a state of the service; return the files."""
     answers = json.dumps(state["answers"] | {"setup": False})
     place = ["--directory", state["directory"]] if state["directory"] else []
     output = folder / state["commit"]
@@ -229,7 +231,7 @@ def render(uv: str, state: dict[str, Any], folder: Path) -> dict[str, bytes]:
 
 
 def get_changelog(state: dict[str, Any], version: str) -> str:
-    """Return what the template's changelog has above the section of a version."""
+    """Return the sections of the template's changelog that are newer than a version."""
     with tempfile.TemporaryDirectory() as folder:
         run(["git", "clone", "--quiet", state["template"], folder])
         run(["git", "-C", folder, "checkout", "--quiet", state["commit"]])
@@ -245,7 +247,7 @@ def get_changelog(state: dict[str, Any], version: str) -> str:
 
 
 def list_section(title: str, items: list[str], introduction: str = "") -> str:
-    """Return a section with a list; an empty string without items."""
+    """Return a section with a list, or an empty string if there are no items."""
     lines = "\n".join(f"- `{item}`" for item in items)
     return f"## {title}\n\n{introduction}\n\n{lines}".replace("\n\n\n\n", "\n\n") if items else ""
 

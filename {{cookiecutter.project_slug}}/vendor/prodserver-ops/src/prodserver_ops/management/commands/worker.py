@@ -1,4 +1,4 @@
-"""``python manage.py worker PROCESS``: the name that django-prodserver has for ``prodserver``."""
+"""``python manage.py worker PROCESS``: django-prodserver's command for workers and beat."""
 
 from django_prodserver.backends.base import BaseWorkerBackend
 
