@@ -193,7 +193,6 @@ SHORT_TIMES = [
     ),
     ("mail/tasks.py", "RESUME_SECONDS = 60", "RESUME_SECONDS = 8"),
     ("mail/transport.py", "PAUSE_SECONDS = 60", "PAUSE_SECONDS = 20"),
-    ("scheduling/leases.py", "LEASE_SECONDS = 60", "LEASE_SECONDS = 15"),
     ("worker/failed.py", "UNKNOWN_SECONDS = 120", "UNKNOWN_SECONDS = 5"),
 ]
 

@@ -2,9 +2,9 @@
 
     uv run trials/mutants.py [MODULE ...]
 
-Copies the library and its tests, and runs mutmut on each module, such as ``scheduling.leases``,
+Copies the library and its tests, and runs mutmut on each module, such as ``scheduling.timing``,
 with the tests that are its own. Prints the changes that no test notices, and their number. Those
-of leases and locks run on the PostgreSQL server of this machine.
+of locks and the scheduler run on the PostgreSQL server of this machine.
 """
 
 import os
@@ -29,14 +29,15 @@ MODULES = {
     "mail.transport": ["test_deliveries"],
     "scheduling.beat": ["test_beat"],
     "scheduling.crontabs": ["test_crontabs"],
-    "scheduling.leases": ["test_leases"],
     "scheduling.operations": ["test_schedules"],
     "scheduling.scheduler": ["test_scheduler"],
+    "scheduling.timing": ["test_scheduler"],
+    "scheduling.validation": ["test_validation"],
     "web.logins": ["test_logins"],
 }
 
 #: The modules whose tests need a PostgreSQL server.
-POSTGRESQL = {"core.locks", "scheduling.leases"}
+POSTGRESQL = {"core.locks", "scheduling.scheduler"}
 
 #: The folder with the source of the library, from that of its tests.
 SOURCE = "../{{cookiecutter.project_slug}}/vendor/prodserver-ops/src"
