@@ -376,9 +376,11 @@ class Process:
 class Service:
     """A generated service with its own environment variables and processes."""
 
-    def __init__(self, folder, uv, environments, copies, **variables):
+    #: The names of the databases that others may copy; None if nobody may.
+    copies = None
+
+    def __init__(self, folder, uv, environments, **variables):
         self.folder = folder
-        self.copies = copies
         self.uv = uv
         self.environments = environments
         self.processes = []
@@ -429,7 +431,7 @@ class Service:
         """
         self.install("--no-dev")
         server, _, name = self.environment.get("DATABASE_URL", "").rpartition("/")
-        if server != POSTGRES_SERVER:
+        if server != POSTGRES_SERVER or self.copies is None:
             self.run("python manage.py collectstatic --noinput")
             self.run(self.procfile()["release"])
             return
@@ -539,7 +541,8 @@ def make_service(uv, environments, database_copies, shared_folder):
     with contextlib.ExitStack() as stack:
 
         def make(folder, **variables):
-            service = Service(folder, uv, environments, database_copies, **variables)
+            service = Service(folder, uv, environments, **variables)
+            service.copies = database_copies
             if service.uses_rabbitmq() and folder.name not in names:
                 lock = stack.enter_context((shared_folder / f"{folder.name}.queues").open("w"))
                 fcntl.flock(lock, fcntl.LOCK_EX)

@@ -9,6 +9,7 @@ import urllib.parse
 import pytest
 
 from tests.conftest import production_variables
+from tests.generate import replace
 from tests.servers import wait_for
 
 pytestmark = pytest.mark.slow
@@ -58,11 +59,16 @@ ATTACKS = {
 }
 
 
-@pytest.fixture
-def service(bake, make_service, postgres_url, rabbitmq_url):
-    service = make_service(
-        bake(project_slug="attacked"), **production_variables(postgres_url, rabbitmq_url)
-    )
+@pytest.fixture(params=["PBKDF2"])
+def service(request, bake, make_service, postgres_url, rabbitmq_url):
+    """A service in production mode that hashes passwords in this way."""
+    project = bake(project_slug="attacked")
+    if request.param != "PBKDF2":
+        hasher = f"django.contrib.auth.hashers.{request.param}PasswordHasher"
+        old = "    USE_TZ = True\n"
+        settings = project / "attacked" / "settings.py"
+        replace(settings, old, f'{old}    PASSWORD_HASHERS = ["{hasher}"]\n')
+    service = make_service(project, **production_variables(postgres_url, rabbitmq_url))
     service.deploy()
     return service
 
@@ -115,6 +121,8 @@ def test_no_attack_stops_the_service_or_fills_the_log(service):
     assert web.stop() == 0
 
 
+# What is counted does not depend on how long a hash takes.
+@pytest.mark.parametrize("service", ["MD5"], indirect=True)
 def test_an_attack_on_a_name_locks_nobody_out(service):
     service.shell('User.objects.create_superuser("admin", "a@example.com", "secret")')
     web = service.start("web")
