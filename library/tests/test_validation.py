@@ -69,7 +69,11 @@ def test_good_row_is_accepted(post):
         ("kwargs", "[1]", "Must be JSON such as {}."),
         ("args", "[]", "Does not fit the task: missing 1 required positional argument: 'period'."),
         ("args", "[1, 2]", "Does not fit the task: takes 1 positional argument but 2 were given."),
-        ("kwargs", '{"sheets": 2}', "Does not fit the task: got an unexpected keyword argument 'sheets'."),
+        (
+            "kwargs",
+            '{"sheets": 2}',
+            "Does not fit the task: got an unexpected keyword argument 'sheets'.",
+        ),
         ("queue", "reports", "Is read by no worker; the queues are: dummy, dummy.mail."),
         ("routing_key", "x", "Needs the name of the queue."),
         ("expire_seconds", "4000000000", None),

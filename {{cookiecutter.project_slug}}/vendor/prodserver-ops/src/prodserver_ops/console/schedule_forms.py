@@ -19,7 +19,9 @@ class ScheduleForm(admin.PeriodicTaskForm):  # type: ignore[misc]
             return
         current_app.loader.import_default_modules()
         for name, problem in validation.find_problems(self.instance).items():
-            self.add_error(name if name in self.fields else None, f"{problem[:1].upper()}{problem[1:]}.")
+            self.add_error(
+                name if name in self.fields else None, f"{problem[:1].upper()}{problem[1:]}."
+            )
 
 
 class CrontabForm(forms.ModelForm):  # type: ignore[type-arg]

@@ -90,7 +90,8 @@ def prepare(service: Any) -> None:
             name,
         )
         sys.exit(1)
-    service.scheduler.tick = guard(service.scheduler.tick)
+    scheduler: Any = service.scheduler
+    scheduler.tick = guard(scheduler.tick)
     atexit.register(heartbeats.forget)
 
 

@@ -33,10 +33,10 @@ def claim(headers: dict[str, Any]) -> bool:
 
 def finish(headers: dict[str, Any]) -> None:
     """Record that the task of a message has ended, so that the next run may start."""
+    pk, attempt = headers.get("schedule_run"), headers.get("schedule_attempt")
+    if pk is None:
+        return
     try:
-        runs = ScheduleRun.objects.filter(
-            pk=headers.get("schedule_run"), started_by=headers.get("schedule_attempt")
-        )
-        runs.update(finished_at=Now())
+        ScheduleRun.objects.filter(pk=pk, started_by=attempt).update(finished_at=Now())
     except (DatabaseError, InterfaceError) as error:
         logger.warning("The end of a run is not recorded: %s", type(error).__name__)

@@ -113,11 +113,9 @@ def _get_schedule(row: PeriodicTask) -> Any:
 def get_since(row: PeriodicTask) -> datetime:
     """Return since when a schedule has its present timing."""
     timing: ScheduleTiming | None = getattr(row, "ops_timing", None)
-    if timing is not None:
-        return timing.since
     # A new row has no date yet.
-    changed: datetime = row.date_changed or timezone.now()
-    return changed
+    since: datetime = timing.since if timing else row.date_changed or timezone.now()
+    return since
 
 
 def get_signature(row: PeriodicTask) -> str:
