@@ -24,7 +24,7 @@ def app(request, make_part, settings, monkeypatch):
     """The Celery app of a service that uses this broker, with queues of its own."""
     monkeypatch.setenv("CELERY_BROKER_URL", make_part(request.param))
     package = {"PACKAGE": f"sample_{uuid4().hex[:8]}"}
-    values = evaluate(type("BrokerSample", (TestSettings,), package)())
+    values = evaluate(type("BrokerSettings", (TestSettings,), package)())
     for name, value in values.items():
         if name.startswith("CELERY_"):
             setattr(settings, name, value)

@@ -8,7 +8,7 @@ the timing of each schedule, and since when it applies.
 from collections.abc import Iterable
 from datetime import datetime, timedelta
 from hashlib import blake2b
-from typing import Any
+from typing import Any, cast
 
 from celery import current_app
 from django.db.models import OuterRef, Subquery
@@ -114,8 +114,8 @@ def get_since(row: PeriodicTask) -> datetime:
     """Return since when a schedule has its present timing."""
     timing: ScheduleTiming | None = getattr(row, "ops_timing", None)
     # A new row has no date yet.
-    since: datetime = timing.since if timing else row.date_changed or timezone.now()
-    return since
+    since = timing.since if timing is not None else row.date_changed or timezone.now()
+    return cast(datetime, since)
 
 
 def get_signature(row: PeriodicTask) -> str:

@@ -147,7 +147,7 @@ def read_state() -> dict[str, Any]:
     """Return the template's version and commit, and the service's migrations and variables."""
     base = Path(settings.BASE_DIR)
     record = json.loads((base / RECORD).read_text())
-    answers = record["context"]["cookiecutter"]
+    context = record["context"]["cookiecutter"]
     # The library in vendor/ has the same version as the service's files.
     paths = [*base.glob("*/settings.py"), *base.glob("vendor/*/src/prodserver_ops/conf/*.py")]
     text = "\n".join(path.read_text() for path in paths)
@@ -155,8 +155,8 @@ def read_state() -> dict[str, Any]:
         "template": record["template"],
         "commit": record["commit"],
         "directory": record.get("directory"),
-        "answers": {name: value for name, value in answers.items() if not name.startswith("_")},
-        "version": answers["_version"],
+        "context": {name: value for name, value in context.items() if not name.startswith("_")},
+        "version": context["_version"],
         "migrations": {str(path.relative_to(base)) for path in base.glob("*/**/migrations/0*.py")},
         "variables": {name for match in VARIABLE.findall(text) for name in match if name},
     }
@@ -218,12 +218,12 @@ def find_unplaced(
 
 def render(uv: str, state: dict[str, Any], folder: Path) -> dict[str, bytes]:
     """Render the template for a state of the service; return the files."""
-    answers = json.dumps(state["answers"] | {"setup": False})
+    context = json.dumps(state["context"] | {"setup": False})
     place = ["--directory", state["directory"]] if state["directory"] else []
     output = folder / state["commit"]
     output.mkdir()
     template = ["create", state["template"], "--checkout", state["commit"], *place]
-    arguments = ["--no-input", "--extra-context", answers, "--output-dir", str(output)]
+    arguments = ["--no-input", "--extra-context", context, "--output-dir", str(output)]
     run([uv, *CRUFT, *template, *arguments])
     (service,) = output.iterdir()
     paths = [path for path in service.rglob("*") if path.is_file()]
