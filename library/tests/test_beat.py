@@ -1,4 +1,4 @@
-"""Beat: one process dispatches, and one that hangs or lost its lease restarts."""
+"""Beat: one process dispatches; a process that hangs or has lost its lease restarts."""
 
 import pytest
 from celery import current_app
@@ -14,7 +14,7 @@ class Restarted(BaseException):
 
 @pytest.fixture(autouse=True)
 def restarts(monkeypatch):
-    """The reasons of restarts, none of which happens."""
+    """Collect the reasons for restarts instead of restarting."""
     reasons = []
 
     def restart(reason):
@@ -77,14 +77,14 @@ class TestPass:
         assert restarts == ["another beat has taken over"]
 
     @pytest.mark.parametrize("error", [OperationalError, InterfaceError])
-    def test_waits_for_a_database_that_is_away(self, set_lease, caplog, error):
+    def test_waits_for_an_unavailable_database(self, set_lease, caplog, error):
         set_lease(error(), error(), True, error())
         guarded = beat.guard(lambda: 3)
         assert [guarded() for _ in range(4)] == [1, 1, 3, 1]
         message = f"beat: Waiting: the database does not respond ({error.__name__})"
         assert [record.getMessage() for record in caplog.records] == [message] * 2
 
-    def test_that_hangs_restarts_the_process(self, monkeypatch, restarts):
+    def test_pass_that_hangs_restarts_the_process(self, monkeypatch, restarts):
         times = iter([0, 30, 60, 61])
         monkeypatch.setattr(beat, "_passed_at", 0)
         monkeypatch.setattr(beat.time, "monotonic", lambda: next(times))

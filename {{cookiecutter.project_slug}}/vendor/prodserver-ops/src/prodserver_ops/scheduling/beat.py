@@ -1,8 +1,8 @@
-"""Beat with a standby: one beat dispatches, the others wait until it is gone.
+"""Beat with a standby: one beat dispatches, the others wait until it has ended.
 
-At a deploy the old and the new beat overlap. The beat that holds a lease dispatches. Another
-takes over as soon as it is released, or was not renewed for ``LEASE_SECONDS``: the holder was
-killed, hangs, or is cut off. Every way to start beat takes the lease: ``prodserver beat``,
+During a deploy, the old and the new beat overlap. The beat that holds a lease dispatches. Another
+beat takes over when the lease is released, or has not been renewed for ``LEASE_SECONDS`` because
+its holder was killed, hangs, or is disconnected. All commands use the lease: ``prodserver beat``,
 ``celery beat`` with any scheduler, and ``celery worker --beat``.
 """
 
@@ -43,14 +43,14 @@ _passed_at: float = 0
 class Service(celery.beat.Service):
     """A service that stops between two passes of the scheduler, never in the middle of one.
 
-    Celery's own raises SystemExit wherever a signal finds it. Raised in a query, that can get
-    lost, and beat continues.
+    Celery's own service raises SystemExit wherever the signal interrupts it. In a query, the
+    exception can get lost, and beat continues.
     """
 
     stopping = False
 
     def get_scheduler(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the scheduler; each of its passes ends with the wait until the next."""
+        """Return the scheduler; each pass includes the wait for the next one."""
         scheduler: Any = super().get_scheduler(*args, **kwargs)
         tick = scheduler.tick
 
@@ -67,7 +67,7 @@ class Service(celery.beat.Service):
         """Stop after the current pass; a signal handler."""
         self.stopping = True
         self._is_shutdown.set()  # type: ignore[attr-defined]
-        # A server that does not respond may hold up the pass.
+        # A server that does not respond may block the pass.
         signal.signal(signal.SIGALRM, lambda *_: os._exit(1))
         signal.alarm(STOP_TIMEOUT)
 
@@ -90,7 +90,7 @@ class Beat(beat.Beat):
 
 
 def lead(sender: Any) -> None:
-    """Guard each pass of the scheduler, however beat was started."""
+    """Guard each pass of the scheduler, regardless of how beat was started."""
     if not lease.number:
         wait_for_lease()
         # It may have read the schedules before the wait.
@@ -130,7 +130,7 @@ def wait_for_lease() -> None:
 
 
 def guard(tick: Any) -> Any:
-    """Return a pass that holds the lease, and that waits for a database that is away."""
+    """Return a pass that renews the lease, and waits if the database is unavailable."""
     logged = None
 
     def guarded(*args: Any, **kwargs: Any) -> float:
@@ -176,14 +176,14 @@ def watch() -> None:
 
 
 def release() -> None:
-    """Let another beat take over at once; a process that ends calls it."""
+    """Let another beat take over immediately; called when the process exits."""
     with contextlib.suppress(DatabaseError, InterfaceError):
         lease.release()
     heartbeats.forget()
 
 
 def restart(reason: str) -> NoReturn:
-    """Replace this process with a new one that has the same process id, and stands by."""
+    """Replace this process with a new one on standby, with the same process id."""
     logger.warning("beat: Restarting: %s", reason)
     logging.shutdown()
     sys.stdout.flush()

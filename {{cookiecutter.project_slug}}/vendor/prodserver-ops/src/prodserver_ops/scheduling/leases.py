@@ -1,10 +1,10 @@
-"""Leases: one process at a time is in charge of something, whatever happens to the others.
+"""Leases: at most one process at a time holds a lease.
 
-A lease is a row with a number that grows with each holder, and the time of its renewal. Who
-does not renew it for ``LEASE_SECONDS`` has lost it to the first who asks for it; a process
-that was killed, at once to one on the same machine or in the same container. A holder
-that was paused finds its number outdated and must not act any more. The times are those of
-the database, so that no machine's clock matters.
+A lease is a row with a number, which each new holder increases, and the time of its last renewal.
+If the holder does not renew the lease for ``LEASE_SECONDS``, another process can take it. A process
+on the same machine or in the same container can take it immediately if the holder was killed. A
+holder that was paused notices that the number has changed, and must stop. Times are those of the
+database, so that the clocks of the machines do not matter.
 """
 
 import contextlib
@@ -53,7 +53,7 @@ def _is_gone(holder: str) -> bool:
 
 
 class Lease:
-    """The lease of a name, which this process may hold."""
+    """A lease with a name, which this process may hold."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -61,7 +61,7 @@ class Lease:
         self.number = 0
 
     def acquire(self) -> bool:
-        """Try to take the lease, unless another process has renewed it lately."""
+        """Try to take the lease, unless another process has renewed it recently."""
         with transaction.atomic():
             models.Lease.objects.get_or_create(name=self.name)
             row = models.Lease.objects.annotate(now=Now()).get(name=self.name)
@@ -88,7 +88,7 @@ class Lease:
         return cast(datetime, rows.values_list("renewed_at", flat=True)[0])
 
     def release(self) -> None:
-        """Let another process take the lease at once."""
+        """Let another process take the lease immediately."""
         rows = models.Lease.objects.filter(name=self.name, number=self.number)
         rows.update(renewed_at=None)
         self.number = 0

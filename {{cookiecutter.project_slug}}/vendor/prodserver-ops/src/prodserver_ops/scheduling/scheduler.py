@@ -1,9 +1,10 @@
-"""The scheduler of beat: each run of a schedule is queued once, at its time.
+"""The scheduler of beat: each run of a schedule is queued once, when it is due.
 
-Each pass reads the schedules from the database, so that a change counts at once. A run is a
-row, made together with the schedule's new ``last_run_at`` and only while this beat holds the
-lease. Then it is published, again if that failed or beat was killed. A worker runs the first
-message of a run that it gets, and ignores another one. Times are those of the database.
+Each pass reads the schedules from the database, so that changes take effect immediately. A run is a
+row. It is created together with the schedule's new ``last_run_at``, and only while this beat holds
+the lease. Then it is published, and published again if that failed or beat was killed. A worker
+runs the first message of a run that it receives, and ignores others. Times are those of the
+database.
 """
 
 import logging
@@ -28,7 +29,7 @@ from .leases import Lease, LostLease
 
 logger = logging.getLogger(__name__)
 
-#: How long beat tries to publish a run.
+#: How long beat keeps trying to publish a run.
 MAX_DELAY = timedelta(hours=1)
 
 #: How long a run of a task that coalesces may wait before another one is queued.
@@ -38,7 +39,7 @@ MAX_WAIT = timedelta(minutes=5)
 lease = Lease("beat")
 
 
-#: The kinds of schedules, each a relation of a row.
+#: The kinds of schedules, which are relations of ``PeriodicTask``.
 KINDS = ("crontab", "interval", "solar", "clocked")
 
 
@@ -52,15 +53,15 @@ class InvalidSchedule(Exception):
 def get_due(row: PeriodicTask, now: datetime) -> datetime | None:
     """Return the last time that a schedule was due and has not run, or None.
 
-    Runs before the last change of the schedule do not count, nor do those of a crontab
-    that are more than ``CELERY_BEAT_CRON_STARTING_DEADLINE`` ago. Earlier ones that were
-    missed are left out.
+    Due times before the last change of the schedule do not count, nor do due times of a crontab
+    that are more than ``CELERY_BEAT_CRON_STARTING_DEADLINE`` ago. If several were missed, only the
+    last one counts.
     """
     since = _get_start(row)
     if row.crontab is not None:
         deadline = current_app.conf.beat_cron_starting_deadline
         if deadline is not None:
-            # Exactly that long ago still counts.
+            # A due time exactly at the deadline still counts.
             since = max(since, now - timedelta(seconds=deadline, microseconds=1))
         return Crontab.from_row(row.crontab).get_latest(since, now)
     if row.interval is not None:
@@ -76,7 +77,7 @@ def get_due(row: PeriodicTask, now: datetime) -> datetime | None:
 def get_next(row: PeriodicTask, after: datetime, until: datetime | None = None) -> datetime | None:
     """Return when a schedule is due next after a time.
 
-    For a crontab, return None if that is later than ``until``, or never.
+    For a crontab, returns None if it is not due until ``until``.
     """
     since = max(_get_start(row), after)
     if row.crontab is not None:
@@ -91,7 +92,7 @@ def get_next(row: PeriodicTask, after: datetime, until: datetime | None = None) 
 
 
 def get_latest(row: PeriodicTask, since: datetime, now: datetime) -> datetime | None:
-    """Return the last time in a span that a schedule was due, whether it has run or not."""
+    """Return the last time in a period at which a schedule was due, whether or not it has run."""
     if row.crontab is not None:
         since = max(since, row.date_changed, row.start_time or row.date_changed)
         return Crontab.from_row(row.crontab).get_latest(since, now)
@@ -103,7 +104,7 @@ def _get_start(row: PeriodicTask) -> datetime:
     """Return the time after which a schedule is due: its last run, change or start."""
     start: datetime = max(filter(None, (row.last_run_at, row.date_changed)))
     if row.start_time is not None:
-        # The start itself counts.
+        # The start time itself counts.
         before = _get_period(row) if row.interval is not None else timedelta(microseconds=1)
         start = max(start, row.start_time - before)
     return start
@@ -129,7 +130,7 @@ def check_arguments(row: PeriodicTask) -> None:
 
 
 class Scheduler(DatabaseScheduler):  # type: ignore[misc]
-    """A scheduler that keeps nothing between two passes."""
+    """A scheduler that keeps no schedules in memory between passes."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.logged: set[str] = set()
@@ -148,7 +149,7 @@ class Scheduler(DatabaseScheduler):  # type: ignore[misc]
         """Do nothing: each run is stored before it is published."""
 
     def tick(self, *args: Any, **kwargs: Any) -> float:
-        """Queue what is due; return the seconds until the next pass.
+        """Queue due schedules; return the seconds until the next pass.
 
         Raises LostLease if another beat has taken over.
         """
@@ -171,13 +172,13 @@ class Scheduler(DatabaseScheduler):  # type: ignore[misc]
         return max((soonest - now).total_seconds() - elapsed, 0)
 
     def get_rows(self) -> QuerySet[PeriodicTask]:
-        """Return the enabled schedules; disable those that have expired."""
+        """Disable expired schedules, and return the enabled ones."""
         PeriodicTask.objects.filter(enabled=True, expires__lte=Now()).update(enabled=False)
         rows: QuerySet[PeriodicTask] = PeriodicTask.objects.filter(enabled=True).order_by("pk")
         return rows.select_related(*KINDS)
 
     def create_run(self, row: PeriodicTask, due: datetime) -> None:
-        """Store a run that is due, if the schedule is unchanged and the lease still held."""
+        """Store a due run, if the schedule is unchanged and this beat still holds the lease."""
         check_arguments(row)
         values: dict[str, Any] = {"last_run_at": due, "total_run_count": F("total_run_count") + 1}
         if row.one_off:
@@ -188,12 +189,12 @@ class Scheduler(DatabaseScheduler):  # type: ignore[misc]
         with transaction.atomic():
             lease.renew()
             if unchanged.update(**values) and not self.is_waiting(row):
-                # An earlier run that could not be published is left out.
+                # Skip an earlier run that could not be published.
                 ScheduleRun.objects.filter(schedule=row, published_at=None).delete()
                 ScheduleRun.objects.get_or_create(schedule=row, due_at=due)
 
     def is_waiting(self, row: PeriodicTask) -> bool:
-        """Return whether a task that coalesces still waits in the queue."""
+        """Return whether a coalescing task is still waiting in the queue."""
         if not getattr(self.app.tasks.get(row.task), "coalesces", False):
             return False
         waiting = ScheduleRun.objects.filter(
@@ -205,7 +206,7 @@ class Scheduler(DatabaseScheduler):  # type: ignore[misc]
         return waiting.exists() and not heartbeats.get_alive() & set(heartbeats.get_workers())
 
     def publish_runs(self, now: datetime) -> bool:
-        """Publish what is not published yet; return whether the broker is available."""
+        """Publish all unpublished runs; return whether the broker is available."""
         runs = ScheduleRun.objects.filter(published_at=None).order_by("due_at")
         for run in runs.select_related(*(f"schedule__{kind}" for kind in KINDS)):
             if now - run.created_at > MAX_DELAY:
@@ -216,7 +217,7 @@ class Scheduler(DatabaseScheduler):  # type: ignore[misc]
         return True
 
     def publish_run(self, run: ScheduleRun) -> BaseException | None:
-        """Publish a run; return the error if that failed."""
+        """Publish a run; return the error, if any."""
         run.attempts += 1
         run.save(update_fields=["attempts"])
         entry = ModelEntry(run.schedule, app=self.app)
@@ -234,7 +235,7 @@ class Scheduler(DatabaseScheduler):  # type: ignore[misc]
         return self.error
 
     def apply_async(self, *args: Any, **kwargs: Any) -> Any:
-        """Publish a message; keep the error if that fails."""
+        """Publish a message; store the error, if any."""
         try:
             return super().apply_async(*args, **kwargs)
         except SchedulingError as error:
@@ -242,7 +243,7 @@ class Scheduler(DatabaseScheduler):  # type: ignore[misc]
             raise
 
     def log_once(self, row: PeriodicTask, error: Exception) -> None:
-        """Log why a schedule cannot run, once."""
+        """Log once why a schedule cannot run."""
         message = f"Schedule {row.name} cannot run: {error}"
         if message not in self.logged:
             self.logged.add(message)

@@ -17,11 +17,11 @@ from ...scheduling.operations import CreateSchedule, DeleteSchedule, get_migrati
 
 
 class Command(BaseCommand):
-    """List the schedules that migrations created, and whether they are as created.
+    """List the schedules that migrations have created, and whether they are unchanged.
 
-    ``--missing`` lists those alone that were deleted or edited since. ``--restore NAME``
-    creates one that was deleted, as its migration does; with ``--overwrite`` it also undoes the
-    edits of one that is there. Exits with status 1 for a name that no migration created.
+    ``--missing`` lists only schedules that were deleted or edited. ``--restore NAME`` creates a
+    deleted schedule again, as in its migration; with ``--overwrite``, it also reverts the edits of
+    an existing schedule. Exits with status 1 for a name that no migration has created.
     """
 
     help = "Compare the schedules with those that migrations created, and restore deleted ones."
@@ -29,13 +29,13 @@ class Command(BaseCommand):
     def add_arguments(self, parser: ArgumentParser) -> None:
         """Add ``--missing``, ``--restore`` and ``--overwrite``."""
         parser.add_argument(
-            "--missing", action="store_true", help="List only those that were deleted or edited."
+            "--missing", action="store_true", help="List only deleted or edited schedules."
         )
         parser.add_argument(
-            "--restore", nargs="+", default=[], metavar="NAME", help="Create these again."
+            "--restore", nargs="+", default=[], metavar="NAME", help="Create these schedules again."
         )
         parser.add_argument(
-            "--overwrite", action="store_true", help="Let --restore undo an administrator's edits."
+            "--overwrite", action="store_true", help="Let --restore revert edits of administrators."
         )
 
     def handle(self, *args: Any, **options: Any) -> None:
@@ -56,7 +56,7 @@ class Command(BaseCommand):
 
 
 def get_created() -> dict[str, CreateSchedule]:
-    """Return the schedules that migrations create and that none deletes later, by name."""
+    """Return the schedules that migrations create and do not delete later, by name."""
     created: dict[str, CreateSchedule] = {}
     for _, migration in get_migrations(MigrationLoader(None)):
         for operation in migration.operations:
@@ -96,9 +96,9 @@ def restore(operation: CreateSchedule, overwrite: bool) -> str:
     """Create a schedule again; return what was done."""
     difference = compare(operation)
     if difference is None:
-        return "as created already"
+        return "unchanged"
     if difference != "missing" and not overwrite:
-        return f"left alone, {difference}; --overwrite undoes that"
+        return f"not restored, {difference}; --overwrite reverts the edits"
     state = ProjectState.from_apps(apps)
     editor: Any = SimpleNamespace(connection=connection)
     with transaction.atomic():
