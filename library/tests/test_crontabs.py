@@ -1,4 +1,4 @@
-"""Crontabs: when they are due, also on the days when the clock changes."""
+"""Due times of crontabs, including days when the clock changes."""
 
 from datetime import UTC, datetime, timedelta
 from zoneinfo import ZoneInfo

@@ -1,4 +1,4 @@
-"""Doctor: reports each part, its problems and the next command, within a time limit."""
+"""``doctor``: the result of each check and the next command for problems, in limited time."""
 
 import json
 import socket

@@ -1,4 +1,4 @@
-"""Heartbeats: which processes are at work, on this host or any."""
+"""Heartbeats: which processes are running, on this host or any."""
 
 import os
 import socket
@@ -117,7 +117,7 @@ def test_worker_records_it_while_its_loop_runs(monkeypatch, loop_age, alive):
     assert heartbeats.is_alive("worker") is alive
 
 
-def test_worker_survives_a_database_that_is_away(monkeypatch, caplog):
+def test_worker_survives_an_unavailable_database(monkeypatch, caplog):
     waits = []
 
     def stop(seconds):
@@ -135,7 +135,7 @@ def test_worker_survives_a_database_that_is_away(monkeypatch, caplog):
     with pytest.raises(Stop):
         heartbeats.record_forever("worker", heartbeats.loop_runs)
     assert [record.getMessage() for record in caplog.records] == [
-        "No heartbeat is recorded: OperationalError"
+        "Could not record a heartbeat: OperationalError"
     ] * 2
 
 

@@ -148,7 +148,7 @@ class TestRecord:
         recorder.start("id1", context, sample.name, [], {})
         recorder.end("id1", "SUCCESS", None)
         recorder.write()
-        assert "Runs of tasks are not recorded: ValueError" in caplog.text
+        assert "Could not record task runs: ValueError" in caplog.text
 
     def test_database_that_is_unavailable_stops_nothing(self, recorder, monkeypatch, caplog):
         def fail(*args, **kwargs):
@@ -157,7 +157,7 @@ class TestRecord:
         self.note(recorder, 1)
         monkeypatch.setattr(TaskRun.objects, "bulk_create", fail)
         recorder.write()
-        assert "Runs of tasks are not recorded: DatabaseError" in caplog.text
+        assert "Could not record task runs: DatabaseError" in caplog.text
 
     def test_arguments_that_are_too_long_are_left_out(self, recorder):
         self.note(recorder, 1, args=["x" * 2000])
@@ -208,7 +208,7 @@ class TestPage:
         assert "Template 1.2.3" in page()
 
     def test_shows_processes(self, page):
-        assert "No worker and no beat is at work." in page()
+        assert "No worker or beat is running." in page()
         Heartbeat.objects.create(process="beat", host="web1", pid=7, seen_at=timezone.now())
         assert re.search(r"beat 7 on web1: \d seconds ago", page())
 
@@ -262,7 +262,7 @@ class TestButtons:
         url = reverse("admin:ops_repeat", args=[run.pk])
         assert "Queued: test.operations." in admin_client.post(url, follow=True).text
         assert queued == [(sample.name, [1], {"b": 2}, {})]
-        assert "was tried again already" in admin_client.post(url, follow=True).text
+        assert "has already been tried again" in admin_client.post(url, follow=True).text
         assert len(queued) == 1
         assert "tried again" in admin_client.get(reverse(PAGE)).text
 

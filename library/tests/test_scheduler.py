@@ -495,7 +495,7 @@ class TestPublishing:
 
         monkeypatch.setattr(ScheduleRun.objects, "filter", fail)
         assert claims.claim({"schedule_run": 1, "schedule_attempt": 1})
-        message = f"The start of a run is not recorded: {error.__name__}"
+        message = f"Could not record the start of a run: {error.__name__}"
         assert [record.getMessage() for record in caplog.records] == [message]
 
     def test_worker_ignores_a_second_message(self, caplog):
@@ -509,7 +509,7 @@ class TestPublishing:
             )
             plain.apply(headers=headers)
         assert len(done) == 2
-        assert "ops-test.plain ignored: the same run was started already" in caplog.text
+        assert "ops-test.plain ignored: the same run has already been started" in caplog.text
 
 
 class TestCoalescing:

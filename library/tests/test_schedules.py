@@ -1,4 +1,4 @@
-"""Schedules: migrations create them, administrators own them, ``check`` finds invalid ones."""
+"""Schedules: migrations create them, administrators own them, ``check`` reports invalid ones."""
 
 import json
 from datetime import UTC, datetime, timedelta
@@ -258,14 +258,14 @@ class TestCommand:
     def test_schedule_as_its_migration_created_it(self, run):
         assert run("--created") == ["records-delete: as created"]
         assert run("--missing") == []
-        assert run("--restore", "records-delete") == ["records-delete: as created already"]
+        assert run("--restore", "records-delete") == ["records-delete: unchanged"]
 
     def test_deleted_schedule_is_listed_and_restored_once(self, run):
         before = PeriodicTask.objects.get(name="records-delete")
         before.delete()
         assert run("--missing") == ["records-delete: missing"]
         assert run("--restore", "records-delete") == ["records-delete: restored"]
-        assert run("--restore", "records-delete") == ["records-delete: as created already"]
+        assert run("--restore", "records-delete") == ["records-delete: unchanged"]
         restored = PeriodicTask.objects.get(name="records-delete")
         assert (restored.task, restored.interval) == (before.task, before.interval)
 
@@ -276,7 +276,7 @@ class TestCommand:
         edits = "edited: args is [1], disabled"
         assert run("--missing") == [f"records-delete: {edits}"]
         assert run("--restore", "records-delete") == [
-            f"records-delete: left alone, {edits}; --overwrite undoes that"
+            f"records-delete: not restored, {edits}; --overwrite reverts the edits"
         ]
         task.refresh_from_db()
         assert not task.enabled

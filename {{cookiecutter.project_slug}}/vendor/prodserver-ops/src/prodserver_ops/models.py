@@ -1,7 +1,4 @@
-"""What the app ``ops`` stores.
-
-Tokens of the API; the record of e-mail; leases, heartbeats, the runs of schedules and tasks;
-alerts.
+"""The models of the app ``ops``: API tokens, e-mail deliveries, heartbeats, runs, and alerts."""
 """
 
 from django.conf import settings
@@ -15,7 +12,7 @@ HEARTBEAT_AGE = 60
 
 
 class Token(models.Model):
-    """A token of the API; see ``api/tokens.py``. The row has a hash of it only."""
+    """An API token; see ``api/tokens.py``. Only a hash of it is stored."""
 
     user = models.ForeignKey(
         settings.AUTH_USER_MODEL, on_delete=models.CASCADE, related_name="api_tokens"
@@ -32,9 +29,9 @@ class Token(models.Model):
 
 
 class DigestRun(models.Model):
-    """A digest that is due for a period; finished once each recipient has a delivery.
+    """A digest for a period. It is finished when each recipient has a delivery.
 
-    Digest and end of the period identify it; the start may be earlier than usual.
+    The digest and the end of the period identify a run; its start may be earlier than usual.
     """
 
     digest = models.CharField(max_length=50)
@@ -58,7 +55,7 @@ class DigestRun(models.Model):
 
 
 class DigestDelivery(models.Model):
-    """A recipient received the digest for a period, or the reason why not.
+    """The delivery of a digest for a period to a recipient, or the reason why it failed.
 
     The row is created before the e-mail is sent.
     """
@@ -99,7 +96,7 @@ class DigestDelivery(models.Model):
 
 
 class Attempt(models.Model):
-    """An e-mail that is wanted, was refused, or may have been accepted; see ``mail/attempts.py``.
+    """An e-mail that was requested, refused or maybe accepted; see ``mail/attempts.py``.
 
     ``message_id`` is the local part of its Message-ID. The row is deleted once the e-mail is
     sent or given up.
@@ -117,7 +114,7 @@ class Attempt(models.Model):
 
 
 class Lease(models.Model):
-    """Which beat of release 1.x dispatches; it may run beside later ones during a deploy."""
+    """The lease of the beat of release 1.x, which may run during a deploy."""
 
     name = models.CharField(max_length=50, unique=True)
     number = models.BigIntegerField(default=0)
@@ -129,15 +126,14 @@ class Lease(models.Model):
 
 
 class Heartbeat(models.Model):
-    """When a process was at work last; see
-    ``scheduling/heartbeats.py``."""
+    """When a process was last known to be running; see ``scheduling/heartbeats.py``."""
 
     process = models.CharField(max_length=20)
     host = models.CharField(max_length=255)
     pid = models.PositiveIntegerField()
     seen_at = models.DateTimeField()
 
-    #: Its age in seconds, which ``get_heartbeats()`` of ``scheduling/heartbeats.py`` sets.
+    #: Age in seconds; set by ``get_heartbeats()`` in ``scheduling/heartbeats.py``.
     age: float
 
     class Meta:
@@ -152,7 +148,7 @@ class Heartbeat(models.Model):
 
     @property
     def is_alive(self) -> bool:
-        """Whether the process is at work."""
+        """Whether the process is running."""
         return self.age < HEARTBEAT_AGE
 
 
@@ -175,11 +171,10 @@ class ScheduleTiming(models.Model):
 
 
 class ScheduleRun(models.Model):
-    """A run of a schedule: when it was due, queued and started; see
-    ``scheduling/scheduler.py``.
+    """A run of a schedule: when it was due, queued and started; see ``scheduling/scheduler.py``.
 
     A beat claims it before it publishes it, and each claim is an attempt. ``started_by`` is the
-    number of the attempt whose message a worker runs. ``finished_at`` is stored for tasks
+    number of the attempt whose message a worker has started. ``finished_at`` is stored for tasks
     that must not overlap.
     """
 
@@ -213,7 +208,7 @@ class ScheduleRun(models.Model):
 class TaskRun(models.Model):
     """A run of a task; see ``worker/record.py``.
 
-    ``arguments`` is JSON: a list of the positional arguments and an object of the named ones.
+    ``arguments`` is JSON: a list of the positional arguments and an object of the keyword arguments.
     """
 
     class Status(models.TextChoices):

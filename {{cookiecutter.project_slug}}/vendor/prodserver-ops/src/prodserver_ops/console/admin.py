@@ -17,7 +17,7 @@ from .operations import OperationsAdmin
 
 User = get_user_model()
 
-# A project may have a form of its own.
+# A project may have its own form.
 admin.site.login_form = admin.site.login_form or LoginForm
 
 schedule_forms.install()
@@ -39,7 +39,7 @@ class DigestFilter(admin.SimpleListFilter):
 
 
 class RecordAdmin(LargeTableAdmin):
-    """Lists what code records; an administrator can delete rows but not add or edit them."""
+    """Lists records that code creates; administrators can delete them, but not add or edit them."""
 
     ordering = ("-pk",)
     sortable_by = ()
@@ -49,7 +49,7 @@ class RecordAdmin(LargeTableAdmin):
         return False
 
     def has_change_permission(self, request: HttpRequest, obj: Any = None) -> bool:
-        """What happened cannot be changed."""
+        """Records cannot be changed."""
         return False
 
 
@@ -68,7 +68,7 @@ if apps.is_installed("rest_framework"):
 
 @admin.register(DigestDelivery)
 class DigestDeliveryAdmin(RecordAdmin):
-    """Lists who received which digest."""
+    """Lists deliveries of digests, and their recipients."""
 
     list_display = ("digest", "recipient", "period_end", "status", "reason", "created_at")
     list_filter = ("status", DigestFilter)
@@ -82,7 +82,7 @@ class DigestDeliveryAdmin(RecordAdmin):
 
 @admin.register(TaskRun)
 class TaskRunAdmin(RecordAdmin, OperationsAdmin):
-    """Lists runs of tasks, and has the page *Operations*."""
+    """Lists task runs, and provides the page *Operations*."""
 
     list_display = ("name", "status", "started_at", "duration", "error", "host")
     list_filter = ("status",)

@@ -1,6 +1,6 @@
 """The checks of ``python manage.py doctor``, and the command to run next for each failure.
 
-A check returns a Result or raises an exception. Checks time out and leak no secrets.
+A check returns a Result or raises an exception. Checks have a time limit and do not leak secrets.
 """
 
 import json
@@ -55,7 +55,7 @@ class Result:
 
 
 def check_settings() -> Result:
-    """Run Django's system checks; in production those of ``check --deploy`` too."""
+    """Run Django's system checks; in production also those of ``check --deploy``."""
     messages = [
         message
         for message in checks.run_checks(include_deployment_checks=not settings.DEBUG)
@@ -97,7 +97,7 @@ def check_broker() -> Result:
 
 
 def check_queue() -> Result:
-    """Count the tasks that were given up."""
+    """Count the failed tasks."""
     name = get_failed_queue()
     count = broker.count_messages(current_app, [name], REPLY_TIMEOUT)[name]
     if not count:
@@ -156,7 +156,7 @@ def check_deliveries() -> Result:
 
 
 def get_record() -> Path:
-    """Return the path of the file that a generated service has: the state of its template."""
+    """Return the path of the file in which a generated service records its template."""
     return Path(settings.BASE_DIR, ".cruft.json")
 
 
@@ -188,7 +188,7 @@ def get_checks() -> dict[str, Callable[[], Result]]:
 
 
 def get_requirements() -> dict[str, str]:
-    """Return the checks that are skipped if another one fails, which is the value."""
+    """Return checks that depend on another check; they are skipped if it fails."""
     return {
         "migrations": "database",
         "schedules": "database",
@@ -301,7 +301,7 @@ def run_all() -> dict[str, Result]:
 
 
 def run(checks: dict[str, Callable[[], Result]], timeout: float | None = None) -> dict[str, Result]:
-    """Run checks at the same time; return their results by name after the time limit."""
+    """Run checks at the same time, with a time limit; return their results by name."""
     timeout = timeout or CHECK_TIMEOUT
     results: dict[str, Result] = {}
     done = concurrently.run(checks, timeout)

@@ -34,20 +34,20 @@ from .large_tables import LargeTableAdmin
 #: How long the page waits for the broker, in seconds.
 TIMEOUT = 2
 
-#: How many of each the page shows.
+#: Maximum number of alerts, runs, failures and schedules that the page shows.
 SHOWN_ALERTS = 20
 SHOWN_RUNS = 5
 SHOWN_FAILURES = 20
 SHOWN_RUNNING = 20
 SHOWN_SCHEDULES = 200
 
-#: How old the heartbeats are that it shows, in seconds.
+#: Maximum age of the heartbeats that the page shows, in seconds.
 SHOWN_AGE = 3600
 
-#: Age at which a failure does not count as a recent one.
+#: Maximum age of a recent failure.
 RECENT = timedelta(days=1)
 
-#: Who may see the page, and who may use its buttons.
+#: The permissions to view the page, and to use its buttons.
 VIEW_PERMISSION = "ops.view_taskrun"
 RUN_PERMISSION = "django_celery_beat.change_periodictask"
 
@@ -65,7 +65,7 @@ class Schedule:
 
 def get_schedules() -> list[Schedule]:
     """Return all schedules with their latest runs, the newest first."""
-    current_app.loader.import_default_modules()  # To know which tasks exist
+    current_app.loader.import_default_modules()  # Registers all tasks.
     rows = PeriodicTask.objects.select_related(*timing.RELATIONS)
     schedules = {}
     for row in rows.order_by("name")[:SHOWN_SCHEDULES]:
@@ -81,7 +81,7 @@ def get_schedules() -> list[Schedule]:
 
 
 def describe_timing(row: PeriodicTask) -> str:
-    """Return in words when a schedule runs."""
+    """Describe in words when a schedule runs."""
     if row.crontab is not None:
         with suppress(Exception):  # It may be invalid in any way.
             return f"{row.crontab.human_readable}"
@@ -94,14 +94,14 @@ def get_failures() -> list[TaskRun]:
 
 
 def get_running() -> list[TaskRun]:
-    """Return what runs now; a run whose worker was killed counts until its time limit."""
+    """Return running tasks; a run whose worker was killed counts until its time limit."""
     since = timezone.now() - timedelta(seconds=settings.CELERY_TASK_TIME_LIMIT)
     runs = TaskRun.objects.filter(status="running", started_at__gte=since)
     return list(runs.order_by("-pk")[:SHOWN_RUNNING])
 
 
 def get_queues() -> tuple[dict[str, int], str]:
-    """Return the queues with their numbers of messages, and what went wrong if anything did."""
+    """Return the number of messages by queue, and an error message or an empty string."""
     names = [*(queue.name for queue in settings.CELERY_TASK_QUEUES), get_failed_queue()]
     count = partial(broker.count_messages, current_app, names, TIMEOUT)
     match concurrently.run({"": count}, TIMEOUT).get(""):
@@ -119,7 +119,7 @@ def get_heartbeats() -> list[Heartbeat]:
 
 
 def get_summary() -> dict[str, Any]:
-    """Return what the index of the admin says: schedules, recent failures and processes."""
+    """Return the summary for the admin's index: schedules, recent failures and processes."""
     since = timezone.now() - RECENT
     failures = TaskRun.objects.filter(status="failed", started_at__gte=since, repeated_at=None)
     alive = heartbeats.get_alive()
@@ -131,7 +131,7 @@ def get_summary() -> dict[str, Any]:
 
 
 def run_task(name: str, args: Any, kwargs: Any, **options: Any) -> None:
-    """Queue a task; raise ValueError if no code has it."""
+    """Queue a task; raise ValueError if it does not exist."""
     current_app.loader.import_default_modules()
     if name not in current_app.tasks:
         raise ValueError(f"The task {name} does not exist.")
@@ -191,7 +191,7 @@ class OperationsAdmin(LargeTableAdmin):
         run = get_object_or_404(TaskRun, pk=pk)
         failed = TaskRun.objects.filter(pk=pk, status="failed", repeated_at=None)
         if not failed.update(repeated_at=timezone.now()):
-            messages.warning(request, f"Not queued: {run.name} was tried again already.")
+            messages.warning(request, f"Not queued: {run.name} has already been tried again.")
             return redirect("admin:ops_operations")
         args, kwargs = json.loads(run.arguments or "[[], {}]")
         headers = {"schedule": run.schedule_id} if run.schedule_id else {}
@@ -211,7 +211,7 @@ def require(request: HttpRequest, permission: str) -> None:
 def submit(
     request: HttpRequest, name: str, args: str, kwargs: str, label: str, **options: Any
 ) -> bool:
-    """Queue a task with arguments in JSON, and tell the user; return whether that worked."""
+    """Queue a task with arguments in JSON, and show a message; return whether it is queued."""
     try:
         run_task(name, loads(args), loads(kwargs), **options)
     except Exception as error:

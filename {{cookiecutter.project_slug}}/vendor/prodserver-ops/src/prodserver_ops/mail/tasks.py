@@ -1,4 +1,4 @@
-"""Tasks that deliver digests and notifications. Each may run twice without harm."""
+"""Tasks that deliver digests and notifications. They are idempotent."""
 
 import logging
 from collections.abc import Callable
@@ -21,8 +21,8 @@ logger = logging.getLogger(__name__)
 #: Seconds to wait while another process is sending the same messages.
 BUSY_SECONDS = 10
 
-#: Time between two runs of ``resume_deliveries``, after which the next one queues again what
-#: it queued, in seconds.
+#: Time between two runs of ``resume_deliveries``, in seconds. The tasks that it queues expire after
+#: this time, because the next run queues them again.
 RESUME_SECONDS = 60
 
 #: Age at which an unfinished run is queued again.
@@ -31,10 +31,10 @@ STALE_AFTER = timedelta(minutes=10)
 #: Age at which a notification that was requested is queued again.
 NOTIFICATION_GRACE = timedelta(minutes=1)
 
-#: How long after its time an attempt may still be made.
+#: How long after its due time an attempt may still be made.
 ATTEMPT_AGE = timedelta(days=8)
 
-#: Notifications of one kind that are queued again at once.
+#: Maximum number of notifications of one kind that are queued again at once.
 RESUME_LIMIT = 500
 
 #: The function that returns the digest's name, by the name of its task.
@@ -42,11 +42,10 @@ DIGEST_TASKS: dict[str, Callable[..., str]] = {}
 
 
 def digest_task(function: Callable[..., str]) -> Any:
-    """Decorator: turn a function that returns a digest's name into a task that sends it.
+    """Decorator: turn a function that returns the name of a digest into a task that sends it.
 
-    A schedule can run the task, whose name is the function's dotted path. The task sends
-    the digest for the last period before it was due; if it was due more than once since
-    then, only the last.
+    A schedule can run the task; its name is the function's dotted path. The task sends the digest
+    for the last period before its due time. If it was due several times, only the last one counts.
     """
     name = f"{function.__module__}.{function.__name__}"
 
@@ -61,9 +60,9 @@ def digest_task(function: Callable[..., str]) -> Any:
 
 
 def get_due_digests(now: datetime) -> dict[str, datetime]:
-    """Return when the schedule of each digest was due last, by the digest's name.
+    """Return the last due time of each digest's schedule, by the digest's name.
 
-    Leaves out what was due longer ago than the digest's ``max_age``.
+    Due times that are longer ago than the digest's ``max_age`` are excluded.
     """
     due: dict[str, datetime] = {}
     schedules = PeriodicTask.objects.filter(enabled=True, task__in=DIGEST_TASKS)
@@ -82,7 +81,7 @@ def get_due_digests(now: datetime) -> dict[str, datetime]:
 
 
 def start_digest(name: str, due: datetime) -> None:
-    """Queue the digest for the last period before ``due``, unless that is done already.
+    """Queue the digest for the last period before ``due``, unless it is already queued.
 
     Raises ValueError for an unknown name.
     """
@@ -95,7 +94,7 @@ def queue_chunks(run: DigestRun) -> None:
     """Queue a task for each chunk with remaining recipients; finish the run if there is none."""
     task: Any = send_digest_chunk
     chunks = list(deliveries.remaining_chunks(run))
-    # Another one is queued after this time as long as recipients are left.
+    # After this time, new tasks are queued as long as recipients remain.
     task.apply_many([(run.pk, chunk) for chunk in chunks], expires=STALE_AFTER.total_seconds())
     run.queued_at = timezone.now()
     run.finished_at = None if chunks else run.queued_at
@@ -104,9 +103,9 @@ def queue_chunks(run: DigestRun) -> None:
 
 
 def notify_on_commit(name: str, pk: Any) -> None:
-    """Request the notification of that name about an object.
+    """Request the notification with this name about an object.
 
-    The request is stored in the current transaction, and queued once that commits.
+    The request is stored in the current transaction, and the task is queued when it commits.
     """
     deliveries.request_notification(name, pk)
     task: Any = send_notification
@@ -118,7 +117,7 @@ def send_digest_chunk(self: Any, run_pk: int, chunk: int) -> None:
     """Send a digest to the recipients of one chunk."""
     run = DigestRun.objects.filter(pk=run_pk).first()
     if run is None:
-        return  # It was folded into a later one.
+        return  # It was merged into a later run.
     try:
         complete = deliveries.send_chunk(run, chunk)
     except deliveries.Busy:
@@ -135,7 +134,7 @@ def send_digest_chunk(self: Any, run_pk: int, chunk: int) -> None:
 
 @shared_task(name="ops.send_notification", bind=True)
 def send_notification(self: Any, name: str, pk: Any) -> None:
-    """Send the notification of that name about the object with that primary key."""
+    """Send the notification with this name about the object with this primary key."""
     try:
         deliveries.send_notification(get_notification(name), pk)
     except deliveries.Busy:
@@ -152,7 +151,7 @@ def queue_later(task: Any, seconds: float) -> None:
 
 @shared_task(name="ops.resume_deliveries", base=CoalescingTask)
 def resume_deliveries() -> None:
-    """Queue what no beat queued in time, and what a crash or a server interrupted."""
+    """Queue digests that beat did not queue, and deliveries that were interrupted."""
     now = timezone.now()
     for name, due in get_due_digests(now).items():
         start_digest(name, due)
@@ -168,7 +167,7 @@ def resume_deliveries() -> None:
 def resume_runs(now: datetime) -> None:
     """Queue the chunks of unfinished runs again, or finish them.
 
-    Chunks with an attempt that is due do not wait until the run is stale.
+    Chunks with a due attempt are queued even if the run is not stale.
     """
     for name, digest in get_digests().items():
         runs = DigestRun.objects.filter(

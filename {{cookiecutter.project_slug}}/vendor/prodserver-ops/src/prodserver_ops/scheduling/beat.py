@@ -34,10 +34,10 @@ STOP_TIMEOUT = 20
 
 
 class Service(celery.beat.Service):
-    """A service that stops between two passes of the scheduler, never in the middle of one.
+    """A service that stops between two passes of the scheduler.
 
-    Celery's own raises SystemExit wherever a signal finds it. Raised in a query, that can get
-    lost, and beat continues.
+    Celery's own service raises SystemExit wherever the signal interrupts it. In a query, the
+    exception can get lost, and beat continues.
     """
 
     stopping = False

@@ -15,9 +15,9 @@ logger = logging.getLogger(__name__)
 def claim(headers: dict[str, Any]) -> bool:
     """Record that a worker runs a message; return whether it may.
 
-    It may not if another message of the same run was started. The same message may start
-    again, when the first worker was lost. While the database is unavailable every message may
-    run: a repeated run is less harmful than a missing one.
+    It may not if another message of the same run has been started. The same message may start
+    again if its worker was lost. While the database is unavailable, every message may run,
+    because a repeated run is less harmful than a missing one.
     """
     pk, attempt = headers.get("schedule_run"), headers.get("schedule_attempt")
     if pk is None:
@@ -27,7 +27,7 @@ def claim(headers: dict[str, Any]) -> bool:
         rows = ScheduleRun.objects.filter(started, pk=pk)
         return bool(rows.update(started_by=attempt, started_at=Now()))
     except (DatabaseError, InterfaceError) as error:
-        logger.warning("The start of a run is not recorded: %s", type(error).__name__)
+        logger.warning("Could not record the start of a run: %s", type(error).__name__)
         return True
 
 

@@ -1,11 +1,11 @@
-"""When a crontab is due, also on the days when the clock changes.
+"""Due times of crontabs, including days when the clock changes.
 
-A crontab whose hour is ``*`` follows real time: it runs in each hour that passes, in a
-repeated one twice. Any other runs once at each of its times: at the first occurrence of a
-time that the clock repeats, and at the moment of the change for a time that it skips.
+A crontab whose hour is ``*`` follows real time: it runs in every hour that passes, and twice if the
+hour is repeated. Any other crontab runs once at each of its times. A time that the clock repeats
+counts at its first occurrence; a time that the clock skips counts at the moment of the change.
 
-Celery compares wall clock times instead. When the clock changes, it runs a crontab an hour
-late or leaves a run out (celery #6438, #10107; django-celery-beat #134, #194).
+Celery compares wall clock times instead. When the clock changes, it runs a crontab an hour late or
+skips a run (celery #6438, #10107; django-celery-beat #134, #194).
 """
 
 from bisect import bisect_right
@@ -46,7 +46,7 @@ class Crontab:
 
     @classmethod
     def from_row(cls, row: CrontabSchedule) -> "Crontab":
-        """Return the crontab of a row of django-celery-beat; raise ValueError for an invalid one."""
+        """Return the crontab of a row of django-celery-beat; raise ValueError if it is invalid."""
         return parse(*(getattr(row, name) for name in FIELDS), zone=str(row.timezone))
 
     @property
@@ -63,7 +63,7 @@ class Crontab:
         )
 
     def get_latest(self, since: datetime, now: datetime) -> datetime | None:
-        """Return the last due time after ``since`` and not after ``now``, or None."""
+        """Return the last due time after ``since`` and until ``now``, or None."""
         day = now.astimezone(self.zone).date() + DAY
         first = since.astimezone(self.zone).date() - DAY
         while day >= first:
@@ -74,7 +74,7 @@ class Crontab:
         return None
 
     def get_next(self, after: datetime, until: datetime | None = None) -> datetime | None:
-        """Return the first due time after one time and not after the other, or None."""
+        """Return the first due time after ``after`` and until ``until``, or None."""
         until = until or after + HORIZON
         day = after.astimezone(self.zone).date() - DAY
         last = until.astimezone(self.zone).date() + DAY
@@ -90,7 +90,7 @@ class Crontab:
 def parse(*fields: str, zone: str = "UTC") -> Crontab:
     """Return the crontab of five fields; raise ValueError if it is invalid or never due."""
     if len(fields) != len(FIELDS):
-        raise ValueError(f"it has {len(fields)} fields instead of five")
+        raise ValueError(f"expected five fields, got {len(fields)}")
     values: dict[str, Any] = dict(zip(FIELDS, fields, strict=True))
     try:
         parsed: Any = parse_fields(**values)
@@ -120,7 +120,7 @@ def get_times(crontab: Crontab, day: date) -> list[datetime]:
 
 
 def _occurrences(local: datetime) -> Iterator[datetime]:
-    """Yield when a wall clock shows this time: never, once or twice."""
+    """Yield the moments at which a wall clock shows this time: none, one or two."""
     for fold in (0, 1):
         moment = local.replace(fold=fold).astimezone(UTC)
         if moment.astimezone(local.tzinfo).replace(tzinfo=None) == local.replace(tzinfo=None):
@@ -128,10 +128,10 @@ def _occurrences(local: datetime) -> Iterator[datetime]:
 
 
 def _first(local: datetime) -> datetime:
-    """Return when a wall clock shows this time first, or is put forward past it."""
+    """Return when a wall clock first shows this time, or skips it."""
     if (moment := next(_occurrences(local), None)) is not None:
         return moment
-    # The change is between these two: the offsets after and before it, applied to a skipped time.
+    # The change is between these moments: the skipped time with the offsets after and before it.
     before, after = (local.replace(fold=fold).astimezone(UTC) for fold in (1, 0))
     offset = after.astimezone(local.tzinfo).utcoffset()
     while after - before > MINUTE:

@@ -1,9 +1,9 @@
-"""Heartbeats: web, worker and beat record in the database that they are at work.
+"""Heartbeats: web, worker and beat record in the database that they are running.
 
-They work with every broker, and distinguish a process that hangs from one that works: a worker's
-heartbeats come from the loop that receives tasks, those of beat from each pass over the schedules.
-A web process whose threads are all busy still records them; ``/health/ready`` reports that. All
-ages are those of the database's clock.
+Heartbeats work with every broker, and show whether a process hangs: a worker sends them from the
+loop that receives tasks, and beat from each pass over the schedules. A web process sends them even
+if all its threads are busy; use ``/health/ready`` to find that. Ages are measured by the database's
+clock.
 """
 
 import atexit
@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 #: Time between two heartbeats of a process, in seconds.
 INTERVAL = 10
 
-#: How long a worker's loop may be silent, in seconds; it sends an event every two seconds.
+#: How long a worker's loop may be silent, in seconds. It sends an event every two seconds.
 LOOP_AGE = 20
 
 _recorded_at: float | None = None
@@ -40,18 +40,18 @@ _loop_at: float = 0
 
 
 def get_workers() -> list[str]:
-    """Return the names of the processes in ``PRODUCTION_PROCESSES`` that are workers."""
+    """Return the names of the workers in ``PRODUCTION_PROCESSES``."""
     return [name for name, process in settings.PRODUCTION_PROCESSES.items() if is_worker(process)]
 
 
 def get_processes() -> list[str]:
-    """Return the names of the processes that record heartbeats, besides web: workers and beat."""
+    """Return the names of the workers and of beat, whose heartbeats are checked."""
     return [*get_workers(), "beat"]
 
 
 def is_worker(process: dict[str, Any]) -> bool:
-    """Return whether a process is a worker; False for an invalid one, which ``check`` reports."""
-    # Only those of Celery have an app; the others need not be imported.
+    """Return whether a process is a worker; False if it is invalid, which ``check`` reports."""
+    # Only Celery's processes have an app; avoid importing other backends.
     if "APP" not in process:
         return False
     try:
@@ -62,7 +62,7 @@ def is_worker(process: dict[str, Any]) -> bool:
 
 
 def record(process: str) -> None:
-    """Record that this process is at work, every ``INTERVAL`` at most."""
+    """Record that this process is running, at most once in ``INTERVAL``."""
     global _recorded_at
     if _recorded_at is not None and time.monotonic() - _recorded_at < INTERVAL:
         return
@@ -73,7 +73,7 @@ def record(process: str) -> None:
 
 
 def forget() -> None:
-    """Delete the heartbeat of this process, which ends."""
+    """Delete the heartbeat of this process when it exits."""
     with contextlib.suppress(DatabaseError, InterfaceError):
         Heartbeat.objects.filter(host=socket.gethostname(), pid=os.getpid()).delete()
 
@@ -100,23 +100,23 @@ def get_ages(process: str, host: str | None = None) -> list[int]:
 
 
 def get_alive() -> set[str]:
-    """Return the names of the processes that are at work."""
+    """Return the names of the running processes."""
     return {row.process for row in get_heartbeats() if row.is_alive}
 
 
 def is_alive(process: str) -> bool:
-    """Return whether a process of that name is at work."""
+    """Return whether a process with this name is running."""
     return process in get_alive()
 
 
 def record_forever(process: str, works: Callable[[], bool]) -> None:
-    """Record heartbeats while ``works`` says so; the connection is closed after each."""
+    """Record heartbeats while ``works`` returns True; close the connection after each."""
     while True:
         if works():
             try:
                 record(process)
             except (DatabaseError, InterfaceError) as error:
-                logger.warning("No heartbeat is recorded: %s", type(error).__name__)
+                logger.warning("Could not record a heartbeat: %s", type(error).__name__)
             finally:
                 connections.close_all()
         time.sleep(INTERVAL / 2)
@@ -136,15 +136,15 @@ def start_web_heartbeat() -> None:
 
 @signals.heartbeat_sent.connect
 def note_loop(**kwargs: Any) -> None:
-    """Note that the worker's loop runs."""
+    """Note that the worker's loop is running."""
     global _loop_at
     _loop_at = time.monotonic()
 
 
 @signals.worker_ready.connect
 def start_worker_heartbeat(**kwargs: Any) -> None:
-    """Start the thread that records a worker's heartbeats: the database may hold it up."""
-    # Celery's own command has no name of a process.
+    """Start the thread that records a worker's heartbeats; a slow database may block it."""
+    # Celery's own command does not set the name of the process.
     name = logs.get_process() if logs.get_process() in get_workers() else "worker"
     threading.Thread(target=record_forever, args=[name, loop_runs], daemon=True).start()
 
@@ -156,5 +156,5 @@ def loop_runs() -> bool:
 
 @signals.worker_shutdown.connect
 def forget_worker(**kwargs: Any) -> None:
-    """Delete the heartbeat of a worker that ends."""
+    """Delete the heartbeat when the worker exits."""
     forget()

@@ -1,6 +1,6 @@
-"""Migration operations for schedules, which administrators own once they are created.
+"""Migration operations for schedules. Once created, administrators own the schedules.
 
-A new schedule is a new migration::
+To add a schedule, add a migration::
 
     from datetime import timedelta
 
@@ -23,7 +23,7 @@ A new schedule is a new migration::
             ),
         ]
 
-The migration creates a row if no schedule has that name, and never changes it again.
+The migration creates a row if no schedule has that name, and never changes it afterwards.
 ``python manage.py check`` reports schedules that cannot run.
 """
 
@@ -45,7 +45,7 @@ from django.utils import timezone as clock
 
 from . import crontabs
 
-#: The migration that the migration of a schedule must depend on.
+#: The migration on which migrations of schedules must depend.
 REQUIRED_MIGRATION = ("django_celery_beat", "0019_alter_periodictasks_options")
 
 APP_LABEL = REQUIRED_MIGRATION[0]
@@ -61,7 +61,7 @@ INTERVAL_UNITS = {
 
 
 def get_migrations(loader: MigrationLoader) -> Iterator[tuple[tuple[str, str], Migration]]:
-    """Yield key and migration in the order in which a new database runs them."""
+    """Yield keys and migrations in the order in which they run on a new database."""
     graph = loader.graph
     plan = dict.fromkeys(key for leaf in graph.leaf_nodes() for key in graph.forwards_plan(leaf))
     for key in plan:
@@ -151,7 +151,7 @@ class CreateSchedule(Operation):
         from_state: ProjectState,
         to_state: ProjectState,
     ) -> None:
-        """Create the schedule unless one with its name exists."""
+        """Create the schedule unless one with this name exists."""
         if not self._is_allowed(from_state, schema_editor):
             return
         if problems := self.get_problems():
@@ -175,7 +175,7 @@ class CreateSchedule(Operation):
         from_state: ProjectState,
         to_state: ProjectState,
     ) -> None:
-        """Delete the schedule with that name."""
+        """Delete the schedule with this name."""
         if not self._is_allowed(from_state, schema_editor):
             return
         tasks = self._get_manager("PeriodicTask", from_state, schema_editor)
@@ -224,7 +224,7 @@ class CreateSchedule(Operation):
 
 
 class DeleteSchedule(CreateSchedule):
-    """Migration operation: delete a schedule; reversed, create it as described."""
+    """Migration operation: delete a schedule. Reversed, it creates the schedule."""
 
     database_forwards = CreateSchedule.database_backwards
     database_backwards = CreateSchedule.database_forwards

@@ -31,22 +31,22 @@ logger = logging.getLogger(__name__)
 
 broker.register_transports()
 
-#: How often a task whose worker is lost is delivered before it is given up, if the broker counts.
+#: How often the message of a lost worker is delivered before it fails, if the broker counts this.
 MAX_DELIVERIES = 20
 
-#: How long a worker that has to stop and runs no task may take, in seconds.
+#: How long a stopping worker without running tasks may take to exit, in seconds.
 STOP_TIMEOUT = 20
 
 
 def get_failed_queue() -> str:
-    """Return the name of the queue of tasks that were given up, which no worker consumes."""
+    """Return the name of the queue of failed tasks, which no worker consumes."""
     return f"{settings.CELERY_TASK_DEFAULT_QUEUE}.failed"
 
 
 def get_command(app: Celery, name: str) -> tuple[Any, Any]:
-    """Return a command of Celery, such as ``worker``, with the app's own options; and its object.
+    """Return a command of Celery, such as ``worker``, with the app's own options, and its context.
 
-    The module of the whole command line also loads a shell for the terminal.
+    Importing Celery's full command line also imports an interactive shell.
     """
     from celery.bin.base import CLIContext
 
@@ -57,7 +57,7 @@ def get_command(app: Celery, name: str) -> tuple[Any, Any]:
 
 
 def make_failed_queue(app: Celery) -> Queue:
-    """Return the queue of failed tasks; ``app.amqp.queues[name]`` would let workers consume it."""
+    """Return the queue of failed tasks. Workers would consume ``app.amqp.queues[name]``."""
     return app.amqp.queues.new_missing(get_failed_queue())
 
 
@@ -78,14 +78,13 @@ class Task(DjangoTask[Any, Any]):
     def before_start(self, task_id: str, args: Any, kwargs: Any) -> None:
         """Ignore a second message of the same run of a schedule, which beat may have sent.
 
-        Give the task up if it was delivered too often: it may kill each worker that runs it.
-        Some brokers count the deliveries of a message. The task moves to the queue of failed
-        tasks, which ``doctor`` reports.
+        If the message was delivered too often, the task may be killing its workers: move it to the
+        queue of failed tasks, which ``doctor`` reports. Some brokers count deliveries.
         """
         from ..scheduling.claims import claim
 
         if not claim(self.request.headers or {}):
-            logger.info("%s ignored: the same run was started already", self.name)
+            logger.info("%s ignored: the same run has already been started", self.name)
             raise Reject("started already", requeue=False)
         if int(self.request.get("x-delivery-count") or 0) < MAX_DELIVERIES:
             return
@@ -111,8 +110,8 @@ class Task(DjangoTask[Any, Any]):
     ) -> Any:
         """Queue the task with a timestamp, so that a late worker knows when it was due.
 
-        A request waits for the broker at most a second altogether; then OperationalError is
-        raised, and the task may still be queued later.
+        A request waits for the broker at most a second in total; then OperationalError is raised,
+        and the task may still be queued later.
         """
         headers = options.pop("headers", None) or {}
         headers.setdefault("queued_at", timezone.now().isoformat())
@@ -122,8 +121,9 @@ class Task(DjangoTask[Any, Any]):
     def apply_many(self, arguments: Iterable[Any], **options: Any) -> None:
         """Queue the task once for each list of positional arguments, such as ``[(1,), (2,)]``.
 
-        Takes less time than as many calls of ``apply_async()``, whose options it takes: the
-        broker confirms the messages together. If OperationalError is raised, some may be queued.
+        This is faster than calling ``apply_async()`` repeatedly, because the broker confirms the
+        messages together. The options are those of ``apply_async()``. If OperationalError is
+        raised, some messages may have been queued.
         """
         rows = list(arguments)
 
@@ -140,7 +140,7 @@ class Task(DjangoTask[Any, Any]):
     ) -> None:
         """Queue the task once the transaction is committed.
 
-        If the broker is unavailable the error is logged: store what must not be lost in the
+        If the broker is unavailable, an error is logged. Store data that must not be lost in the
         database, where a schedule can find it again.
         """
 
@@ -168,10 +168,10 @@ class Task(DjangoTask[Any, Any]):
 
 
 class CoalescingTask(Task):
-    """A task of which beat queues no run while an earlier one waits in the queue.
+    """A task that beat does not queue while an earlier run is waiting in the queue.
 
-    ``@shared_task(base=CoalescingTask)`` is for tasks that do all that is due whenever they
-    run, so that they do not pile up while no worker runs.
+    Use ``@shared_task(base=CoalescingTask)`` for tasks that process all pending work whenever they
+    run, so that they do not accumulate while no worker is running.
     """
 
     coalesces = True
@@ -185,13 +185,13 @@ class CeleryApp(Celery):
     @cached_property
     def Beat(self) -> Any:
         """The class that ``celery beat`` runs."""
-        django.setup()  # The command does it later.
+        django.setup()  # Celery's command does this later.
         from ..scheduling.beat import Beat
 
         return self.subclass_with_self(Beat)
 
     def _connection(self, url: Any, **kwargs: Any) -> Any:
-        # Celery prefers the variable CELERY_BROKER_URL to the setting that is made from it.
+        # Celery prefers the environment variable CELERY_BROKER_URL to the setting.
         if isinstance(url, str):
             url = broker.get_url(url)
         return super()._connection(url, **kwargs)  # type: ignore[misc]
@@ -228,10 +228,10 @@ def keep_django_logging(**kwargs: Any) -> None:
 
 @signals.worker_before_create_process.connect
 def share_memory(**kwargs: Any) -> None:
-    """Keep what is loaded in memory that a worker and its child processes share.
+    """Let a worker and its child processes share the memory of loaded objects.
 
-    The garbage collector would write to it, and each process would get a copy; so would what it
-    frees and is used again.
+    Each process gets a copy of the memory that the garbage collector writes to, or that is freed
+    and reused.
     https://docs.python.org/3/library/gc.html#gc.freeze
     """
     gc.freeze()
@@ -245,7 +245,7 @@ def log_shutdown(how: str, **kwargs: Any) -> None:
 
 
 def end_when_idle() -> None:
-    """End the process if it ran no task for ``STOP_TIMEOUT``: a broker may hold it up."""
+    """Exit if no task has run for ``STOP_TIMEOUT``, because a broker may block the worker."""
     from celery.worker import state
 
     since = time.monotonic()
@@ -253,6 +253,6 @@ def end_when_idle() -> None:
         time.sleep(1)
         if state.active_requests:
             since = time.monotonic()
-    logger.warning("The worker ends without the broker, which does not respond")
+    logger.warning("The worker exits, although the broker does not respond")
     logging.shutdown()
     os._exit(1)

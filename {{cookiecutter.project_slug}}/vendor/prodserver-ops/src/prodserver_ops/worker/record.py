@@ -174,7 +174,7 @@ class Recorder:
             for note in [note for note in running if not note.is_stored][:MAX_RUNS]:
                 note.make_row().save()
         except (DatabaseError, InterfaceError, ValueError) as error:
-            logger.warning("Runs of tasks are not recorded: %s", type(error).__name__)
+            logger.warning("Could not record task runs: %s", type(error).__name__)
             connection.close()
 
 
