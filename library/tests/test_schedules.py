@@ -130,7 +130,10 @@ class TestCreateSchedule:
         [
             ({}, "needs either a crontab or an interval"),
             ({"crontab": "0 25 * * *"}, "has an invalid crontab '0 25 * * *'"),
-            ({"crontab": "0 8 * *"}, "has an invalid crontab '0 8 * *': it has 4 fields"),
+            (
+                {"crontab": "0 8 * *"},
+                "has an invalid crontab '0 8 * *': expected five fields, got 4",
+            ),
             ({"crontab": "0 8 31 2 *"}, "has an invalid crontab '0 8 31 2 *': "),
             ({"crontab": "0 8 * * *", "timezone": "Mars/Base"}, "unknown time zone 'Mars/Base'"),
             ({"interval": timedelta(0)}, "has an interval that is not positive"),

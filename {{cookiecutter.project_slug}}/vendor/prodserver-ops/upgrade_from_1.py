@@ -71,7 +71,6 @@ MODULES = {
     "health": "web.health",
     "heartbeats": "scheduling.heartbeats",
     "large_tables": "console.large_tables",
-    "leases": "scheduling.leases",
     "limits": "core.limits",
     "locks": "core.locks",
     "logins": "web.logins",
@@ -912,7 +911,15 @@ class Upgrade:
 
     def find_own_modules(self) -> set[str]:
         """Return the names of modules and packages that only this team's ``ops`` has."""
-        known = {*MODULES, "production_broker", "web_backend", "__init__", "static", "templates"}
+        known = {
+            *MODULES,
+            "leases",
+            "production_broker",
+            "web_backend",
+            "__init__",
+            "static",
+            "templates",
+        }
         names = {
             PurePosixPath(path).relative_to(package.ops).parts[0]
             for package in self.packages

@@ -1,5 +1,4 @@
 """The models of the app ``ops``: API tokens, e-mail deliveries, heartbeats, runs, and alerts."""
-"""
 
 from django.conf import settings
 from django.db import models

@@ -86,7 +86,7 @@ def get_latest(row: PeriodicTask, since: datetime, now: datetime) -> datetime | 
 
 def _get_start(row: PeriodicTask) -> datetime:
     """Return the time after which a schedule is due: its last run, change or start."""
-    start = max(filter(None, (row.last_run_at, get_since(row))))
+    start: datetime = max(filter(None, (row.last_run_at, get_since(row))))
     if row.start_time is not None:
         # The start itself counts.
         before = _get_period(row) if row.interval is not None else timedelta(microseconds=1)

@@ -35,7 +35,7 @@ class Command(BaseCommand):
     ``--simulate DAYS`` says what will run in the days from now on, and changes nothing.
     ``--created`` lists the schedules that migrations created, and whether they are as created;
     ``--missing`` those alone that were deleted or edited since. ``--restore NAME`` creates one that
-    was deleted, as its migration does; with ``--overwrite`` it also undoes the edits of one that is
+    was deleted, as its migration does; with ``--overwrite`` it also reverts the edits of one that is
     there. Exits with status 1 for a name that no migration created.
     """
 
@@ -121,7 +121,7 @@ def parse_days(text: str) -> int:
 
 
 def get_created() -> dict[str, CreateSchedule]:
-    """Return the schedules that migrations create and that none deletes later, by name."""
+    """Return the schedules that migrations create and do not delete later, by name."""
     created: dict[str, CreateSchedule] = {}
     for _, migration in get_migrations(MigrationLoader(None)):
         for operation in migration.operations:
@@ -161,9 +161,9 @@ def restore(operation: CreateSchedule, overwrite: bool) -> str:
     """Create a schedule again; return what was done."""
     difference = compare(operation)
     if difference is None:
-        return "as created already"
+        return "unchanged"
     if difference != "missing" and not overwrite:
-        return f"left alone, {difference}; --overwrite undoes that"
+        return f"not restored, {difference}; --overwrite reverts the edits"
     state = ProjectState.from_apps(apps)
     editor: Any = SimpleNamespace(connection=connection)
     with transaction.atomic():
