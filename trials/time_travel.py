@@ -130,7 +130,10 @@ from ..ops.schedules import CreateSchedule
 
 
 class Migration(migrations.Migration):
-    dependencies = [("{package}", "{latest}")]
+    dependencies = [
+        ("{package}", "{latest}"),
+        ("django_celery_beat", "0019_alter_periodictasks_options"),
+    ]
 
     operations = [
         CreateSchedule(
