@@ -230,7 +230,7 @@ def get_document_command(project, start):
 @pytest.mark.parametrize(
     ("slug", "app", "custom_user", "queue"),
     [
-        ("rooms", "rooms", False, "celery"),
+        pytest.param("rooms", "rooms", False, "celery", marks=pytest.mark.long),
         pytest.param("lodge", "oldapp", False, "old", marks=pytest.mark.long),
         ("guesthouse", "oldapp", True, "older"),
     ],

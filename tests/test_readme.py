@@ -110,7 +110,7 @@ def test_commands_of_both_readmes_work(clone, environment, tmp_path):
 
     # Run only two tests, because this test is itself part of the test run.
     names = "test_no_file_has_a_conditional_name or test_default_slug_is_derived"
-    output = run(test, clone, environment | {"PYTEST_ADDOPTS": f"-k '{names}'"})
+    output = run(test, clone, environment | {"PYTEST_ADDOPTS": f"-n0 -k '{names}'"})
     assert output.count(" passed") == 2
 
 

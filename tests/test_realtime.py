@@ -21,6 +21,10 @@ pytestmark = pytest.mark.slow
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
 
+#: The servers of a test in which their kind matters little.
+EITHER = [pytest.param("granian", marks=pytest.mark.long), "uvicorn"]
+
+
 @pytest.fixture(params=["granian", "uvicorn"])
 def service(request, bake, make_service, postgres_url, rabbitmq_url, redis_url):
     """A service with Channels in production mode, with two web processes."""
@@ -97,6 +101,7 @@ def test_new_submission_appears_at_once_and_keeps_the_selection(service, page):
     assert page.errors == []
 
 
+@pytest.mark.parametrize("service", EITHER, indirect=True)
 def test_an_older_answer_does_not_replace_a_newer_one(service, page):
     held = []
 
@@ -129,6 +134,7 @@ def test_list_connects_again_after_a_restart_and_shows_what_it_missed(service, p
     assert page.errors == []
 
 
+@pytest.mark.parametrize("service", EITHER, indirect=True)
 def test_connection_lasts_while_nothing_is_posted(service, page):
     others = []
     page.on("websocket", lambda socket: others.append(socket.url))
@@ -183,6 +189,7 @@ def test_strangers_are_refused(service):
     assert levels == {"INFO"}
 
 
+@pytest.mark.parametrize("service", EITHER, indirect=True)
 def test_post_succeeds_without_redis(service):
     service.web.stop(signal.SIGTERM, seconds=STOP_SECONDS)
     service.environment["REDIS_URL"] = f"redis://127.0.0.1:{free_port()}"
