@@ -53,6 +53,8 @@ def uvicorn(settings: Any, **arguments: Any) -> dict[str, Any]:
             "workers": settings.WEB_CONCURRENCY,
             "log_level": settings.LOG_LEVEL.lower(),
             "timeout_graceful_shutdown": STOP_TIMEOUT,
+            # A worker that starts on a busy machine would be killed after 5 seconds, each time.
+            "timeout_worker_healthcheck": 30,
             **arguments,
         },
     }
