@@ -70,7 +70,6 @@ ACCEPTED = {
     ),
     r"^\+.*logger\.|^\+ *logged = ": "the text of a message",
     r"^\+.*\bcast\(None, ": "a type is for mypy alone",
-    r"^\+ *namespace = None": "a namespace that cannot be read has some name",
     r"^\+.*(super\(\)\.get_scheduler|tick)\((\*\*kwargs|\*args, )\)": "Celery passes none",
     r"^\+.*suppress\(": "the statement in the block ends the process anyway",
     r"^\+.*\"(select|SELECT) (pg_|PG_)": "SQL is the same in small and capital letters",
