@@ -30,11 +30,13 @@ FROM_1 = "upgrade_from_1.py"
 #: Imports inside functions of the library, with the reason for each.
 IMPORTS_IN_FUNCTIONS = {
     # They need loaded models.
+    ("apps.py", "console.alerts"),
     ("apps.py", "console.checks"),
     ("apps.py", "scheduling.heartbeats"),
     ("worker/app.py", "scheduling.beat"),
     ("worker/app.py", "scheduling.beat.Beat"),
     ("worker/app.py", "scheduling.claims.claim"),
+    ("worker/app.py", "scheduling.claims.finish"),
     ("console/checks.py", "console.adoption"),
     ("console/checks.py", "console.migration_safety"),
     ("console/checks.py", "console.processes"),
