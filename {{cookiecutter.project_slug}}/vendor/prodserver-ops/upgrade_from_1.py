@@ -1283,9 +1283,10 @@ class Upgrade:
             if path.endswith(".py"):
                 try:
                     new, left = self.translator.translate(text, get_package(path))
-                except (SyntaxError, tokenize.TokenError, ValueError):
+                except (SyntaxError, tokenize.TokenError, ValueError) as error:
                     if not MARKER.search(text) and re.search(r"\bops\.", text):
-                        self.report.left.append(f"{path}:1: cannot be read: correct its syntax")
+                        line = getattr(error, "lineno", None) or 1
+                        self.report.left.append(f"{path}:{line}: correct its syntax: {error}")
                     continue
                 # Lines move when an import becomes several.
                 for line, message in left:
