@@ -332,6 +332,17 @@ class Result:
     problem: str = ""
 
 
+def find_example(project):
+    """Return the files of the example, as the README of 1.x tells a team to delete them."""
+    readme = " ".join((project / "README.md").read_text().split())
+    sentence = re.search(r"To make it yours, delete the example: (.*?)\. Keep", readme)[1]
+    found = []
+    for pattern in re.findall(r"`([^`]+)`", sentence):
+        base = project if pattern.startswith("tests/") else project / project.name
+        found += base.glob(f"{pattern}**/*" if pattern.endswith("/") else pattern)
+    return [path for path in found if path.is_file()]
+
+
 class Service:
     """A generated service with its environment and a database."""
 
@@ -385,7 +396,7 @@ class Service:
         """Do what a team does in the first months, with imports of ``ops`` if it is old."""
         package = self.folder / self.package
         if replaces_domain:
-            for path in files_to_delete(self.folder)[0]:
+            for path in find_example(self.folder) if old else files_to_delete(self.folder)[0]:
                 path.unlink()
             for name, text in NEW_FILES.items():
                 if old:
