@@ -486,8 +486,11 @@ class Service:
             )
         return conflicts
 
-    def come_from_1(self):
-        """Come to 2.0 with the upgrade command of 1.x and the script; return the conflicts."""
+    def come_from_1(self, unwanted):
+        """Come to 2.0 with the upgrade command of 1.x and the script; return the conflicts.
+
+        ``unwanted`` are files of the example, which the team deletes.
+        """
         self.run("python", "-c", "")  # The lock file is of the last commit.
         self.commit("The lock file")
         uv = os.environ.get("UV", "uv")
@@ -521,6 +524,7 @@ class Service:
         given = run(["git", "grep", "-nw", f"{self.package}.ops", "--", "*.py"], self.folder, ok=1)
         if given:
             raise Failed(given)
+        self.delete(unwanted)
         run([uv, "sync", "--quiet"], self.folder, **self.variables)
         self.run("ruff", "check", "--select=I", "--fix", "--quiet")
         self.run("ruff", "format", "--quiet")
@@ -547,7 +551,7 @@ class Service:
         """Delete files of the example that an update added."""
         found = [path for path in paths if (self.folder / path).exists()]
         if found:
-            run(["git", "rm", "--quiet", *found], self.folder)
+            run(["git", "rm", "--quiet", "--force", *found], self.folder)
             self.commit("Not our domain")
 
     def write_schema(self):
@@ -605,7 +609,8 @@ def travel(template, start, case, path, *, with_tests):
             for version in path:
                 template.check_out(version)
                 if at in template.old and version not in template.old:
-                    result.conflicts += service.come_from_1()
+                    unwanted = ADDED_EXAMPLE_FILES if played.replaces_domain else []
+                    result.conflicts += service.come_from_1(unwanted)
                 else:
                     result.conflicts += service.update()
                 at = version
