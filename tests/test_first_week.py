@@ -57,7 +57,6 @@ APP_SCHEDULE = """\
 from datetime import timedelta
 
 from django.db import migrations
-
 from prodserver_ops.scheduling.operations import CreateSchedule
 
 

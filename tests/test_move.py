@@ -134,7 +134,6 @@ SCHEDULE = """\
 from datetime import timedelta
 
 from django.db import migrations
-
 from prodserver_ops.scheduling.operations import CreateSchedule
 
 

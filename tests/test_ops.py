@@ -60,7 +60,8 @@ class TestInvalidVariable:
         assert sorted(done.stderr.splitlines()) == [
             "DATABASE_URL: got a URL that starts with mysql://, "
             "expected postgres://USER:PASSWORD@HOST:PORT/NAME",
-            "RABBITMQ_URL: got nothing, expected amqp://... or amqps://...",
+            "RABBITMQ_URL: got nothing, expected amqp://, amqps://, redis://, rediss://, pgmq://, "
+            "postgres:// or postgresql://...",
             "SECRET_KEY: got 7 characters, 7 of them distinct, "
             "expected at least 50 random characters",
         ]

@@ -135,7 +135,6 @@ MIGRATION = """\
 from datetime import timedelta
 
 from django.db import migrations
-
 from prodserver_ops.scheduling.operations import CreateSchedule
 
 
