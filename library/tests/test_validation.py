@@ -15,6 +15,7 @@ from django_celery_beat.models import (
     PeriodicTask,
 )
 
+from prodserver_ops.mail.tasks import DIGEST_TASKS, digest_task
 from prodserver_ops.models import ScheduleRun
 from prodserver_ops.scheduling import heartbeats, validation
 from prodserver_ops.scheduling import scheduler as module
@@ -28,6 +29,11 @@ ROWS = 300
 @shared_task(name="ops-test.report")
 def report(period, *, copies=1):
     pass
+
+
+@digest_task
+def send_sample(frequency):
+    return frequency
 
 
 @pytest.fixture
@@ -67,8 +73,8 @@ def test_good_row_is_accepted(post):
         ("headers", "[", "Is not valid JSON: JSONDecodeError."),
         ("args", "{}", 'Must be JSON such as ["daily"].'),
         ("kwargs", "[1]", "Must be JSON such as {}."),
-        ("args", "[]", "Does not fit the task: missing 1 required positional argument: 'period'."),
-        ("args", "[1, 2]", "Does not fit the task: takes 1 positional argument but 2 were given."),
+        ("args", "[]", "Does not fit the task: missing a required argument: 'period'."),
+        ("args", "[1, 2]", "Does not fit the task: too many positional arguments."),
         (
             "kwargs",
             '{"sheets": 2}',
@@ -85,6 +91,13 @@ def test_faulty_field_is_refused_with_the_reason(post, field, value, error):
     assert list(errors) == [field]
     if error:
         assert errors[field] == [error]
+
+
+def test_arguments_of_a_digest_are_those_of_its_function(post):
+    assert DIGEST_TASKS.pop(send_sample.name)
+    error = "Does not fit the task: too many positional arguments."
+    assert post(regtask=send_sample.name, args='["daily", 2]') == {"args": [error]}
+    assert post(regtask=send_sample.name) == {}
 
 
 def test_task_that_no_code_has_is_refused(post):

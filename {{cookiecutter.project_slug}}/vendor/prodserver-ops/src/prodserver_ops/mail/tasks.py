@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable
 from datetime import datetime, timedelta
+from inspect import Parameter, Signature, signature
 from typing import Any
 
 from celery import shared_task
@@ -55,6 +56,10 @@ def digest_task(function: Callable[..., str]) -> Any:
         start_digest(digest, max(due, self.queued_at))
 
     run.__doc__ = function.__doc__
+    # Celery compares the arguments of a message with the signature.
+    own = Parameter("self", Parameter.POSITIONAL_OR_KEYWORD)
+    parameters = [own, *signature(function).parameters.values()]
+    run.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
     DIGEST_TASKS[name] = function
     return shared_task(bind=True, name=name)(run)
 

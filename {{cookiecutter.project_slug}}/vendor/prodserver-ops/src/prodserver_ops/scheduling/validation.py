@@ -1,8 +1,8 @@
 """What is wrong with a schedule: the admin's form refuses it, ``doctor`` and beat report it."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import datetime, timedelta
-from typing import Any
+from inspect import signature
 
 from celery import current_app
 from django.conf import settings
@@ -71,16 +71,12 @@ def _find_json_problems(row: PeriodicTask) -> Iterator[tuple[str, str]]:
 
 
 def _find_argument_problem(row: PeriodicTask) -> Iterator[tuple[str, str]]:
-    """Compare the arguments with the function of the task, as Celery does for each message."""
-    bind: Callable[..., Any] | None = getattr(current_app.tasks[row.task], "__header__", None)
     args, kwargs = loads(row.args or "[]"), loads(row.kwargs or "{}")
     try:
-        if bind is not None:
-            bind(*args, **kwargs)
+        signature(current_app.tasks[row.task].run).bind(*args, **kwargs)
     except TypeError as error:
-        _, _, reason = str(error).partition("() ")
-        field = "kwargs" if "keyword argument" in reason else "args"
-        yield field, f"does not fit the task: {reason or error}"
+        field = "kwargs" if "keyword argument" in str(error) else "args"
+        yield field, f"does not fit the task: {error}"
 
 
 def _find_queue_problems(row: PeriodicTask) -> Iterator[tuple[str, str]]:
