@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable
 from datetime import datetime, timedelta
-from inspect import Parameter, Signature, signature
+from inspect import signature
 from typing import Any
 
 from celery import shared_task
@@ -50,18 +50,17 @@ def digest_task(function: Callable[..., str]) -> Any:
     """
     name = f"{function.__module__}.{function.__name__}"
 
-    def run(self: Any, *args: Any, **kwargs: Any) -> None:
+    def run(*args: Any, **kwargs: Any) -> None:
         digest = function(*args, **kwargs)
-        due = get_due_digests(timezone.now()).get(digest, self.queued_at)
-        start_digest(digest, max(due, self.queued_at))
+        due = get_due_digests(timezone.now()).get(digest, task.queued_at)
+        start_digest(digest, max(due, task.queued_at))
 
     run.__doc__ = function.__doc__
     # Celery compares the arguments of a message with the signature.
-    own = Parameter("self", Parameter.POSITIONAL_OR_KEYWORD)
-    parameters = [own, *signature(function).parameters.values()]
-    run.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+    run.__signature__ = signature(function)  # type: ignore[attr-defined]
     DIGEST_TASKS[name] = function
-    return shared_task(bind=True, name=name)(run)
+    task: Any = shared_task(name=name)(run)
+    return task
 
 
 def get_due_digests(now: datetime) -> dict[str, datetime]:
