@@ -271,3 +271,8 @@ def test_every_target_is_in_the_library():
     for name, target in script.NAMES.items():
         module, _, leaf = target.rpartition(".")
         assert leaf in script.get_names(module), name
+
+
+def test_a_module_without_a_successor_is_listed():
+    _, left = translate("from .ops.leases import Lease\n")
+    assert left == [(1, "`rooms.ops.leases.Lease` is not in 2.0")]
