@@ -106,6 +106,11 @@ MODULES = {
     "websockets": "web.websockets",
 }
 
+#: The modules of ``ops`` that have no successor
+REMOVED = {
+    "leases": None,
+}
+
 #: Names that are elsewhere than the rest of their module, or have another name.
 NAMES = {
     "adoption.check_history": "console.checks.check_history",
@@ -913,6 +918,7 @@ class Upgrade:
         """Return the names of modules and packages that only this team's ``ops`` has."""
         known = {
             *MODULES,
+            *REMOVED,
             "leases",
             "production_broker",
             "web_backend",
