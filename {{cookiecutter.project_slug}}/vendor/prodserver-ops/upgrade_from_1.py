@@ -919,7 +919,6 @@ class Upgrade:
         known = {
             *MODULES,
             *REMOVED,
-            "leases",
             "production_broker",
             "web_backend",
             "__init__",
