@@ -162,8 +162,7 @@ class TrialService(Service):
     """A generated service, and what happens to it later."""
 
     def __init__(self, folder, uv, environments, **variables):
-        # It copies no database of another service.
-        super().__init__(folder, uv, environments, [], **variables)
+        super().__init__(folder, uv, environments, **variables)
         self.timers = []
 
     def later(self, seconds, function):
