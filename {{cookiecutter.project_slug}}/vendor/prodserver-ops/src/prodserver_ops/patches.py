@@ -229,7 +229,7 @@ PATCHES = (
         "celery.beat.Scheduler",
         REPLACES,
         "scheduling.scheduler",
-        "Only one beat dispatches, and a run is stored before it is published.",
+        "Several beats work, and a run is stored before it is published.",
         {
             "tick": "(self, event_t=..., min=..., heappop=..., heappush=...) 91f0969b",
             "apply_async": "(self, entry, producer=..., advance=..., **kwargs) 89f143cf",
@@ -244,8 +244,11 @@ PATCHES = (
         "celery.beat",
         USES,
         "scheduling.scheduler",
-        "Find out why a run could not be published.",
-        {"SchedulingError": ""},
+        "Publish a run, and find out why that failed.",
+        {
+            "ScheduleEntry.__init__": "(self, name=..., task=..., last_run_at=..., total_run_count=... 0236b102",
+            "SchedulingError": "",
+        },
     ),
     Patch(
         "celery.schedules",
@@ -286,9 +289,9 @@ PATCHES = (
             "schedulers.DatabaseScheduler.setup_schedule": "(self) 3d050562",
             "schedulers.DatabaseScheduler.all_as_schedule": "(self) f7e5ae43",
             "schedulers.DatabaseScheduler.sync": "(self) 4ae069c9",
-            "schedulers.ModelEntry.__init__": "(self, model, app=...) bf7da541",
             "models.PeriodicTask.scheduler": "(self)",
             "models.PeriodicTask.schedule": "(self)",
+            "models.PeriodicTask.expires_": "(self)",
         },
         "https://github.com/celery/django-celery-beat/issues/337",
     ),

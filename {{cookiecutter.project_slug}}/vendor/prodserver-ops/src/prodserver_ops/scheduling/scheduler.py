@@ -16,14 +16,15 @@ from datetime import datetime, timedelta
 from itertools import batched
 from typing import Any
 
-from celery.beat import SchedulingError
+from celery.beat import ScheduleEntry, SchedulingError
 from django.conf import settings
 from django.db.models import Case, DateTimeField, F, Q, When
 from django.db.models.functions import Now
 from django.utils import timezone
 from django_celery_beat.models import PeriodicTask
-from django_celery_beat.schedulers import DatabaseScheduler, ModelEntry
+from django_celery_beat.schedulers import DatabaseScheduler
 from kombu.exceptions import OperationalError
+from kombu.utils.json import loads
 
 from .. import broker
 from ..core.database import short_transaction
@@ -42,6 +43,9 @@ MAX_WAIT = timedelta(minutes=5)
 
 #: How many runs are stored, and how many are claimed, in one transaction.
 STORED, CLAIMED = 500, 100
+
+#: The fields of a schedule that are options of a message.
+OPTIONS = ("queue", "exchange", "routing_key", "priority")
 
 #: How long a beat may take to publish the runs that it has claimed.
 CLAIM = timedelta(seconds=4)
@@ -234,18 +238,35 @@ class Scheduler(DatabaseScheduler):  # type: ignore[misc]
         """Publish a run; return the error if that failed."""
         self.error: BaseException | None = None
         try:
-            entry = ModelEntry(run.schedule, app=self.app)
-            entry.options["headers"] |= {
-                "schedule": run.schedule_id,
-                "schedule_run": run.pk,
-                "schedule_attempt": run.attempts,
-                "queued_at": run.due_at.isoformat(),
-            }
             # Sentry replaces this method.
-            self.apply_entry(entry, producer=producer)
+            self.apply_entry(self.make_entry(run), producer=producer)
         except Exception as error:
             return error
         return self.error
+
+    def make_entry(self, run: ScheduleRun) -> ScheduleEntry:
+        """Return what Celery publishes for a run."""
+        row = run.schedule
+        options = {name: value for name in OPTIONS if (value := getattr(row, name)) is not None}
+        if row.expires_:
+            options["expires"] = row.expires_
+        options["headers"] = loads(row.headers or "{}") | {
+            "periodic_task_name": row.name,
+            "schedule": row.pk,
+            "schedule_run": run.pk,
+            "schedule_attempt": run.attempts,
+            "queued_at": run.due_at.isoformat(),
+        }
+        return ScheduleEntry(
+            name=row.name,
+            task=row.task,
+            args=loads(row.args or "[]"),
+            kwargs=loads(row.kwargs or "{}"),
+            options=options,
+            # Only Sentry reads it, and it takes time to make.
+            schedule=row.schedule if settings.SENTRY_DSN else None,
+            app=self.app,
+        )
 
     def apply_async(self, *args: Any, **kwargs: Any) -> Any:
         """Publish a message; keep the error if that fails. ``apply_entry`` would log a traceback."""
