@@ -67,6 +67,8 @@ def check_processes(service, smtp, **headers):
     assert [LOUD.findall(process.text()) for process in statuses] == [[], [], []]
 
 
+# test_readme.py and test_setup.py run the default service too.
+@pytest.mark.long
 def test_processes_run_schedules_with_the_embedded_defaults(bake, make_service, smtp):
     service = make_service(bake(), EMAIL_HOST="127.0.0.1", EMAIL_PORT=smtp.port)
     service.install("--no-dev")

@@ -34,7 +34,12 @@ OUTAGES = {
 
 # test_failures.py stops a broker too.
 @pytest.mark.parametrize(
-    "outage", [pytest.param("stopped", marks=pytest.mark.long), "frozen", "alarm"]
+    "outage",
+    [
+        pytest.param("stopped", marks=pytest.mark.long),
+        "frozen",
+        pytest.param("alarm", marks=pytest.mark.long),
+    ],
 )
 def test_an_outage_of_the_broker_holds_nothing_up(
     bake_impatient, make_service, smtp, postgres_url, dedicated_rabbitmq, outage

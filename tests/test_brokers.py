@@ -34,6 +34,14 @@ def write(number):
 """
 
 
+#: The brokers of a test that has a short form for each one in another test or in the library's.
+FIRST = [
+    "rabbitmq",
+    pytest.param("redis", marks=pytest.mark.long),
+    pytest.param("postgresql", marks=pytest.mark.long),
+]
+
+
 @pytest.fixture(params=["rabbitmq", "redis", "postgresql"])
 def service(request, bake_impatient, make_service, postgres_url, rabbitmq_url, redis_url):
     """A service with the broker; its lost tasks come back after 12 seconds instead of 6 minutes."""
@@ -70,16 +78,11 @@ def test_all_processes_start_run_a_schedule_and_stop(service):
     print(service.run("python manage.py smoke"))
 
 
-def test_remote_control_finds_the_worker(service):
+def test_remote_control_finds_a_worker_and_killed_and_stopped_ones_lose_no_task(service):
     worker = service.start("worker")
     worker.wait_for_text(" ready.")
     output = service.run(f"celery -A {service.folder.name} inspect ping --timeout 10")
     assert "pong" in output
-
-
-def test_killed_and_stopped_workers_lose_no_task(service):
-    worker = service.start("worker")
-    worker.wait_for_text(" ready.")
     queue(service, range(6))
     wait_for(lambda: len(read(service, "started")) >= 2, 20, worker.text)
     worker.kill_all()
@@ -97,6 +100,7 @@ def test_killed_and_stopped_workers_lose_no_task(service):
     assert len(runs) == 6
 
 
+@pytest.mark.parametrize("service", FIRST, indirect=True)
 def test_health_check_and_doctor_name_a_broker_that_is_away(service):
     environment = service.environment
     variable = {"redis": "REDIS_URL", "rabbitmq": "RABBITMQ_URL"}.get(
@@ -126,6 +130,7 @@ class TestTls:
         folder = tmp_path_factory.mktemp("certificates")
         return {name: make_certificate(folder, name) for name in ("own", "other")}
 
+    @pytest.mark.long
     def test_postgresql_is_verified(self, bake, make_service, dedicated_postgres, certificates):
         use_tls(dedicated_postgres, certificates["own"])
 
@@ -161,6 +166,7 @@ class TestTls:
         variables = production_variables(postgres_url, "")
         self.verify(bake, make_service, "rabbitmq", variables, get_variables, certificates)
 
+    @pytest.mark.long
     def test_redis_is_verified(self, bake, make_service, postgres_url, tmp_path, certificates):
         if shutil.which("redis-server") is None:
             pytest.skip("redis-server is not installed; install its server package")

@@ -9,6 +9,7 @@ import threading
 import time
 import urllib.request
 
+import psycopg
 import pytest
 
 from tests.conftest import production_variables
@@ -57,13 +58,8 @@ from django.db import connection
 connection.cursor().execute("CREATE TABLE ran (number integer PRIMARY KEY, host text)")
 """
 
-#: Prints which host ran each of them.
-GET_HOSTS = """
-from django.db import connection
-with connection.cursor() as cursor:
-    cursor.execute("SELECT host FROM ran WHERE number >= {start} AND number < {end}")
-    print(*[host for (host,) in cursor])
-"""
+#: Which host ran each of them.
+GET_HOSTS = "SELECT host FROM ran WHERE number >= %s AND number < %s"
 
 #: How often RabbitMQ expects to hear of a worker, in seconds; Celery's default is a minute.
 HEARTBEAT = 20
@@ -188,7 +184,8 @@ def test_two_hosts_share_the_work_and_one_that_is_cut_off_loses_none(
             service.shell(QUEUE.format(slug="hosts", start=start, end=end))
 
         def get_hosts(start, end):
-            return service.shell(GET_HOSTS.format(start=start, end=end)).split()
+            with psycopg.connect(postgres_url) as connection:
+                return [host for (host,) in connection.execute(GET_HOSTS, (start, end))]
 
         queue(0, 100)
         wait_for(lambda: len(get_hosts(0, 100)) == 100, 60, workers["first"].text)

@@ -100,6 +100,7 @@ def wait_for_resumes(worker, number):
     wait_for(lambda: count_resumes() >= before + number, 75 * number, worker.text)
 
 
+@pytest.mark.long
 def test_lost_connection_after_an_email_repeats_nothing_and_stops_nobody(smtp, make_mailing):
     tried = collections.Counter()
     accept = smtp.handle_DATA
@@ -178,7 +179,12 @@ def test_server_that_rejects_everybody_loses_nothing_once_it_is_mended(smtp, mak
     assert statuses.split("\n")[-2] == "['sending', 'sent'] 5"
 
 
-@pytest.fixture(params=["accepts and is silent", "refuses connections"])
+@pytest.fixture(
+    params=[
+        "accepts and is silent",
+        pytest.param("refuses connections", marks=pytest.mark.long),
+    ]
+)
 def dead_server(request):
     """The port of a mail server that is of no use."""
     with socket.create_server(("127.0.0.1", 0)) as server:

@@ -18,7 +18,13 @@ pytestmark = pytest.mark.slow
 ACCOUNT = "admin:a-password-for-this-test"
 
 
-@pytest.fixture(params=["rabbitmq", "redis", "postgresql"])
+@pytest.fixture(
+    params=[
+        "rabbitmq",
+        pytest.param("redis", marks=pytest.mark.long),
+        pytest.param("postgresql", marks=pytest.mark.long),
+    ]
+)
 def service(request, bake, make_service, postgres_url, rabbitmq_url, redis_url):
     """A service with Flower in production mode, on a broker."""
     project = bake(

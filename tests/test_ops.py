@@ -130,6 +130,9 @@ PeriodicTask.objects.filter(name="user-digest-daily").update(task="no.such.task"
 """
 
 
+@pytest.mark.parametrize(
+    "service", [pytest.param("embedded", marks=pytest.mark.long), "production"], indirect=True
+)
 def test_doctor_reports_failures_and_commands_that_fix_them(service, smtp):
     processes = start_processes(service)
     # Beat logs that it starts shortly before it responds to the doctor.

@@ -7,7 +7,11 @@ pytestmark = pytest.mark.slow
 
 @pytest.mark.parametrize(
     ("python", "django_version", "timezone"),
-    [("3.13", "6.0", "UTC"), ("3.12", "5.2", "America/New_York")],
+    [
+        # test_readme.py runs these tests too, and test_first_week.py the type checks.
+        pytest.param("3.13", "6.0", "UTC", marks=pytest.mark.long),
+        ("3.12", "5.2", "America/New_York"),
+    ],
 )
 def test_generated_tests_pass_with_the_embedded_defaults(
     bake, make_service, python, django_version, timezone

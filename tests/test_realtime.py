@@ -124,6 +124,7 @@ def test_an_older_answer_does_not_replace_a_newer_one(service, page):
     assert page.errors == []
 
 
+@pytest.mark.parametrize("service", EITHER, indirect=True)
 def test_list_connects_again_after_a_restart_and_shows_what_it_missed(service, page):
     post_submission(service, "Before")
     page.get_by_role("link", name="Before").wait_for(timeout=10_000)
@@ -170,6 +171,7 @@ def test_list_shows_what_was_posted_while_redis_did_not_answer(service, page):
     assert page.errors == []
 
 
+@pytest.mark.parametrize("service", EITHER, indirect=True)
 def test_strangers_are_refused(service):
     async def get_status(path, origin):
         try:

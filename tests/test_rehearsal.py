@@ -255,6 +255,8 @@ def dispatch_times(log):
     return [int(h) * 3600 + int(m) * 60 + int(s) + int(ms) / 1000 for h, m, s, ms in matches]
 
 
+# The library's tests have a short form: what becomes of tasks that a worker does not know.
+@pytest.mark.long
 def test_another_version_and_its_rollback_fail_no_request_and_lose_no_task(
     bake_impatient, make_service, postgres_url, rabbitmq_url, tmp_path
 ):

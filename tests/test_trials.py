@@ -35,6 +35,8 @@ def test_ten_years_in_one_time_zone(uv):
     run_trial(uv, "ten_years", 1)
 
 
+# test_upgrades.py has short forms.
+@pytest.mark.long
 def test_an_aged_service_is_updated_and_an_unedited_one_equals_a_new_one(request, uv):
     require_server(request, "PostgreSQL", 5432, "docker run -d -p 5432:5432 postgres:16")
     run_trial(uv, "time_travel", "--short")

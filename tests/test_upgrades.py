@@ -219,7 +219,7 @@ def test_rejected_changes_are_no_success(service, template):
 # From 1.x
 
 
-@pytest.mark.parametrize("case", ["default", "renamed"])
+@pytest.mark.parametrize("case", [pytest.param("default", marks=pytest.mark.long), "renamed"])
 def test_aged_service_of_the_last_1x_comes_to_2(case, request, template):
     require_server(request, "PostgreSQL", 5432, "docker run -d -p 5432:5432 postgres:16")
     result = travel(template, "1.4.0", case, ["now"], with_tests=False)

@@ -90,9 +90,9 @@ def test_a_service_has_the_library_and_runs_with_it(
     assert library_files(project) == library
     service = make_service(project)
     service.install()
-    service.run("python manage.py check --fail-level WARNING")
     found = service.run("python -c 'import prodserver_ops; print(prodserver_ops.__file__)'")
     assert "site-packages" in found
+    service.run("python manage.py check --fail-level WARNING")
 
 
 def test_what_tools_left_in_a_clone_is_in_no_service(cookies, template_copy):

@@ -41,6 +41,14 @@ STOP_SECONDS = 40
 PROXY = {"X-Forwarded-Proto": "https", "X-Forwarded-For": "203.0.113.9", "Host": "localhost"}
 
 
+#: The servers of a test that the library has a short form of.
+FIRST = [
+    "gunicorn",
+    pytest.param("granian", marks=pytest.mark.long),
+    pytest.param("uvicorn", marks=pytest.mark.long),
+]
+
+
 @pytest.fixture(params=["gunicorn", "granian", "uvicorn"])
 def service(request, bake, make_service, postgres_url, rabbitmq_url):
     """A service in production mode with two web processes of two threads."""
@@ -121,6 +129,7 @@ def test_sigterm_completes_requests_of_connections_that_wait(service):
     assert service.web.popen.wait(timeout=20 * PATIENCE) == 0
 
 
+@pytest.mark.parametrize("service", FIRST, indirect=True)
 def test_sigint_stops(service):
     assert service.web.stop(signal.SIGINT, seconds=STOP_SECONDS) in (0, -signal.SIGINT)
 
@@ -151,6 +160,7 @@ def test_gunicorn_stops_while_its_workers_start(bake, make_service, tmp_path, nu
     assert "SIGKILL" not in web.text()
 
 
+@pytest.mark.parametrize("service", FIRST, indirect=True)
 def test_connections_to_the_database_stay_few(service):
     with ThreadPoolExecutor(12) as pool:
         for response in [pool.submit(get, service, "/slow/") for _ in range(12)]:
