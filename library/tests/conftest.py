@@ -37,8 +37,9 @@ from kombu.transport import memory
 from prodserver_ops.worker import record
 from prodserver_ops.worker.app import Task
 
-#: How many ports each test process has, and the first one of all.
-PORTS, FIRST_PORT = 100, 20_000
+#: How many ports each test process has, and the first one of all. Test runs at the same time need
+#: other ports: set ``TEST_FIRST_PORT``.
+PORTS, FIRST_PORT = 100, int(os.environ.get("TEST_FIRST_PORT", "20000"))
 
 
 def pytest_addoption(parser):
