@@ -188,13 +188,14 @@ def check_folder(slug):
         return
     folder = Path(main["output_dir"]) / slug
     # uvx sets UV to its own path, which may not be on the PATH.
-    uv = "uv" if shutil.which("uv") else os.environ.get("UV") or "uv"
+    uv = shlex.quote("uv" if shutil.which("uv") else os.environ.get("UV") or "uv")
     if folder.exists():
         reject(
             "project_slug",
             slug,
-            f"exists already: start it with cd {shlex.quote(str(folder))} &&"
-            f" {shlex.quote(uv)} run honcho start -f Procfile.dev, or choose another name",
+            f"exists already: start it with cd {shlex.quote(str(folder))} && {uv} sync &&"
+            f" {uv} run manage.py migrate && {uv} run honcho start -f Procfile.dev,"
+            " or choose another name",
         )
 
 

@@ -33,6 +33,12 @@ PYTHON_FILES = {
     "compose.dev.yaml": "FROM python:{}-slim",
 }
 
+#: What to do if the service cannot be set up. Cookiecutter deletes the folder then.
+AGAIN = (
+    "No service was generated. Run the same command again; --replay uses the same answers, and "
+    "setup=no generates the files without installing them."
+)
+
 #: The number of lines that are shown if a command fails.
 SHOWN_LINES = 30
 
@@ -51,6 +57,7 @@ IGNORED_VARIABLES = {
     # Each process would compile the same modules again.
     "PYTHONDONTWRITEBYTECODE",
 }
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in IGNORED_VARIABLES}
 
 
 def run(command, progress=False):
@@ -62,7 +69,7 @@ def run(command, progress=False):
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env={k: v for k, v in os.environ.items() if k not in IGNORED_VARIABLES},
+                env=ENVIRONMENT,
             )
         except OSError as error:
             return 127, [str(error)]
@@ -75,7 +82,7 @@ def run(command, progress=False):
                     print(".", end="", flush=True)
             except KeyboardInterrupt:
                 process.wait()
-                return 130, ["interrupted"]
+                raise
         output.seek(0)
         return status, [line.rstrip() for line in output if line.strip()] or ["no output"]
 
@@ -88,27 +95,37 @@ def get_summary(lines):
 
 
 def choose_python():
-    """Make the service use the newest supported Python that is installed."""
+    """Make the service use the newest supported Python that is installed.
+
+    Return its version and whether it is installed.
+    """
     named = Path(".python-version").read_text().strip()
     find = [UV, "python", "find", "--quiet", "--no-python-downloads"]
-    found = next((version for version in PYTHONS if run([*find, version])[0] == 0), named)
+    found = next((version for version in PYTHONS if run([*find, version])[0] == 0), None)
     for name, line in PYTHON_FILES.items():
         path = Path(name)
-        if found != named and path.exists():
+        if found not in (None, named) and path.exists():
             text = path.read_text(encoding="utf-8")
             path.write_text(text.replace(line.format(named), line.format(found)), encoding="utf-8")
+    return found or named, found is not None
 
 
 def install():
-    """Install the dependencies. Return False if this fails, for example without network."""
-    if UV is None:
-        print("Install: skipped: uv not found. Run: python3 -m pip install uv")
-        return False
-    choose_python()
-    print("Install:", end="", flush=True)
-    status, lines = run([UV, "sync"], progress=True)
-    print(f" failed: {get_summary(lines)}" if status else " done", flush=True)
-    return status == 0
+    """Install the dependencies, and show uv's progress; exit if this fails."""
+    version, is_installed = choose_python()
+    source = "" if is_installed else ", which uv downloads: 3.12, 3.13 or 3.14 is not installed"
+    print(f"Install: packages for Python {version}{source}", flush=True)
+    try:
+        status = subprocess.run([UV, "sync"], stdin=subprocess.DEVNULL, env=ENVIRONMENT).returncode
+    except OSError as error:
+        sys.exit(f"Install failed: {error}. {AGAIN}")
+    if status and not is_installed:
+        sys.exit(
+            f"Install failed: see above. Connect to the network, so that uv can download Python "
+            f"{version}, or install Python 3.12, 3.13 or 3.14. {AGAIN}"
+        )
+    if status:
+        sys.exit(f"Install failed: see above. {AGAIN}")
 
 
 def prove(title, *arguments):
@@ -116,13 +133,10 @@ def prove(title, *arguments):
     print(f"{title}:", end="", flush=True)
     start = time.monotonic()
     status, lines = run([UV, "run", "--quiet", "manage.py", *arguments], progress=True)
-    if status == 130:
-        sys.exit("\ninterrupted")
     if status:
         print(" failed", flush=True)
         print("\n".join(f"  {line}" for line in lines[-SHOWN_LINES:]))
-        print(f"{title} failed: use --keep-project-on-failure to keep the service.", flush=True)
-        sys.exit(1)
+        sys.exit(f"{title} failed: see above. {AGAIN} --keep-project-on-failure keeps the files.")
     shown = lines[-1] if arguments[0] == "smoke" else f"{time.monotonic() - start:.1f} s"
     print(f" {shown}", flush=True)
 
@@ -140,7 +154,11 @@ def create_first_commit():
     status, lines = run(["git", "rev-parse", "--show-toplevel"])
     # A nested repository is no problem if the outer repository ignores its folder.
     if status == 0 and run(["git", "check-ignore", "--quiet", "."])[0] != 0:
-        print(f"{title}: skipped: this folder is in the repository {lines[-1]}. Commit it there.")
+        outside = shlex.quote(str(Path(lines[-1]).parent))
+        print(
+            f"{title}: skipped: this folder is in the repository {lines[-1]}. Commit it there. For "
+            f"a repository of its own, generate the service outside, with --output-dir {outside}"
+        )
         return
     for command in (
         ["git", "init", "--quiet", "--initial-branch=main"],
@@ -155,25 +173,38 @@ def create_first_commit():
     print(f"{title}: done")
 
 
+def get_steps(installed):
+    """Return the commands that follow."""
+    uv = shlex.quote(UV or "uv")
+    folder = os.path.relpath(Path.cwd(), os.environ.get("PWD", Path.cwd().parent))
+    first = [] if installed else [f"{uv} sync", f"{uv} run manage.py migrate"]
+    return [
+        f"cd {shlex.quote(folder)}",
+        *first,
+        f"{uv} run manage.py createsuperuser",
+        f"{uv} run honcho start -f Procfile.dev",
+    ]
+
+
 def main():
     """Set up the service, if requested, and print the next steps."""
-    installed = SETUP and install()
+    installed = SETUP and UV is not None
+    if SETUP and UV is None:
+        print("Install: skipped: uv not found. Run: python3 -m pip install uv")
     if installed:
+        install()
         prove("Migrate", "migrate", "--verbosity=0")
         # migrate has just run the checks.
         prove("Start and stop", "smoke", "--skip-checks")
     if SETUP:
         create_first_commit()
-    if COMPARISON:
-        return
-    uv = shlex.quote(UV or "uv")
-    folder = os.path.relpath(Path.cwd(), os.environ.get("PWD", Path.cwd().parent))
-    print(f"\n  cd {shlex.quote(folder)}")
-    if not installed:
-        print(f"  {uv} sync")
-        print(f"  {uv} run manage.py migrate")
-    print(f"  {uv} run manage.py createsuperuser")
-    print(f"  {uv} run honcho start -f Procfile.dev")
+    if not COMPARISON:
+        print("", *get_steps(installed), sep="\n  ")
 
 
-main()
+try:
+    main()
+except KeyboardInterrupt:
+    # Cookiecutter ends at once and keeps the folder.
+    print(f"\nInterrupted, without a commit. Continue with: {' && '.join(get_steps(False))}")
+    sys.exit(130)

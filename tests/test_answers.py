@@ -161,7 +161,8 @@ def test_name_of_an_existing_folder_says_how_to_start_what_is_there(run_cookiecu
     assert done.returncode == 1
     assert done.stdout == (
         f'project_slug: "prayer_room_api" exists already: start it with cd {folder}/prayer_room_api'
-        " && uv run honcho start -f Procfile.dev, or choose another name\n"
+        " && uv sync && uv run manage.py migrate && uv run honcho start -f Procfile.dev, or choose "
+        "another name\n"
     )
     assert sorted(folder.rglob("*")) == before
 

@@ -4,30 +4,33 @@ import contextlib
 import os
 import re
 import shutil
+import signal
 import sqlite3
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import GIT_IDENTITY, clean_environment
-from tests.generate import SOURCES
+from tests.generate import SOURCES, get_template
 
 pytestmark = pytest.mark.slow
 
 PACKAGE = "{{cookiecutter.project_slug}}"
 
+START = "honcho start -f Procfile.dev"
+
 COMMIT = "git add . && git commit -m 'Start from cookiecutter-prodserver'"
 
 
-#: A uv that finds the Pythons in FOUND, and installs nothing.
+#: A uv that finds the Pythons in FOUND, installs nothing, and runs no command.
 FAKE_UV = """#!/bin/sh
 for version; do :; done
 case "$1 $2" in
-    "python find") case " $FOUND " in *" $version "*) exit 0 ;; esac ;;
+    "python find") case " $FOUND " in *" $version "*) exit 0 ;; esac; exit 1 ;;
 esac
-echo "error: installs nothing"
-exit 1
+echo "did $1"
 """
 
 
@@ -60,17 +63,55 @@ def path_without(tmp_path):
 
 
 @pytest.fixture
-def generate_uninstalled(generate, path_without):
-    """As ``generate``, but the installation fails at once, for what comes after it."""
+def write_uv(path_without):
+    """Return a function that makes a PATH with a script as uv, without the tools named."""
 
-    def generate_uninstalled(*arguments, missing=(), **environment):
+    def write(script, *missing):
         tools = path_without(*missing)
         fake = Path(tools, "uv")
-        fake.write_text(FAKE_UV)
+        fake.write_text(script)
         fake.chmod(0o755)
+        return tools
+
+    return write
+
+
+@pytest.fixture
+def start_cookiecutter(tmp_path):
+    """A function that starts cookiecutter in an empty folder and a process group of its own."""
+    started = []
+
+    def start(*arguments, environment):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "cookiecutter", str(get_template()), *arguments],
+            cwd=tmp_path,
+            env=clean_environment(HOME=tmp_path, PWD=tmp_path) | environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        started.append(process)
+        return tmp_path, process
+
+    yield start
+    for process in started:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+
+
+@pytest.fixture
+def generate_uninstalled(generate, write_uv):
+    """As ``generate``, but nothing is installed or run, for what comes after it."""
+
+    def generate_uninstalled(*arguments, missing=(), **environment):
+        tools = write_uv(FAKE_UV, *missing)
         project, lines = generate(*arguments, PATH=tools, **environment)
-        assert lines[0] == "Install: failed: error: installs nothing"
-        return project, lines
+        assert lines[1:4] == ["did sync", "Migrate: 0.0 s", "Start and stop: did run"], lines
+        return project, lines[4:]
 
     return generate_uninstalled
 
@@ -92,23 +133,23 @@ def get_titles(lines):
     return [re.sub(r"[\d.]+( s(econds)?\b)?", "", line).strip() for line in lines]
 
 
-def test_setup_installs_migrates_proves_and_commits(generate):
+def test_setup_installs_migrates_proves_and_commits(generate, uv):
     """It does so whatever database the environment names."""
     project, lines = generate(
         DATABASE_URL="postgres://nobody@127.0.0.1:1/nothing", DJANGO_MODE="prod"
     )
-    assert get_titles(lines[:5]) == [
-        "Install: done",
+    version = (project / ".python-version").read_text().strip()
+    assert lines[0] == f"Install: packages for Python {version}"
+    assert "Creating virtual environment at: .venv" in lines
+    assert get_titles(lines[-7:]) == [
         "Migrate:",
         "Start and stop: web, worker, beat: ready, and a schedule was run, after ; "
         "stopped after  more",
         "First commit: done",
         "",
+        "cd prayer_room_api",
+        *get_titles(f"{uv} run {command}" for command in ("manage.py createsuperuser", START)),
     ]
-    assert lines[5] == "  cd prayer_room_api"
-    assert lines[6].endswith("uv run manage.py createsuperuser")
-    assert lines[7].endswith("uv run honcho start -f Procfile.dev")
-    assert len(lines) == 8
 
     assert (project / ".venv" / "bin" / "honcho").exists()
     with contextlib.closing(sqlite3.connect(project / "var" / "db.sqlite3")) as database:
@@ -140,18 +181,58 @@ def test_missing_uv_skips_the_installation_with_instructions(generate, path_with
     assert [line.strip() for line in lines[4:7]] == NEXT_STEPS
 
 
-def test_missing_network_fails_the_installation_with_instructions(generate, tmp_path):
-    _, lines = generate(UV_OFFLINE="1", UV_CACHE_DIR=tmp_path / "empty")
-    assert lines[0].startswith("Install: failed: ")
-    assert lines[1].endswith("done")
-    assert [line.strip().partition("uv ")[2] for line in lines[4:7]] == [
-        step.partition("uv ")[2] for step in NEXT_STEPS
-    ]
+def assert_nothing_generated(project, lines, reason):
+    assert any(
+        line.startswith(f"Install failed: {reason}. No service was generated. Run the same command")
+        for line in lines
+    ), lines
+    assert not project.exists()
 
 
-def test_uv_that_does_not_start_fails_the_installation(generate, path_without):
-    _, lines = generate(UV="no/such/uv", PATH=path_without("uv"))
-    assert lines[0] == "Install: failed: [Errno 2] No such file or directory: 'no/such/uv'"
+def test_installation_fails_without_network(generate, tmp_path):
+    project, lines = generate(status=1, UV_OFFLINE="1", UV_CACHE_DIR=tmp_path / "empty")
+    assert any("network" in line for line in lines), "uv's reason is not shown"
+    assert_nothing_generated(project, lines, "see above")
+
+
+def test_installation_fails_without_python(generate, write_uv):
+    project, lines = generate(
+        status=1, PATH=write_uv(FAKE_UV.replace('"did $1"', "no Python; exit 2")), FOUND="3.11"
+    )
+    assert lines[0] == (
+        "Install: packages for Python 3.13, which uv downloads: 3.12, 3.13 or 3.14 is not installed"
+    )
+    assert_nothing_generated(
+        project,
+        lines,
+        "see above. Connect to the network, so that uv can download Python 3.13, or install "
+        "Python 3.12, 3.13 or 3.14",
+    )
+
+
+def test_installation_fails_if_uv_does_not_start(generate, path_without):
+    project, lines = generate(status=1, UV="no/such/uv", PATH=path_without("uv"))
+    assert_nothing_generated(project, lines, "[Errno 2] No such file or directory: 'no/such/uv'")
+
+
+def test_ctrl_c_ends_without_a_commit_and_with_the_commands_that_continue(
+    start_cookiecutter, write_uv
+):
+    tools = write_uv(
+        FAKE_UV.replace('echo "did $1"', f"echo syncing; exec {shutil.which('sleep')} 600")
+    )
+    folder, process = start_cookiecutter("--no-input", environment={"PATH": tools})
+    lines = iter(process.stdout.readline, "")
+    assert any(line == "syncing\n" for line in lines)
+    os.killpg(process.pid, signal.SIGINT)
+    output = process.stdout.read()
+    assert process.wait() != 0
+    assert (
+        "Interrupted, without a commit. Continue with: cd prayer_room_api && uv sync && "
+        "uv run manage.py migrate && uv run manage.py createsuperuser && "
+        "uv run honcho start -f Procfile.dev\n"
+    ) in output
+    assert not (folder / "prayer_room_api" / ".git").exists()
 
 
 def test_missing_git_skips_the_commit_with_instructions(generate_uninstalled):
@@ -165,8 +246,8 @@ def test_missing_git_identity_fails_the_commit_with_instructions(generate_uninst
     project, lines = generate_uninstalled(
         GIT_AUTHOR_EMAIL="", GIT_AUTHOR_NAME="", GIT_COMMITTER_EMAIL="", GIT_COMMITTER_NAME=""
     )
-    assert lines[1].startswith("First commit: failed: fatal: ")
-    assert lines[1].endswith(
+    assert lines[0].startswith("First commit: failed: fatal: ")
+    assert lines[0].endswith(
         "Run: git config user.name YOU && git config user.email YOU@EXAMPLE.COM && "
         f"git init -b main && {COMMIT}"
     )
@@ -177,8 +258,10 @@ def test_no_repository_is_made_in_another_one(generate, generate_uninstalled):
     folder, _ = generate("setup=no")
     git(folder.parent, "init", "--quiet")
     _, lines = generate_uninstalled("project_slug=second", "--output-dir", str(folder.parent))
-    assert lines[1] == (
-        f"First commit: skipped: this folder is in the repository {folder.parent}. Commit it there."
+    assert lines[0] == (
+        f"First commit: skipped: this folder is in the repository {folder.parent}. Commit it there. "
+        "For a repository of its own, generate the service outside, with "
+        f"--output-dir {folder.parent.parent}"
     )
     assert not (folder.parent / "second" / ".git").exists()
 
@@ -190,7 +273,7 @@ def test_a_repository_is_made_in_a_folder_that_the_outer_one_ignores(
     git(folder.parent, "init", "--quiet")
     (folder.parent / ".gitignore").write_text("/second/\n")
     _, lines = generate_uninstalled("project_slug=second", "--output-dir", str(folder.parent))
-    assert lines[1] == "First commit: done"
+    assert lines[0] == "First commit: done"
     assert git(folder.parent / "second", "status", "--porcelain") == ""
 
 
@@ -247,7 +330,7 @@ def test_service_that_fails_ends_with_status_1_and_the_reason(
     assert text.count(old) >= 1
     path.write_text(text.replace(old, new))
     project, lines = generate(status=1, TEMPLATE=str(template_copy))
-    assert any(line.startswith(f"{step}:") and line.endswith(" failed") for line in lines)
+    assert any(line.startswith(f"{step} failed: see above. No service was") for line in lines)
     assert shown in "\n".join(lines)
     assert not project.exists()
 
