@@ -48,7 +48,8 @@ GIT_IDENTITY = {
     "GIT_COMMITTER_EMAIL": "a@example.com",
 }
 
-#: Variables that a service reads and that this machine may have set.
+#: Variables that a service reads and that this machine may have set. Without bytecode, each
+#: command of a service compiles Django and Celery first: 2.6 s instead of 0.7 s.
 SERVICE_VARIABLES = {
     "CELERY_BROKER_URL",
     "DATABASE_STATEMENT_TIMEOUT",
@@ -61,6 +62,7 @@ SERVICE_VARIABLES = {
     "LOG_LEVEL",
     "PORT",
     "PROXY_COUNT",
+    "PYTHONDONTWRITEBYTECODE",
     "REDIS_URL",
     "EXTRA_QUEUES",
     "RABBITMQ_URL",
@@ -437,7 +439,7 @@ class Service:
             return
         digest = hashlib.sha256()
         for path in sorted(self.folder.rglob("*")):
-            if path.is_file() and ".venv" not in path.parts:
+            if path.is_file() and not {".venv", "__pycache__"} & {*path.parts}:
                 digest.update(f"{path.relative_to(self.folder)}\n".encode() + path.read_bytes())
         deployed = self.environments / f"deployed-{digest.hexdigest()[:16]}"
         copy = f"copy_{uuid.uuid5(uuid.NAMESPACE_URL, str(deployed)).hex[:12]}"

@@ -65,8 +65,7 @@ def service(request, bake, make_service, smtp, postgres_url, broker_url):
         WORKER_CONCURRENCY=1,
         **production_variables(postgres_url, broker_url),
     )
-    service.install("--no-dev")
-    service.run(service.procfile()["release"])
+    service.deploy()
     service.recipients, service.kills = request.param
     service.shell(CREATE_DATA.replace("RECIPIENTS", str(service.recipients)))
     return service
