@@ -231,6 +231,17 @@ def test_missing_url_of_the_broker_is_reported_by_its_variable(problem):
     assert message.startswith("SAMPLE_URL: got a URL that starts with memory://, expected ")
 
 
+@pytest.mark.parametrize(
+    ("given", "got"),
+    [({}, "nothing"), ({"RABBITMQ_URL": "redis://a/2"}, "a URL that starts with redis://")],
+)
+def test_variable_of_one_broker_expects_its_url(problem, monkeypatch, given, got):
+    monkeypatch.setattr(SampleprodSettings, "BROKER_VARIABLE", "RABBITMQ_URL")
+    variables = PRODUCTION | given
+    del variables["CELERY_BROKER_URL"]
+    assert problem(**variables) == f"RABBITMQ_URL: got {got}, expected amqp:// or amqps://..."
+
+
 def test_broker_whose_package_is_missing_is_reported_with_the_extra(problem, monkeypatch):
     monkeypatch.setattr(broker, "find_spec", lambda package: None)
     message = problem(**PRODUCTION | {"CELERY_BROKER_URL": "redis://:hunter2@mq.example.com"})

@@ -394,7 +394,8 @@ class ProductionProcessDefaults(ProcessDefaults):
 
     @env(cast=broker_url())
     def CELERY_BROKER_URL(self) -> str:
-        url: str = env(env.Required, key=self.BROKER_VARIABLE, cast=broker_url())()
+        name = self.BROKER_VARIABLE
+        url: str = env(env.Required, key=name, cast=broker_url(variable=name))()
         return url
 
     # Processes

@@ -30,6 +30,13 @@ Cast = Callable[[str], T]
 HOST = r"[a-z0-9_]([a-z0-9_.-]*[a-z0-9_])?"
 IPV6 = r"\[[0-9a-f:.]+\]"
 
+#: The variables that platforms set for one broker, and the module of that broker.
+BROKERS_BY_VARIABLE = {
+    "RABBITMQ_URL": "rabbitmq",
+    "REDIS_URL": "redis",
+    "DATABASE_URL": "postgresql",
+}
+
 
 class EnvironmentVariableError(SystemExit):
     """Invalid environment variables. Unless caught, Python prints it and exits with status 1."""
@@ -287,10 +294,14 @@ def email_api(text: str) -> tuple[str, dict[str, str]]:
     return provider, {f"{provider}_{name}".upper(): value for name, value in values.items()}
 
 
-def broker_url(*schemes: str) -> Cast[str]:
-    """Return a cast that accepts the URL of a supported broker, or one with these schemes."""
+def broker_url(*schemes: str, variable: str = "") -> Cast[str]:
+    """Return a cast that accepts the URL of a supported broker, or one with these schemes.
 
-    schemes = (*broker.BY_SCHEME, *schemes)
+    ``variable`` is the name of the variable: ``RABBITMQ_URL`` accepts only URLs of RabbitMQ.
+    """
+    module = BROKERS_BY_VARIABLE.get(variable)
+    supported = (name for name, each in broker.BY_SCHEME.items() if module in (None, each.module))
+    schemes = (*supported, *schemes)
 
     @expects(f"{', '.join(f'{scheme}://' for scheme in schemes[:-1])} or {schemes[-1]}://...")
     def cast(text: str) -> str:
