@@ -171,9 +171,9 @@ def test_image_size_is_as_documented(project, image):
     docker("tag", image, name)
     try:
         document = (project / "docs" / "image.md").read_text()
-        (command,) = re.findall(r"^docker image inspect .*", document, re.M)
+        (command,) = re.findall(r"^base=.*\ndocker image inspect .*", document, re.M)
         (documented,) = re.findall(r"It adds (\d+) MiB", document)
-        output = run(command)
+        output = run(command, cwd=project)
         assert re.fullmatch(r"\d+ MiB\n", output)
         assert int(output.split()[0]) <= int(documented) + 5
     finally:
