@@ -87,8 +87,30 @@ def pytest_addoption(parser):
 
 
 def pytest_xdist_auto_num_workers(config):
-    """Use one worker more than there are cores, because slow tests mostly wait."""
-    return (os.cpu_count() or 1) + 1
+    """Use two workers more than there are cores, because slow tests mostly wait."""
+    return (os.cpu_count() or 1) + 2
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config, items):
+    """Let each test process begin with its share of the slow tests, and end with fast ones.
+
+    pytest-xdist gives each process as many tests, in this order. A process without tests takes
+    over those of others, but for the last two of each process: these have to be fast.
+    """
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    fast = [item for item in items if not item.get_closest_marker("slow")]
+    count = getattr(config, "workerinput", {}).get("workercount", 1)
+
+    def get_share(tests, number):
+        return tests[len(tests) * number // count : len(tests) * (number + 1) // count]
+
+    items[:] = [
+        item
+        for number in range(count)
+        for tests in (slow, fast)
+        for item in get_share(tests, number)
+    ]
 
 
 def clean_environment(**extra):
@@ -378,7 +400,7 @@ class Process:
 class Service:
     """A generated service with its own environment variables and processes."""
 
-    #: The names of the databases that others may copy; None if nobody may.
+    #: The folder with the names of the databases that others may copy; None if nobody may.
     copies = None
 
     def __init__(self, folder, uv, environments, **variables):
@@ -448,7 +470,7 @@ class Service:
                 self.run("python manage.py collectstatic --noinput")
                 self.run(self.procfile()["release"])
                 copy_database(name, copy)
-                self.copies.append(copy)
+                (self.copies / copy).touch()
                 shutil.copytree(self.folder / "staticfiles", deployed)
             else:
                 copy_database(copy, name)
@@ -516,20 +538,21 @@ def copy_database(name, copy):
         connection.execute(f"CREATE DATABASE {copy} TEMPLATE {name}")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="session", autouse=True)
 def database_copies(shared_folder):
-    """The names of the databases that this process made for others to copy; they are deleted last.
-
-    A process waits for the others, which may still need them.
-    """
-    names = []
+    """The folder with the names of databases that are copied; the last process deletes them."""
+    names = shared_folder / "copies"
+    names.mkdir(exist_ok=True)
     with (shared_folder / "copies.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_SH)
         yield names
-        fcntl.flock(lock, fcntl.LOCK_EX)
-    for name in names:
-        with psycopg.connect(f"{POSTGRES_SERVER}/postgres", autocommit=True) as connection:
-            connection.execute(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return
+        for name in names.iterdir():
+            with psycopg.connect(f"{POSTGRES_SERVER}/postgres", autocommit=True) as connection:
+                connection.execute(f"DROP DATABASE IF EXISTS {name.name} WITH (FORCE)")
 
 
 @pytest.fixture

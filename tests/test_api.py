@@ -63,7 +63,10 @@ def test_schema_of_a_new_service_is_current(bake, make_service, name, descriptio
     assert service.run("python manage.py openapi --check") == "openapi.yaml is up to date.\n"
 
 
-def test_responses_conform_to_the_openapi_schema(bake, make_service, postgres_url, rabbitmq_url):
+@pytest.mark.parametrize("examples", [20, pytest.param(60, marks=pytest.mark.long)])
+def test_responses_conform_to_the_openapi_schema(
+    bake, make_service, postgres_url, rabbitmq_url, examples
+):
     project = bake(project_slug="fuzzed")
     (project / "fuzz.py").write_text(FUZZ_SETTINGS)
     service = make_service(
@@ -84,7 +87,7 @@ def test_responses_conform_to_the_openapi_schema(bake, make_service, postgres_ur
             [
                 sys.executable,
                 *("-m", "schemathesis.cli", "run", schema_url),
-                *("--checks", CHECKS, "--max-examples", "60", "--seed", "1", "--no-color"),
+                *("--checks", CHECKS, "--max-examples", str(examples), "--seed", "1", "--no-color"),
                 *("--generation-deterministic", "--suppress-health-check", "all"),
                 *options,
             ],

@@ -41,8 +41,7 @@ def service(request, bake, make_service):
             request.getfixturevalue("postgres_url"), request.getfixturevalue("rabbitmq_url")
         )
     service = make_service(bake(project_slug="beats"), **variables)
-    service.install("--no-dev")
-    service.run(service.procfile()["release"])
+    service.deploy()
     service.shell(RUN_ONE_SCHEDULE_EVERY_SECOND)
     return service
 

@@ -2,6 +2,7 @@
 
 import pytest
 
+from tests.servers import PATIENCE
 from tests.test_beat import (
     RUN_ONE_SCHEDULE_EVERY_SECOND,
     count_dispatches,
@@ -36,6 +37,6 @@ def test_every_way_shares_the_runs(service):
 def test_another_scheduler_is_refused(service):
     scheduler = "django_celery_beat.schedulers:DatabaseScheduler"
     beat = service.spawn("beat", *f"celery -A beats beat --scheduler {scheduler}".split())
-    assert beat.popen.wait(timeout=30) == 1
+    assert beat.popen.wait(timeout=30 * PATIENCE) == 1
     assert "DatabaseScheduler would run schedules that another beat runs too" in beat.text()
     assert "Traceback" not in beat.text()

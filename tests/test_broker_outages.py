@@ -80,7 +80,8 @@ def test_an_outage_of_the_broker_holds_nothing_up(
     monitor.join()
     print(f"{outage}: slowest /health/ready {monitor.slowest:.1f} s")
     assert set(monitor.live) == {200}
-    assert (bulk < 3, single < 3, monitor.slowest < 6) == (True, True, True)
+    assert max(bulk, single) < 3 * PATIENCE
+    assert monitor.slowest < 6 * PATIENCE
 
     stopped = {}
     for name in ("worker", "beat", "web"):

@@ -13,7 +13,7 @@ import urllib.request
 import pytest
 
 from tests.conftest import production_variables
-from tests.servers import wait_for
+from tests.servers import PATIENCE, wait_for
 
 pytestmark = pytest.mark.slow
 
@@ -186,8 +186,8 @@ def test_service_recovers_from_killed_processes_and_server_outages(
     print(f"slowest answer in the admin without a broker: {max(seconds[:2]):.1f} s")
     print(f"slowest /health/ready: {monitor.slowest:.1f} s")
     assert set(monitor.live) == {200}
-    assert max(seconds) < 5
-    assert monitor.slowest < 10
+    assert max(seconds) < 5 * PATIENCE
+    assert monitor.slowest < 10 * PATIENCE
     assert sorted(message["message-id"].split("@")[0] for message in smtp.messages) == [
         "<answer.1",
         "<answer.2",

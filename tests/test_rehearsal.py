@@ -237,7 +237,7 @@ def test_deploys_fail_no_request_and_lose_no_task(
     # Each run was dispatched once; one that is late keeps the next one on time.
     attempts = list(map(int, service.shell(PRINT_ATTEMPTS).split()))
     assert (set(attempts), len(attempts)) == ({1}, len(times))
-    assert max(gaps) < 10
+    assert max(gaps) < 10 * PATIENCE
     assert len(times) > 3 * deploys
     assert {status for _, status, _ in dokku.stops} == {0}
     assert all(beat.text().count("beat: Starting...") == 1 for beat in beats)

@@ -90,10 +90,10 @@ def test_health_checks_respond_while_the_database_is_frozen(
             time.sleep(1)
             for _ in range(5):
                 status, seconds, _ = request(service, "/health/live")
-                assert (status, seconds < 1) == (200, True)
+                assert (status, seconds < PATIENCE) == (200, True)
             status, seconds, text = request(service, "/health/ready")
             print(f"not ready after {seconds:.1f} s")
-            assert (status, seconds < 6) == (503, True)
+            assert (status, seconds < 6 * PATIENCE) == (503, True)
             assert json.loads(text)["checks"] == {"database": "unavailable", "broker": "ok"}
             results = [future.result() for future in waiting]
         slowest = max(seconds for _, seconds, _ in results)
@@ -119,7 +119,7 @@ def test_beat_notices_a_black_hole_and_recovers(bake, make_service, postgres_url
     cut = time.monotonic()
     beat.wait_for_text("the database does not respond", seconds=90)
     print(f"beat noticed after {time.monotonic() - cut:.0f} s")
-    assert time.monotonic() - cut < 60
+    assert time.monotonic() - cut < 60 * PATIENCE
     wire.mend()
     before = beat.text().count("Sending due task")
     wait_for(lambda: beat.text().count("Sending due task") > before, 60, beat.text)

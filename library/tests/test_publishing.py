@@ -61,7 +61,7 @@ def test_a_request_waits_once_for_all_its_messages(in_request, end, caplog):
         try_to_publish("x", lambda number=number: (end.wait(), published.append(number)))
     with pytest.raises(OperationalError, match="does not respond"):
         publish(end.wait)
-    assert 0.4 < time.monotonic() - start < 2
+    assert 0.4 < time.monotonic() - start < 10  # Each alone would take 25 seconds.
     assert "x is not queued yet: the broker does not respond" in caplog.text
     end.set()
     publishing.publisher.flush(5)
@@ -86,7 +86,7 @@ def test_a_process_that_ends_waits_for_a_moment(in_request, end, publisher):
     try_to_publish("x", end.wait)
     start = time.monotonic()
     publisher.flush(0.3)
-    assert 0.2 < time.monotonic() - start < 2
+    assert 0.2 < time.monotonic() - start < 10
 
 
 def view(request):
