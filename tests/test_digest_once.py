@@ -5,6 +5,7 @@ import random
 import signal
 import time
 
+import psycopg
 import pytest
 
 from tests.conftest import production_variables
@@ -38,13 +39,8 @@ schedule.interval = IntervalSchedule.objects.create(every=1, period="seconds")
 schedule.save()
 """
 
-COUNT_WAITING = """
-from datetime import timedelta
-from django.utils import timezone
-from prodserver_ops.models import Attempt
-soon = timezone.now() + timedelta(hours=12)
-print(Attempt.objects.filter(next_at__gt=soon).count())
-"""
+#: The e-mails that are tried again after a day
+COUNT_WAITING = "SELECT count(*) FROM ops_attempt WHERE next_at > now() + interval '12 hours'"
 
 #: Makes the day pass after which e-mails are tried again.
 END_WAIT = """
@@ -88,7 +84,8 @@ def is_complete(service, smtp):
 
 def count_waiting(service):
     """Return the number of e-mails that are tried again after a day."""
-    return int(service.shell(COUNT_WAITING))
+    with psycopg.connect(service.environment["DATABASE_URL"]) as connection:
+        return connection.execute(COUNT_WAITING).fetchone()[0]
 
 
 def count_missing_and_repeated(service, smtp):
