@@ -31,7 +31,7 @@ class SampleSettings(Defaults):
     TIME_ZONE = "UTC"
 
 
-class SampleprodSettings(ProductionDefaults, SampleSettings):
+class SampleprodSettings(SampleSettings, ProductionDefaults):
     """Production of another service."""
 
 

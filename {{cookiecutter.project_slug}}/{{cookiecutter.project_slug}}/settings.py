@@ -131,15 +131,18 @@ class Settings({{ cookiecutter.__modules.split(", ") | select | each("{0}.Defaul
         }
 
 
-class TestSettings(conf.TestDefaults, Settings):
+# A value in Settings holds in every mode. The classes below override it, and the library's follow.
+
+
+class TestSettings(Settings, conf.TestDefaults):
     """Tests."""
 
 
-class ProdSettings(conf.ProductionDefaults, Settings):
+class ProdSettings(Settings, conf.ProductionDefaults):
     """Production."""
 
 
-class StagingSettings(conf.StagingDefaults, ProdSettings):
+class StagingSettings(ProdSettings, conf.StagingDefaults):
     """Staging: like production, but on its own domain."""
 
     DOMAIN = "staging.{{ cookiecutter.domain_name }}"

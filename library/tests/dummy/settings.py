@@ -82,15 +82,15 @@ class Settings(conf.Defaults):
         return processes.get_default(self)
 
 
-class TestSettings(conf.TestDefaults, Settings):
+class TestSettings(Settings, conf.TestDefaults):
     pass
 
 
-class ProdSettings(conf.ProductionDefaults, Settings):
+class ProdSettings(Settings, conf.ProductionDefaults):
     BROKER_VARIABLE = "RABBITMQ_URL"
 
 
-class StagingSettings(conf.StagingDefaults, ProdSettings):
+class StagingSettings(ProdSettings, conf.StagingDefaults):
     pass
 
 

@@ -3,7 +3,9 @@
 ``ProcessDefaults`` contains the settings that the processes need, and works in any Django project.
 ``Defaults`` adds the settings that all generated services share: security, database, e-mail, static
 files. ``TestDefaults``, ``ProductionDefaults`` and ``StagingDefaults`` adapt them to one mode. A
-class in ``settings.py`` can override each value.
+class in ``settings.py`` can override each value, for its own mode and for those that inherit from
+it, because classes of the service come before those of the library:
+``class ProdSettings(Settings, conf.ProductionDefaults)``.
 
 https://django-classy-settings.readthedocs.io/
 """
@@ -86,6 +88,8 @@ class ProcessDefaults(BaseSettings):  # type: ignore[misc]
     and its name is the prefix of the queues. ``BASE_DIR`` is the folder of ``manage.py``. E-mails
     have ``SITE_NAME`` in the subject, and link to ``DOMAIN``.
     """
+
+    is_production = False
 
     PACKAGE: str
     BASE_DIR: Path
@@ -367,9 +371,10 @@ class Defaults(ProcessDefaults):
 class TestDefaults(Defaults):
     """Tests: no message leaves the process unless the environment names a broker."""
 
+    is_test = True
+
     DEBUG = False
     CELERY_BROKER_URL = env("memory://", cast=broker_url("memory"))
-    CELERY_RESULT_BACKEND = None
     WHITENOISE_AUTOREFRESH = True
 
     # Concurrent test runs do not share locks
@@ -381,6 +386,8 @@ class TestDefaults(Defaults):
 
 class ProductionProcessDefaults(ProcessDefaults):
     """Settings that web, worker and beat need in production."""
+
+    is_production = True
 
     # Number of proxies in front of the service that append to X-Forwarded-For
     PROXY_COUNT = env(1, cast=integer(0, 10))
@@ -453,6 +460,8 @@ class ProductionDefaults(ProductionProcessDefaults, Defaults):
 
 class StagingDefaults(ProductionDefaults):
     """Staging: like production, but on its own domain and without e-mail to real people."""
+
+    is_staging = True
 
     SECURE_HSTS_SECONDS = env(60, cast=integer(0))
     SENTRY_ENVIRONMENT = "staging"

@@ -8,7 +8,7 @@ missing or invalid, every process exits at its start with status 1 and one line 
 import json
 import os
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from email.utils import parseaddr
 from functools import wraps
 from importlib.util import find_spec
@@ -23,6 +23,7 @@ from dotenv import load_dotenv
 
 from .. import broker
 from ..core.database import get_sqlite
+from . import verification
 
 T = TypeVar("T")
 Cast = Callable[[str], T]
@@ -78,18 +79,22 @@ def use(
 
     Works like ``BaseSettings.use`` of cbs, but reports all invalid variables at once,
     evaluates each setting once, and reads variables that are not set from ``.env`` in
-    ``BASE_DIR``.
+    ``BASE_DIR``. Raises UnsafeSettingsError for settings that the mode must not have; see
+    ``verification.py``.
     """
+    verification.used[:] = [settings]
     load_dotenv(Path(settings.BASE_DIR, ".env"))
     try:
         chosen = settings.get_settings_instance(env=variable)
     except ValueError:
-        modes = ", ".join(sorted(_modes(settings)))
+        names = [mode.__name__ for mode in verification.get_modes(settings)][1:]
+        modes = ", ".join(sorted(name.removesuffix("Settings").lower() for name in names))
         raise EnvironmentVariableError(
             f"{variable}: got {_quote(os.environ[variable])}, "
             f"expected one of {modes}, or unset for development"
         ) from None
     values = evaluate(chosen)
+    verification.verify_class(chosen, values)
 
     def get_value(name: str) -> Any:
         if name not in values:
@@ -114,12 +119,6 @@ def evaluate(settings: cbs.BaseSettings) -> dict[str, Any]:
     if problems:
         raise EnvironmentVariableError("\n".join(problems.values()))
     return values
-
-
-def _modes(settings: type[cbs.BaseSettings]) -> Iterator[str]:
-    for mode in settings.__subclasses__():
-        yield mode.__name__.removesuffix("Settings").lower()
-        yield from _modes(mode)
 
 
 def _quote(text: str) -> str:
@@ -242,10 +241,8 @@ def site_url(text: str) -> str:
 @expects("at least 50 random characters")
 def secret_key(text: str) -> str:
     """Accept a key that passes Django's own check (security.W009)."""
-    if text.startswith("django-insecure-"):
-        raise RedactedError("an insecure key that starts with django-insecure-")
-    if len(text) < 50 or len(set(text)) < 5:
-        raise RedactedError(f"{len(text)} characters, {len(set(text))} of them distinct")
+    if weakness := verification.find_weakness(text):
+        raise RedactedError(weakness)
     return text
 
 

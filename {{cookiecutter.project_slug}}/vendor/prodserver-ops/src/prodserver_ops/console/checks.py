@@ -14,6 +14,7 @@ from django.db.utils import OperationalError
 from django.urls import get_resolver
 
 from ..api import schema
+from ..conf import verification
 from ..core.database import find_pooler
 from ..scheduling.operations import (
     REQUIRED_MIGRATION,
@@ -23,6 +24,32 @@ from ..scheduling.operations import (
 )
 
 Messages = list[checks.CheckMessage]
+
+
+@checks.register
+def check_classes(app_configs: Any = None, **kwargs: Any) -> Messages:
+    """Report classes of settings whose order drops values of the service."""
+    messages: Messages = []
+    for used in verification.used:
+        for mode, dropped, line in verification.find_misordered(used):
+            problem = f"{verification.get_place(mode)}: the order of its base classes drops "
+            problem += ", ".join(dropped) or "values that the service will set"
+            kind, id_ = (checks.Error, "E003") if dropped else (checks.Warning, "W001")
+            messages.append(kind(f"{problem}.", hint=f"Write {line}", id=f"settings.{id_}"))
+    return messages
+
+
+@checks.register(deploy=True)
+def check_production(app_configs: Any = None, **kwargs: Any) -> Messages:
+    """Report what a plain settings module must not have, and Django's own checks do not report."""
+    if not hasattr(settings, "ADDED_SETTINGS"):
+        return []  # Classes of settings have been verified.
+    faults = verification.find_faults(lambda name: getattr(settings, name, None))
+    return [
+        checks.Error(f"{name} {what}.", hint=f"Write {name} = {value}.", id=id_)
+        for id_, name, what, value in faults
+        if id_.startswith("settings.")
+    ]
 
 
 @checks.register

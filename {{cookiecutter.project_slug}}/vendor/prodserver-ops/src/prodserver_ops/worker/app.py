@@ -26,6 +26,7 @@ from kombu.utils.objects import cached_property
 
 from .. import broker
 from ..broker.publishing import publish, try_to_publish
+from ..conf.verification import verify_module
 
 logger = logging.getLogger(__name__)
 
@@ -215,7 +216,14 @@ def prepare_beat(sender: Any, **kwargs: Any) -> None:
     """Prepare beat, however it was started."""
     from ..scheduling import beat
 
+    verify_module()
     beat.prepare(sender)
+
+
+@signals.worker_init.connect
+def prepare_worker(**kwargs: Any) -> None:
+    """Verify the settings of a worker, however it was started."""
+    verify_module()
 
 
 @signals.setup_logging.connect

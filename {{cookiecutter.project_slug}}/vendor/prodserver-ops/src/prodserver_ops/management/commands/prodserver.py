@@ -23,6 +23,7 @@ from django_prodserver.backends.base import (
 )
 from django_prodserver.management.base import BaseProcessCommand
 
+from ...conf.verification import verify_module
 from ...core import logs
 from ...core.commands import get_script
 from ...core.database import find_pooler
@@ -103,6 +104,7 @@ class Command(BaseProcessCommand):
         if options.get("reload"):
             self.run_with_reload(process_name)
             return
+        verify_module()
         if pooler := find_pooler():
             raise CommandError(pooler)
         # Some servers also read the command line, and would fail on Django's options.
