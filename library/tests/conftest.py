@@ -29,11 +29,11 @@ from celery import current_app
 from celery.contrib.testing.worker import TestWorkController, start_worker
 from django.conf import settings
 from django.contrib.auth import get_user_model
-from django.core.cache import caches
 from django.db import connection
 from django.db.models import CharField
 from kombu.transport import memory
 
+from prodserver_ops.api import throttles
 from prodserver_ops.worker import record
 from prodserver_ops.worker.app import Task
 
@@ -140,9 +140,9 @@ def run_worker(monkeypatch):
 
 
 @pytest.fixture(autouse=True)
-def _empty_cache():
+def _forget_requests():
     """Forget the requests of earlier tests, which throttles would count."""
-    caches["default"].clear()
+    throttles.counts.clear()
 
 
 @pytest.fixture(scope="session", autouse=True)

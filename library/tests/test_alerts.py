@@ -27,7 +27,7 @@ from prodserver_ops.apps import start_alerts
 from prodserver_ops.conf.defaults import Defaults, StagingDefaults
 from prodserver_ops.conf.environment import EnvironmentVariableError
 from prodserver_ops.console import alerts, problems
-from prodserver_ops.core.limits import cache
+from prodserver_ops.core.limits import entries
 from prodserver_ops.mail import transport
 from prodserver_ops.models import Alert, Heartbeat, ScheduleRun, TaskRun
 
@@ -274,11 +274,11 @@ class TestKinds:
 
     def test_email_that_pauses(self):
         failures = (transport.Verdict.UNUSABLE.name, "ConnectionRefusedError: refused", 1)
-        cache.set(transport.FAILURES, failures, 60)
+        entries.set(transport.FAILURES, failures, 60)
         assert check(2) == [
             "Dummy: E-mail pauses, because none is accepted: ConnectionRefusedError: refused"
         ]
-        cache.delete(transport.FAILURES)
+        entries.delete(transport.FAILURES)
         assert len(check(2)) == 1
 
 

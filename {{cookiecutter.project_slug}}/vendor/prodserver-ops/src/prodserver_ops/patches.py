@@ -428,17 +428,6 @@ PATCHES = (
         },
     ),
     Patch(
-        "django.core.cache.backends.db.DatabaseCache",
-        USES,
-        "core.limits",
-        "A cache that is not one of CACHES; adding an entry is atomic.",
-        {
-            "__init__": "(self, table, params)",
-            "add": "(self, key, value, timeout=..., version=...) 0c9727de",
-            "get_many": "(self, keys, version=...) 065625bd",
-        },
-    ),
-    Patch(
         "django.core.mail.message.EmailMessage",
         OVERRIDES,
         "mail.composing",
@@ -498,9 +487,10 @@ PATCHES = (
         "rest_framework",
         OVERRIDES,
         "api.throttles api.tokens api.views",
-        "All processes share counts; tokens are hashed and expire; a forged cursor is a 404.",
+        "Counts do not depend on CACHES; tokens are hashed and expire; a forged cursor is a 404.",
         {
             "throttling.BaseThrottle.get_ident": "(self, request) 5f124c84",
+            "throttling.SimpleRateThrottle.cache": "",
             "throttling.SimpleRateThrottle.allow_request": "(self, request, view) af512e80",
             "throttling.SimpleRateThrottle.wait": "(self) 0a874742",
             "throttling.SimpleRateThrottle.parse_rate": "(self, rate)",

@@ -3,15 +3,21 @@
 import time
 from typing import Any
 
+from django.core.cache.backends.locmem import LocMemCache
 from rest_framework import throttling
 from rest_framework.request import Request
 
 from ..core.clients import get_network
 from ..core.limits import Limit
 
+#: Counts of this process. ``CACHES`` belong to the project, which may clear them or have none.
+counts = LocMemCache("throttles", {"OPTIONS": {"MAX_ENTRIES": 10_000}})
+
 
 class AnonymousThrottle(throttling.AnonRateThrottle):
     """Limits requests without a login; each web process counts separately."""
+
+    cache = counts
 
     def get_ident(self, request: Request) -> str:
         """Return the client's network."""
@@ -20,6 +26,8 @@ class AnonymousThrottle(throttling.AnonRateThrottle):
 
 class UserThrottle(throttling.UserRateThrottle):
     """Limits the requests of a user; each web process counts separately."""
+
+    cache = counts
 
     def get_ident(self, request: Request) -> str:
         """Return the client's network, for requests without a login."""

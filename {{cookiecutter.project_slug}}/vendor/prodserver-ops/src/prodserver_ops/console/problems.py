@@ -20,7 +20,7 @@ from django_celery_beat.models import PeriodicTask
 
 from .. import broker
 from ..core import concurrently
-from ..core.limits import cache, get_key
+from ..core.limits import entries, get_key
 from ..mail import transport
 from ..models import Alert, ScheduleRun, TaskRun
 from ..scheduling import heartbeats, validation
@@ -74,8 +74,8 @@ def find_queues(known: Known) -> Found:
     for name in names:
         if counts[name] > QUEUE_LENGTH:
             key = get_key("queue-lengths", name)
-            lengths = [*cache.get(key, []), counts[name]][-GROWING - 1 :]
-            cache.set(key, lengths, KEEP_LENGTHS)
+            lengths = [*entries.get(key, []), counts[name]][-GROWING - 1 :]
+            entries.set(key, lengths, KEEP_LENGTHS)
             grows = len(lengths) > GROWING and all(a < b for a, b in pairwise(lengths))
             if grows or name in known:
                 found[name] = f"The queue {name} grows, and has over {QUEUE_LENGTH} messages"

@@ -21,7 +21,7 @@ from celery.exceptions import SoftTimeLimitExceeded
 from django.conf import settings
 from django.core import mail
 
-from ..core.limits import cache
+from ..core.limits import entries
 from ..core.locks import try_lock
 
 #: How long e-mail is paused after the server was unusable, in seconds.
@@ -174,7 +174,7 @@ class Server:
     def _judge(self, error: Exception | None) -> Outcome:
         if error is None:
             if self.failures is not None:
-                cache.delete(FAILURES)
+                entries.delete(FAILURES)
                 self.failures = None
             return Outcome(Verdict.SENT)
         if isinstance(error, SoftTimeLimitExceeded):
@@ -191,7 +191,7 @@ class Server:
             failures = replace(failures, count=before.count + 1)
         # A tuple, because another version of the service may read it.
         values = verdict.name, reason, failures.count
-        cache.set(FAILURES, values, FAILURE_SECONDS)
+        entries.set(FAILURES, values, FAILURE_SECONDS)
         self.failures = failures
         return failures.is_general
 
@@ -203,7 +203,7 @@ def connect() -> Iterator[Server]:
     Raises Paused if e-mail is paused, or another process is trying the server after a pause. If the
     server is unusable, pauses e-mail and raises the error.
     """
-    state = cache.get_many([PAUSED, FAILURES])
+    state = entries.get_many([PAUSED, FAILURES])
     if PAUSED in state:
         raise Paused
     failures = _read(state.get(FAILURES))
@@ -219,18 +219,18 @@ def connect() -> Iterator[Server]:
         except (OSError, ServerFailed) as error:
             if not isinstance(error, ServerFailed):
                 server.count(Verdict.UNUSABLE, f"{type(error).__name__}: {error}")
-            cache.set(PAUSED, True, PAUSE_SECONDS)
+            entries.set(PAUSED, True, PAUSE_SECONDS)
             raise
 
 
 def is_paused() -> bool:
     """Return whether e-mail is paused."""
-    return cache.get(PAUSED) is not None
+    return entries.get(PAUSED) is not None
 
 
 def get_failures() -> Failures | None:
     """Return the latest failures, unless an e-mail has been accepted since then."""
-    return _read(cache.get(FAILURES))
+    return _read(entries.get(FAILURES))
 
 
 def _read(values: tuple[str, str, int] | None) -> Failures | None:

@@ -20,7 +20,7 @@ from django.core.exceptions import ValidationError
 from django.http import HttpRequest
 
 from ..core.clients import get_network, to_network
-from ..core.limits import Limit, cache, get_key
+from ..core.limits import Limit, entries, get_key
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ def is_locked(request: HttpRequest, username: str) -> bool:
     return (
         failures > 0
         and NAME.count(normalize(username)) >= NAME.slots
-        and cache.get(_get_pair(request, username)) is None
+        and entries.get(_get_pair(request, username)) is None
     )
 
 
@@ -101,8 +101,8 @@ def record_failure(request: HttpRequest, username: str) -> None:
 def record_success(request: HttpRequest, username: str) -> None:
     """Remember that this address logged in with this name."""
     pair = _get_pair(request, username)
-    if cache.get(pair) is None:
-        cache.set(pair, "known", KNOWN)
+    if entries.get(pair) is None:
+        entries.set(pair, "known", KNOWN)
 
 
 def unlock(value: str) -> int:
