@@ -374,7 +374,7 @@ def test_check_is_claimed_for_a_minute():
 @pytest.mark.skipif(
     "connections['default'].vendor != 'postgresql'", reason="needs several connections"
 )
-@pytest.mark.django_db(transaction=True)
+@pytest.mark.django_db(transaction=True, serialized_rollback=True)
 def test_one_of_several_processes_tells():
     for _ in range(5):
         make_task_run(make_schedule(f"{timezone.now()}"))
