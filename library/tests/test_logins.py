@@ -1,17 +1,26 @@
 """Logins: guessing passwords is throttled, in the admin and in the API."""
 
+import os
+import subprocess
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import pytest
 import time_machine
-from django.contrib.auth import authenticate
+from asgiref.sync import async_to_sync
+from django.contrib import auth
+from django.contrib.auth import aauthenticate, authenticate, get_user_model
+from django.contrib.auth.backends import ModelBackend
 from django.core.management import call_command
 from django.db import connection
+from django.http import HttpResponse
+from django.test import RequestFactory
 from django.urls import reverse
 from rest_framework.test import APIRequestFactory
 
 from prodserver_ops.api.views import TokenView
+from prodserver_ops.core.logs import RequestLogMiddleware
 from prodserver_ops.web import logins
 
 pytestmark = pytest.mark.django_db
@@ -254,3 +263,201 @@ def test_unlock_returns_the_number_of_failures(log_in, user):
     assert logins.unlock(user.get_username()) == 3
     assert logins.unlock("203.0.113.1") == 2
     assert logins.unlock("203.0.113.1") == 0
+
+
+class OtherBackend(ModelBackend):
+    """As that of django-allauth, which takes any credentials."""
+
+    def authenticate(self, request, **credentials):
+        return super().authenticate(request, credentials.get("login"), credentials.get("password"))
+
+    async def aauthenticate(self, request, **credentials):
+        return await super().aauthenticate(request, credentials.get("login"), credentials.get("password"))
+
+
+class TokenBackend(ModelBackend):
+    """A backend without passwords."""
+
+    def authenticate(self, request, token):
+        return get_user_model().objects.first() if token == "correct" else None
+
+
+class TestOtherBackends:
+    @pytest.fixture(autouse=True)
+    def backends(self, settings):
+        settings.AUTHENTICATION_BACKENDS = [
+            "django.contrib.auth.backends.ModelBackend",
+            f"{__name__}.OtherBackend",
+            f"{__name__}.TokenBackend",
+        ]
+
+    @pytest.fixture
+    def request_(self):
+        return RequestFactory().post("/", REMOTE_ADDR="203.0.113.1")
+
+    def test_admin_is_guarded(self, log_in):
+        fail(log_in, 3)
+        assert "Too many" in log_in("secret")
+
+    def test_a_failure_of_several_backends_counts_once(self, user, request_):
+        for _ in range(2):
+            assert authenticate(request_, username="anna", login="anna", password="wrong") is None
+        assert authenticate(request_, login=user.get_username(), password="secret") == user
+
+    def test_names_of_any_field_are_guarded(self, user, request_):
+        for _ in range(3):
+            assert authenticate(request_, login=user.get_username(), password="wrong") is None
+        assert authenticate(request_, login=user.get_username(), password="secret") is None
+
+    def test_asynchronous_logins_are_guarded(self, user, request_):
+        log_in = async_to_sync(aauthenticate)
+        credentials = {"login": user.get_username()}
+        assert log_in(request_, **credentials, password="secret") == user
+        for _ in range(3):
+            assert log_in(request_, **credentials, password="wrong") is None
+        assert log_in(request_, **credentials, password="secret") is None
+
+    def test_a_view_that_passes_no_request_is_guarded(self, user, rf):
+        def view(request):
+            return HttpResponse(authenticate(login=user.get_username(), password=request.GET["p"]))
+
+        handle = RequestLogMiddleware(view)
+        for _ in range(3):
+            assert handle(rf.get("/?p=wrong")).content == b"None"
+        assert handle(rf.get("/?p=secret")).content == b"None"
+        logins.unlock("127.0.0.1")
+        assert handle(rf.get("/?p=secret")).content == str(user).encode()
+
+    def test_other_credentials_than_passwords_are_not_counted(self, user, request_):
+        for _ in range(5):
+            assert authenticate(request_, token="wrong") is None
+        assert authenticate(request_, token="correct") == user
+        assert authenticate(request_, login=user.get_username(), password="secret") == user
+
+    def test_the_backend_of_the_user_is_that_of_the_project(self, user, request_):
+        found = authenticate(request_, login=user.get_username(), password="secret")
+        assert found.backend == f"{__name__}.OtherBackend"
+
+    @pytest.mark.parametrize("on", [True, False])
+    def test_a_project_may_turn_it_off(self, settings, monkeypatch, on):
+        monkeypatch.setattr(auth, "_get_compatible_backends", logins.find_backends)
+        settings.THROTTLE_LOGINS = on
+        logins.install()
+        assert (auth._get_compatible_backends is logins.find_guarded_backends) == on
+
+
+def test_an_old_settings_module_is_still_guarded(settings, monkeypatch):
+    monkeypatch.setattr(auth, "_get_compatible_backends", logins.find_backends)
+    settings.THROTTLE_LOGINS = False
+    settings.AUTHENTICATION_BACKENDS = ["prodserver_ops.web.logins.ThrottledBackend"]
+    logins.install()
+    assert auth._get_compatible_backends is logins.find_guarded_backends
+
+
+#: Wrong passwords through the views of packages, and then the correct one.
+PACKAGES = """
+from pathlib import Path
+
+import django
+from django.conf import settings
+
+settings.configure(
+    DEBUG=True, SECRET_KEY="x" * 50, USE_TZ=True, ROOT_URLCONF="urls", ALLOWED_HOSTS=["*"],
+    DATABASES={"default": {"ENGINE": "django.db.backends.sqlite3", "NAME": "db.sqlite3"}},
+    BASE_DIR=Path.cwd(), THROTTLE_LOGINS=True, SENTRY_DSN="", PROXY_COUNT=0,
+    PRODUCTION_PROCESSES={}, CELERY_BROKER_URL="memory://", LOG_REDACTED_PATHS=(),
+    EMAIL_BACKEND="django.core.mail.backends.locmem.EmailBackend",
+    DATABASE_STATEMENT_TIMEOUT=30, ALERTS=False, ALERT_WEBHOOK="", CELERY_TASK_QUEUES=[],
+    INSTALLED_APPS=[
+        "prodserver_ops", "django.contrib.auth", "django.contrib.admin", "django.contrib.messages",
+        "django.contrib.contenttypes", "django.contrib.sessions", "django_celery_beat",
+        "django_prodserver", "allauth", "allauth.account", "rest_framework",
+    ],
+    MIDDLEWARE=[
+        "django.contrib.sessions.middleware.SessionMiddleware",
+        "django.contrib.auth.middleware.AuthenticationMiddleware",
+        "django.contrib.messages.middleware.MessageMiddleware",
+        "allauth.account.middleware.AccountMiddleware",
+    ],
+    TEMPLATES=[{
+        "BACKEND": "django.template.backends.django.DjangoTemplates",
+        "APP_DIRS": True,
+        "OPTIONS": {"context_processors": ["django.template.context_processors.request"]},
+    }],
+    AUTHENTICATION_BACKENDS=[
+        "django.contrib.auth.backends.ModelBackend",
+        "allauth.account.auth_backends.AuthenticationBackend",
+    ],
+    # Its own limit is off, so that the library's alone counts.
+    ACCOUNT_RATE_LIMITS=False, ACCOUNT_LOGIN_METHODS={"username", "email"},
+    ACCOUNT_EMAIL_VERIFICATION="none",
+)
+django.setup()
+
+from django.contrib.auth import get_user_model
+from django.core.management import call_command
+from django.test import Client
+
+from prodserver_ops.web import logins
+
+call_command("migrate", verbosity=0)
+get_user_model().objects.create_user("anna", "anna@example.com", "secret")
+
+
+def allauth(name, password):
+    client = Client()
+    client.post("/login/", {"login": name, "password": password})
+    return "_auth_user_id" in client.session
+
+
+def simplejwt(name, password):
+    data = {"username": name, "password": password}
+    response = Client().post("/token/", data, content_type="application/json")
+    return "access" in response.json()
+
+
+for log_in, name in ((allauth, "anna"), (allauth, "anna@example.com"), (simplejwt, "anna")):
+    logins.unlock("127.0.0.1")
+    assert log_in(name, "secret"), log_in
+    assert not any(log_in(name, "wrong") for _ in range(logins.ADDRESS.slots)), log_in
+    assert not log_in(name, "secret"), f"{log_in.__name__}: {name} is not locked"
+print("locked")
+"""
+
+URLS = """
+from allauth.account.views import login
+from django.http import HttpResponse
+from django.urls import path
+from rest_framework_simplejwt.views import TokenObtainPairView
+
+urlpatterns = [
+    path("login/", login, name="account_login"),
+    path("token/", TokenObtainPairView.as_view()),
+    *(path(f"{name}/", lambda request: HttpResponse(), name=f"account_{name}")
+      for name in ("signup", "logout", "inactive", "reset_password", "email")),
+]
+"""
+
+
+@pytest.mark.slow
+def test_views_of_allauth_and_simplejwt_are_guarded(tmp_path):
+    (tmp_path / "run.py").write_text(PACKAGES)
+    (tmp_path / "urls.py").write_text(URLS)
+    packages = ("django-allauth>=65,<66", "djangorestframework-simplejwt>=5.5,<6")
+    added = [f"--with={package}" for package in packages]
+    done = subprocess.run(
+        [
+            os.environ.get("UV", "uv"),
+            "run",
+            "--project",
+            Path(__file__).parents[1],
+            *added,
+            "run.py",
+        ],
+        cwd=tmp_path,
+        env={name: value for name, value in os.environ.items() if not name.startswith("DJANGO_")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout == "locked\n", done.stdout + done.stderr

@@ -37,7 +37,9 @@ class OpsConfig(AppConfig):
         # These modules register checks and receivers of Celery's signals. They need loaded apps.
         from .console import checks  # noqa: F401
         from .scheduling import heartbeats  # noqa: F401
+        from .web import logins
 
+        logins.install()
         autodiscover_modules("digests")
         request_started.connect(publishing.start_request)
         request_finished.connect(publishing.finish_request)

@@ -428,6 +428,17 @@ PATCHES = (
         },
     ),
     Patch(
+        "django.contrib.auth",
+        REPLACES,
+        "web.logins",
+        "Each password that is checked passes the limits, whatever the backends of the project.",
+        {
+            "_get_compatible_backends": "(request, **credentials) 3bf898ca",
+            "authenticate": "(request=..., **credentials) d598d0a1",
+            "aauthenticate": "(request=..., **credentials) 6037cff0",
+        },
+    ),
+    Patch(
         "django.core.mail.message.EmailMessage",
         OVERRIDES,
         "mail.composing",

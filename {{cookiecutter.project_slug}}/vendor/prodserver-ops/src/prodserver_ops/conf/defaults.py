@@ -223,6 +223,9 @@ class ProcessDefaults(BaseSettings):  # type: ignore[misc]
     # Maximum size of uploaded files in a request, in bytes; see web/uploads.py
     UPLOAD_MAX_SIZE = 5 * 2**20
 
+    # Whether failed logins are limited; see web/logins.py
+    THROTTLE_LOGINS = False
+
     # How many days an API token is valid
     TOKEN_DAYS = env(90, cast=integer(1, 3650))
 
@@ -275,6 +278,7 @@ class Defaults(ProcessDefaults):
     SECRET_KEY_FALLBACKS = env("", cast=or_empty(secret_keys, []))
     ALLOWED_HOSTS = env("localhost,127.0.0.1,[::1]", cast=hosts)
     ADMIN_PATH = env("admin/", cast=path)
+    THROTTLE_LOGINS = True
     AUTHENTICATION_BACKENDS = ["prodserver_ops.web.logins.ThrottledBackend"]
     SECURE_REFERRER_POLICY = "same-origin"
     # Pages load resources only from this service and run no inline scripts or styles.

@@ -1,10 +1,14 @@
 """The address of the client that sent a request, behind ``PROXY_COUNT`` proxies."""
 
+from contextvars import ContextVar
 from functools import lru_cache
 from ipaddress import IPv6Address, ip_address, ip_network
 
 from django.conf import settings
 from django.http import HttpRequest
+
+#: The request that the current thread handles. ``RequestLogMiddleware`` sets it.
+current_request: ContextVar[HttpRequest | None] = ContextVar("current_request", default=None)
 
 #: Prefix length of the IPv6 network that a provider assigns to one customer.
 IPV6_PREFIX = 64

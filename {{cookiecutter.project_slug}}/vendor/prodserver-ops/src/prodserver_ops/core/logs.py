@@ -23,7 +23,7 @@ from django.http import HttpRequest, HttpResponse
 from django.utils.encoding import escape_uri_path
 from django.utils.log import configure_logging
 
-from .clients import get_address
+from .clients import current_request, get_address
 
 logger = logging.getLogger(__name__)
 access = logging.getLogger(f"{__package__}.access")
@@ -196,13 +196,14 @@ class RequestLogMiddleware:
         """Handle the request and log it."""
         sent_id = request.META.get("HTTP_X_REQUEST_ID", "")
         current_id = sent_id if VALID_REQUEST_ID.fullmatch(sent_id) else secrets.token_hex(16)
-        token = request_id.set(current_id)
+        token, request_token = request_id.set(current_id), current_request.set(request)
         start = time.perf_counter()
         try:
             response = self.get_response(request)
             self.log(request, response, round((time.perf_counter() - start) * 1000))
         finally:
             request_id.reset(token)
+            current_request.reset(request_token)
         response.headers["X-Request-ID"] = current_id
         return response
 

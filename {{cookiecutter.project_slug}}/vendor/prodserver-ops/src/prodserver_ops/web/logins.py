@@ -1,7 +1,7 @@
 """Login throttling: after too many failures, logins are refused for some minutes.
 
-This applies to the admin, the API and every other use of ``authenticate()``. If the client's
-address reaches the limit ``ADDRESS``, logins fail without checking the password. If the user name
+This applies to the admin, the API and every other password that ``authenticate()`` checks, with any
+``AUTHENTICATION_BACKENDS``, unless ``THROTTLE_LOGINS`` is off. If the client's address reaches the limit ``ADDRESS``, logins fail without checking the password. If the user name
 reaches the limit ``NAME``, addresses that have never logged in with that name have one attempt in
 the same time. Addresses that have are not affected, so nobody can lock a user out.
 
@@ -9,16 +9,22 @@ the same time. Addresses that have are not affected, so nobody can lock a user o
 """
 
 import logging
+from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
 
+from asgiref.sync import sync_to_async
+from django.conf import settings
+from django.contrib import auth
 from django.contrib.admin.forms import AdminAuthenticationForm
 from django.contrib.auth import get_user_model
 from django.contrib.auth.backends import ModelBackend
-from django.contrib.auth.base_user import AbstractBaseUser
-from django.core.exceptions import ValidationError
+from django.contrib.auth.signals import user_login_failed
+from django.core.exceptions import PermissionDenied, ValidationError
 from django.http import HttpRequest
+from django.views.decorators.debug import sensitive_variables
 
+from ..core import clients
 from ..core.clients import get_network, to_network
 from ..core.limits import Limit, entries, get_key
 
@@ -40,30 +46,53 @@ MAX_LENGTH = 1024
 
 
 class ThrottledBackend(ModelBackend):
-    """Checks a password unless too many logins failed."""
+    """Django's backend, under the name that the sessions of earlier releases contain."""
 
-    def authenticate(  # type: ignore[override]
-        self,
-        request: HttpRequest | None,
-        username: str | None = None,
-        password: str | None = None,
-        **kwargs: Any,
-    ) -> AbstractBaseUser | None:
-        """Return the user, or None if the credentials are wrong or the login is locked."""
-        if username is None:
-            username = kwargs.get(get_user_model().USERNAME_FIELD)
-        if max(len(username or ""), len(password or "")) > MAX_LENGTH:
-            return None
-        if request is None or username is None:
-            return super().authenticate(request, username, password, **kwargs)
-        if is_locked(request, username):
-            return None
-        user = super().authenticate(request, username, password, **kwargs)
-        if user is None:
-            record_failure(request, username)
-        else:
-            record_success(request, username)
+
+class GuardedBackend:
+    """Any backend of ``AUTHENTICATION_BACKENDS``, which checks no password of a locked login."""
+
+    def __init__(self, backend: Any) -> None:
+        self.backend = backend
+
+    @sensitive_variables("credentials")
+    def authenticate(self, request: HttpRequest | None, **credentials: Any) -> Any:
+        """Return the user or None; raise PermissionDenied if the login is locked."""
+        check(request, credentials)
+        user = self.backend.authenticate(request, **credentials)
+        if user is not None:
+            record_success(request, credentials)
         return user
+
+    @sensitive_variables("credentials")
+    async def aauthenticate(self, request: HttpRequest | None, **credentials: Any) -> Any:
+        """As ``authenticate()``."""
+        await sync_to_async(check)(request, credentials)
+        user = await self.backend.aauthenticate(request, **credentials)
+        if user is not None:
+            await sync_to_async(record_success)(request, credentials)
+        return user
+
+
+find_backends = auth._get_compatible_backends  # type: ignore[attr-defined]
+
+
+@sensitive_variables("credentials")
+def find_guarded_backends(request: HttpRequest | None, **credentials: Any) -> Iterator[Any]:
+    """Return the backends for these credentials, as Django's function does."""
+    for backend, path in find_backends(request, **credentials):
+        yield (GuardedBackend(backend) if "password" in credentials else backend), path
+
+
+def install() -> None:
+    """Guard each password that ``authenticate()`` and ``aauthenticate()`` check.
+
+    It does not matter which module calls them, and which backends the project has.
+    """
+    throttled = f"{ThrottledBackend.__module__}.{ThrottledBackend.__qualname__}"
+    if settings.THROTTLE_LOGINS or throttled in settings.AUTHENTICATION_BACKENDS:
+        auth._get_compatible_backends = find_guarded_backends  # type: ignore[attr-defined]
+        user_login_failed.connect(record_failure)
 
 
 class LoginForm(AdminAuthenticationForm):
@@ -76,6 +105,16 @@ class LoginForm(AdminAuthenticationForm):
                 f"Too many failed logins. Try again in {LOCKOUT_MINUTES} minutes."
             )
         return super().get_invalid_login_error()
+
+
+@sensitive_variables("credentials")
+def check(request: HttpRequest | None, credentials: dict[str, Any]) -> None:
+    """Raise PermissionDenied if the login is locked, or its name or password is too long."""
+    if any(isinstance(value, str) and len(value) > MAX_LENGTH for value in credentials.values()):
+        raise PermissionDenied
+    request = request or clients.current_request.get()
+    if request is not None and is_locked(request, get_name(credentials)):
+        raise PermissionDenied
 
 
 def is_locked(request: HttpRequest, username: str) -> bool:
@@ -91,18 +130,34 @@ def is_locked(request: HttpRequest, username: str) -> bool:
     )
 
 
-def record_failure(request: HttpRequest, username: str) -> None:
-    """Take one slot of the client's address and one of the user name."""
-    for limit, value in ((ADDRESS, get_network(request)), (NAME, normalize(username))):
-        if limit.take(value) and limit.count(value) == limit.slots:
+def record_failure(request: HttpRequest | None, credentials: dict[str, Any], **kwargs: Any) -> None:
+    """Take one slot of the client's address and one of the user name, unless it is locked.
+
+    A receiver of ``user_login_failed``, which Django sends when all backends have failed.
+    """
+    request = request or clients.current_request.get()
+    name = get_name(credentials)
+    if request is None or "password" not in credentials or is_locked(request, name):
+        return
+    for limit, value in ((ADDRESS, get_network(request)), (NAME, normalize(name))):
+        if value and limit.take(value) and limit.count(value) == limit.slots:
             logger.warning("Too many failed logins for one %s", limit.name)
 
 
-def record_success(request: HttpRequest, username: str) -> None:
+def record_success(request: HttpRequest | None, credentials: dict[str, Any]) -> None:
     """Remember that this address logged in with this name."""
-    pair = _get_pair(request, username)
-    if entries.get(pair) is None:
-        entries.set(pair, "known", KNOWN)
+    request = request or clients.current_request.get()
+    if request is not None:
+        pair = _get_pair(request, get_name(credentials))
+        if entries.get(pair) is None:
+            entries.set(pair, "known", KNOWN)
+
+
+def get_name(credentials: dict[str, Any]) -> str:
+    """Return the name in credentials, whatever the project calls it; "" if there is none."""
+    fields = ("username", get_user_model().USERNAME_FIELD, "email", *credentials)
+    names = (credentials.get(field) for field in fields if field != "password")
+    return next((name for name in names if isinstance(name, str) and name), "")
 
 
 def unlock(value: str) -> int:
