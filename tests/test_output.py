@@ -63,6 +63,7 @@ SLUG/wsgi.py
 app.json
 docs/deploy.md
 docs/move.md
+docs/recipes.md
 manage.py
 openapi.yaml
 pyproject.toml
