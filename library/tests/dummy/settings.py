@@ -23,6 +23,7 @@ class Settings(conf.Defaults):
         "django.contrib.messages",
         "django.contrib.staticfiles",
         "django_celery_beat",
+        "django_celery_results",
         "django_prodserver",
         "rest_framework",
     ]

@@ -1,6 +1,6 @@
 """Brokers: the scheme of the broker's URL selects a module of this package.
 
-A module defines the following functions; the last three are optional. It can also define a kombu
+A module defines the following functions; all but the first are optional. It can also define a kombu
 transport that replaces kombu's own for its scheme:
 
 ``get_options(settings)``
@@ -11,6 +11,8 @@ transport that replaces kombu's own for its scheme:
     The context manager of a producer for many messages.
 ``install()``
     Prepare the broker after migrations.
+``get_priority(priority)``
+    The priority of a message.
 """
 
 from collections.abc import Callable, Iterable
@@ -140,6 +142,12 @@ def open_batch(url: str, app: Celery) -> AbstractContextManager[Producer]:
 def install(url: str) -> None:
     """Prepare the broker after migrations."""
     getattr(find(url).load(), "install", lambda: None)()
+
+
+def get_priority(url: str, priority: int) -> int:
+    """Return the priority of a message, for one between -100 and 100; 0 if there is only one."""
+    convert: Callable[[int], int] = getattr(find(url).load(), "get_priority", lambda priority: 0)
+    return convert(priority)
 
 
 def count_messages(app: Celery, names: Iterable[str], timeout: float) -> dict[str, int]:

@@ -94,6 +94,14 @@ def get_options(settings: Any) -> dict[str, Any]:
     return {"confirm_publish": True}
 
 
+def get_priority(priority: int) -> int:
+    """Return the priority of a message, for one between -100 and 100.
+
+    Since RabbitMQ 4, quorum queues have two: above 4, and the others.
+    """
+    return 4 + (priority + 19) // 20 if priority > 0 else 0
+
+
 class BatchProducer(Producer):
     """A producer that waits for the confirmations of many messages at once."""
 

@@ -36,3 +36,11 @@ def get_options(settings: Any) -> dict[str, Any]:
         "socket_keepalive": True,
         "health_check_interval": 25,
     }
+
+
+def get_priority(priority: int) -> int:
+    """Return the priority of a message, for one between -100 and 100.
+
+    0 is the highest, and that of messages without one. The others are 3, 6 and 9, the lowest.
+    """
+    return 3 + (-priority - 1) * 7 // 100 if priority < 0 else 0

@@ -17,6 +17,7 @@ from pathlib import Path
 from tempfile import gettempdir
 from typing import Any
 
+import django
 from cbs import BaseSettings
 from django.conf import global_settings
 from kombu import Exchange, Queue
@@ -178,6 +179,15 @@ class ProcessDefaults(BaseSettings):  # type: ignore[misc]
     CELERY_TASK_SEND_SENT_EVENT = False
     CELERY_TASK_REPR_MAXLEVELS = 3
     CELERY_BROKER_POOL_ACQUIRE_TIMEOUT: float | None = None
+
+    # Django's own tasks, which packages use: Celery's workers run them. Django 5.2 has none
+    if django.VERSION >= (6, 0):
+        TASKS = {
+            "default": {
+                "BACKEND": "prodserver_ops.worker.django_tasks.Backend",
+                "ENQUEUE_ON_COMMIT": True,
+            },
+        }
 
     # Beat: schedules from the database. A missed run is queued up to an hour late
     CELERY_BEAT_SCHEDULER = "prodserver_ops.scheduling.scheduler:Scheduler"

@@ -137,6 +137,22 @@ def check_email(app_configs: Any = None, **kwargs: Any) -> Messages:
 
 
 @checks.register(deploy=True)
+def check_tasks(app_configs: Any = None, **kwargs: Any) -> Messages:
+    """Report tasks of Django that a request runs itself, or that no process runs."""
+    faults = {"immediate": "runs tasks inside requests", "dummy": "does not run tasks"}
+    return [
+        checks.Warning(
+            f"The backend {alias!r} in TASKS {fault}.",
+            hint='Set its "BACKEND" to "prodserver_ops.worker.django_tasks.Backend".',
+            id="tasks.W001",
+        )
+        for alias, backend in getattr(settings, "TASKS", {}).items()
+        for name, fault in faults.items()
+        if backend.get("BACKEND", "").startswith(f"django.tasks.backends.{name}.")
+    ]
+
+
+@checks.register(deploy=True)
 def check_schema(app_configs: Any = None, **kwargs: Any) -> Messages:
     """Report that the file with the OpenAPI schema is missing."""
     path = schema.get_path()
