@@ -7,10 +7,11 @@ from datetime import timedelta
 
 import pytest
 from celery import shared_task
+from celery.exceptions import TimeLimitExceeded
 from django.contrib.admin.models import LogEntry
 from django.contrib.auth import get_user_model
 from django.contrib.auth.models import Permission
-from django.db import DatabaseError
+from django.db import DataError, OperationalError
 from django.urls import reverse
 from django.utils import timezone
 from django_celery_beat.models import IntervalSchedule, PeriodicTask
@@ -114,12 +115,13 @@ class TestRecord:
         recorder.write()
         assert TaskRun.objects.get().status == "succeeded"
 
-    def test_failures_come_first_if_there_are_too_many(self, recorder, monkeypatch):
+    def test_all_failures_are_kept_if_there_are_too_many(self, recorder, monkeypatch):
         monkeypatch.setattr(record, "MAX_RUNS", 2)
-        for number in range(5):
+        for number in range(9):
             self.note(recorder, number, "FAILURE" if number > 3 else "SUCCESS", ValueError())
         recorder.write()
-        assert sorted(TaskRun.objects.values_list("status", flat=True)) == ["failed", "succeeded"]
+        assert TaskRun.objects.filter(status="failed").count() == 5
+        assert TaskRun.objects.filter(status="succeeded").count() == 2
 
     def test_run_of_a_schedule_is_kept_if_there_are_too_many(self, recorder, monkeypatch):
         monkeypatch.setattr(record, "MAX_RUNS", 2)
@@ -141,23 +143,91 @@ class TestRecord:
     def test_error_that_no_database_stores_is_changed(self, recorder):
         self.note(recorder, 1, "FAILURE", ValueError("a\0b\udcff"))
         recorder.write()
-        assert TaskRun.objects.get().error == "ValueError: ab?"
+        assert TaskRun.objects.get().error == r"ValueError: a\x00b\udcff"
 
-    def test_invalid_header_stops_nothing(self, recorder, caplog):
-        context = sample.request.__class__(headers={"queued_at": "2026-13-01T00:00:00"})
-        recorder.start("id1", context, sample.name, [], {})
-        recorder.end("id1", "SUCCESS", None)
-        recorder.write()
-        assert "Could not record task runs: ValueError" in caplog.text
-
-    def test_database_that_is_unavailable_stops_nothing(self, recorder, monkeypatch, caplog):
-        def fail(*args, **kwargs):
-            raise DatabaseError("gone")
-
+    @pytest.mark.parametrize(
+        "headers",
+        [
+            {"queued_at": "2026-13-01T00:00:00"},
+            {"queued_at": ["x"]},
+            {"schedule": "abc"},
+            {"schedule": 2**70},
+            {"schedule": ["x"]},
+            {"request_id": "a\0b"},
+        ],
+        ids=str,
+    )
+    def test_forged_header_is_ignored(self, recorder, headers):
         self.note(recorder, 1)
+        recorder.start("x" * 300, sample.request.__class__(headers=headers), sample.name, [], {})
+        recorder.end("x" * 300, "SUCCESS", None)
+        recorder.write()
+        assert set(TaskRun.objects.values_list("schedule", "queued_at", "request_id")) == {
+            (None, None, "")
+        }
+        assert TaskRun.objects.count() == 2
+
+    def test_row_that_cannot_be_stored_does_not_affect_the_others(
+        self, recorder, monkeypatch, caplog
+    ):
+        for number in range(3):
+            self.note(recorder, number)
+        bulk_create = TaskRun.objects.bulk_create
+
+        def fail(rows):
+            if any(row.task_id == "id1" for row in rows):
+                raise DataError("too long")
+            return bulk_create(rows)
+
         monkeypatch.setattr(TaskRun.objects, "bulk_create", fail)
         recorder.write()
-        assert "Could not record task runs: DatabaseError" in caplog.text
+        assert "Could not record a task run: DataError" in caplog.text
+        assert set(TaskRun.objects.values_list("task_id", flat=True)) == {"id0", "id2"}
+
+    def test_notes_are_kept_while_the_database_is_unavailable(self, recorder, monkeypatch, caplog):
+        def fail(*args, **kwargs):
+            raise OperationalError("gone")
+
+        self.note(recorder, 1, "FAILURE", ValueError())
+        with monkeypatch.context() as patch:
+            patch.setattr(TaskRun.objects, "bulk_create", fail)
+            recorder.write()
+        assert "Could not record task runs yet: OperationalError" in caplog.text
+        assert recorder.wake.is_set()
+        self.note(recorder, 2)
+        recorder.write()
+        assert set(TaskRun.objects.values_list("task_id", flat=True)) == {"id1", "id2"}
+
+    def test_long_run_is_stored_once_although_its_first_row_was_rolled_back(
+        self, recorder, monkeypatch
+    ):
+        monkeypatch.setattr(record, "INTERVAL", -1)
+        recorder.start("id1", sample.request.__class__(headers={}), sample.name, [], {})
+        bulk_create = TaskRun.objects.bulk_create
+
+        def create_and_fail(rows):
+            bulk_create(rows)
+            raise OperationalError("gone")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(TaskRun.objects, "bulk_create", create_and_fail)
+            recorder.write()
+        assert not TaskRun.objects.exists()
+        recorder.end("id1", "SUCCESS", None)
+        recorder.write()
+        assert TaskRun.objects.get().status == "succeeded"
+
+    def test_run_whose_process_was_killed_is_recorded_once(self, recorder, monkeypatch):
+        monkeypatch.setattr(record, "get_recorder", lambda: recorder)
+        make_run(task_id="id1", status="running")
+        for task_id in ("id1", "id1", "id2", "id2"):
+            record.note_killed(sample, task_id, TimeLimitExceeded(300), args=[], kwargs={})
+        recorder.write()
+        record.note_killed(sample, "id1", TimeLimitExceeded(300), args=[], kwargs={})
+        recorder.write()
+        rows = TaskRun.objects.order_by("task_id").values_list("task_id", "status", "error")
+        error = "TimeLimitExceeded: TimeLimitExceeded(300,)"
+        assert list(rows) == [("id1", "failed", error), ("id2", "failed", error)]
 
     def test_arguments_that_are_too_long_are_left_out(self, recorder):
         self.note(recorder, 1, args=["x" * 2000])
@@ -256,6 +326,25 @@ class TestButtons:
         assert "Queued: sample." in response.text
         assert queued == [(sample.name, ["a"], {}, {"schedule": schedule.pk})]
         assert LogEntry.objects.get().change_message == "Run now."
+
+    def test_run_now_without_a_broker_is_not_in_the_history(
+        self, admin_client, schedule, monkeypatch
+    ):
+        def fail(*args, **options):
+            raise OSError("connection refused")
+
+        monkeypatch.setattr(Task, "apply_async", fail)
+        response = admin_client.post(reverse("admin:ops_run", args=[schedule.pk]), follow=True)
+        assert "Not queued: sample: OSError: connection refused" in response.text
+        assert not LogEntry.objects.exists()
+
+    def test_run_whose_arguments_were_not_recorded_is_not_tried_again(self, admin_client, queued):
+        run = make_run(status="failed", arguments="")
+        response = admin_client.post(reverse("admin:ops_repeat", args=[run.pk]), follow=True)
+        assert "Not queued: the arguments of test.operations were not recorded." in response.text
+        assert queued == []
+        run.refresh_from_db()
+        assert run.repeated_at is None
 
     def test_try_again_queues_a_failed_task_once(self, admin_client, queued):
         run = make_run(status="failed", arguments=json.dumps([[1], {"b": 2}]))

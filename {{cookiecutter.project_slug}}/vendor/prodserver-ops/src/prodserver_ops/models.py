@@ -207,7 +207,9 @@ class ScheduleRun(models.Model):
 class TaskRun(models.Model):
     """A run of a task; see ``worker/record.py``.
 
-    ``arguments`` is JSON: a list of the positional arguments and an object of the keyword arguments.
+    ``arguments`` is JSON: a list of the positional arguments and an object of the keyword arguments;
+    it is empty if they were too long, for example. ``request_id`` is the X-Request-ID of the request
+    that queued the task, or that queued the task which queued it.
     """
 
     class Status(models.TextChoices):
@@ -233,6 +235,7 @@ class TaskRun(models.Model):
     status = models.CharField(max_length=9, choices=Status, default=Status.RUNNING)
     error = models.CharField(max_length=500, blank=True)
     host = models.CharField(max_length=255)
+    request_id = models.CharField(max_length=128, blank=True, default="", db_default="")
     repeated_at = models.DateTimeField(null=True)
 
     class Meta:

@@ -66,6 +66,7 @@ BROKERS = (
     Broker(
         "redis",
         {"redis": 6379, "rediss": 6379},
+        {"redis": "Transport", "rediss": "Transport"},
         package="redis",
         extra="redis",
     ),

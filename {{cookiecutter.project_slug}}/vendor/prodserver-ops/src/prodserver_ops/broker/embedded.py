@@ -15,11 +15,15 @@ from typing import Any
 from uuid import uuid4
 
 from kombu.transport import filesystem
-from kombu.utils.json import dumps, loads
+from kombu.utils.json import dumps
+
+from .envelopes import Message, loads
 
 
 class Channel(filesystem.Channel):
     """A channel that writes each file completely before it becomes visible."""
+
+    Message = Message
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -20,7 +20,8 @@ from psycopg.conninfo import make_conninfo
 from psycopg_pool import ConnectionPool
 
 from ..core.database import CONNECT_OPTIONS
-from . import get_visibility_timeout
+from ..core.text import make_storable, map_strings
+from . import envelopes, get_visibility_timeout
 
 #: The maximum length of a queue name in PGMQ.
 NAME_LENGTH = 47
@@ -38,6 +39,8 @@ warnings.filterwarnings("ignore", "list_queues", UserWarning)
 
 class Channel(pgmq.Channel):
     """A channel that shortens queue names, and returns unacknowledged messages when it closes."""
+
+    Message = envelopes.Message
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)  # type: ignore[no-untyped-call]
@@ -65,6 +68,17 @@ class Channel(pgmq.Channel):
         except DatabaseError:
             # If two processes create the trigger at the same time, one of them fails.
             enable(*args, **kwargs)
+
+    def prepare_message(self, body: Any, *args: Any, **kwargs: Any) -> Any:
+        """Return a message whose headers and properties PostgreSQL can store."""
+        message = super().prepare_message(body, *args, **kwargs)
+        parts = {name: part for name, part in message.items() if name != "body"}
+        return {"body": message["body"], **map_strings(make_storable, parts)}
+
+    def _pgmq_message_to_python(self, pgmq_message: Any, queue: str) -> Any:
+        if queue not in self._noack_queues:
+            pgmq_message.message = envelopes.repair(pgmq_message.message)
+        return super()._pgmq_message_to_python(pgmq_message, queue)
 
     def _pgmq_send_kwargs(self, message: Any) -> dict[str, Any]:
         # PGMQ 1.13 has no send_topic() with headers and without a delay.

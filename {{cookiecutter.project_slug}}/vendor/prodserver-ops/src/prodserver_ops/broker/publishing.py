@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
+from contextvars import copy_context
+from functools import partial
 from queue import Full, Queue
 from typing import Any
 
@@ -100,7 +102,8 @@ def publish(function: Callable[[], Any]) -> Any:
     if request.left is None:
         return function()
     start = time.monotonic()
-    future = publisher.submit(function)
+    # With the id of the request
+    future = publisher.submit(partial(copy_context().run, function))
     try:
         return future.result(max(0, request.left))
     except TimeoutError as error:

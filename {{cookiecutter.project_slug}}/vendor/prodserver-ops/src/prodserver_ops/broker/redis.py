@@ -1,14 +1,32 @@
-"""Redis: the options of the transport, with a timeout for every reply."""
+"""Redis: a transport that reads whatever a queue contains, with a timeout for every reply."""
 
 from typing import Any
 
-from . import get_visibility_timeout
+from kombu.transport import redis
+
+from . import envelopes, get_visibility_timeout
 
 #: The default database. Caches and channels use database 0.
 DATABASE = 1
 
 #: How long to wait for a connection or a reply, in seconds.
 TIMEOUT = 5
+
+
+class Channel(redis.Channel):
+    """A channel with messages of any structure."""
+
+    Message = envelopes.Message
+
+
+class Transport(redis.Transport):
+    """The transport of ``redis://`` and ``rediss://`` URLs."""
+
+    Channel = Channel
+
+
+# The transport removes a message from its queue before it reads the JSON.
+redis.loads = envelopes.loads  # type: ignore[attr-defined]
 
 
 def get_url(url: str) -> str:

@@ -86,4 +86,4 @@ class TaskRunAdmin(RecordAdmin, OperationsAdmin):
 
     list_display = ("name", "status", "started_at", "duration", "error", "host")
     list_filter = ("status",)
-    search_fields = ("name", "error")
+    search_fields = ("name", "error", "request_id")

@@ -181,19 +181,22 @@ class OperationsAdmin(LargeTableAdmin):
         row = get_object_or_404(PeriodicTask, pk=pk)
         options = {"queue": row.queue} if row.queue else {}
         headers = {"schedule": row.pk}
-        submit(request, row.task, row.args, row.kwargs, row.name, headers=headers, **options)
-        LogEntry.objects.log_actions(request.user.pk or 0, [row], CHANGE, "Run now.")
+        if submit(request, row.task, row.args, row.kwargs, row.name, headers=headers, **options):
+            LogEntry.objects.log_actions(request.user.pk or 0, [row], CHANGE, "Run now.")
         return redirect("admin:ops_operations")
 
     def repeat_view(self, request: HttpRequest, pk: int) -> HttpResponse:
         """Queue a failed task again."""
         require(request, RUN_PERMISSION)
         run = get_object_or_404(TaskRun, pk=pk)
+        if not run.arguments:
+            messages.error(request, f"Not queued: the arguments of {run.name} were not recorded.")
+            return redirect("admin:ops_operations")
         failed = TaskRun.objects.filter(pk=pk, status="failed", repeated_at=None)
         if not failed.update(repeated_at=timezone.now()):
             messages.warning(request, f"Not queued: {run.name} has already been tried again.")
             return redirect("admin:ops_operations")
-        args, kwargs = json.loads(run.arguments or "[[], {}]")
+        args, kwargs = json.loads(run.arguments)
         headers = {"schedule": run.schedule_id} if run.schedule_id else {}
         if not submit(
             request, run.name, json.dumps(args), json.dumps(kwargs), run.name, headers=headers

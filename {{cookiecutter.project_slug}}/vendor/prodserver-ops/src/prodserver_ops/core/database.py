@@ -1,17 +1,25 @@
-"""Timeouts for PostgreSQL, and a check for poolers that do not keep sessions.
+"""Timeouts and errors of PostgreSQL, and a check for poolers that do not keep sessions.
 
 By default, neither Django nor PostgreSQL limits how long a client waits for a server that hangs or
 is unreachable.
 """
 
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from django.conf import settings
-from django.db import DEFAULT_DB_ALIAS, connection, connections, transaction
+from django.db import (
+    DEFAULT_DB_ALIAS,
+    InterfaceError,
+    OperationalError,
+    connection,
+    connections,
+    transaction,
+)
 from django.db.backends.base.base import BaseDatabaseWrapper
 
 if TYPE_CHECKING:
@@ -40,6 +48,13 @@ SESSION_PARAMETERS = {
     "tcp_keepalives_interval": "5",
     "tcp_keepalives_count": "3",
 }
+
+#: Django's errors after which the same work may succeed later, for example after a failover.
+TEMPORARY_ERRORS = (OperationalError, InterfaceError)
+
+#: The SQLSTATEs of temporary errors for which psycopg has another class. ``limit_connection()`` makes
+#: them an OperationalError: the server is read-only, or it has ended an idle or long transaction.
+TEMPORARY_STATES = {"25006", "25P03", "25P04"}
 
 #: How long the client waits for a result beyond the statement timeout, in seconds.
 GRACE = 5
@@ -85,19 +100,31 @@ def lift_limit(using: str, **kwargs: Any) -> None:
 def set_limits(connection: BaseDatabaseWrapper, seconds: int) -> None:
     """Set the statement timeout in seconds; 0 means no limit."""
     raw: Any = connection.connection
-    limit_wait(raw, seconds + GRACE if seconds else None)
+    limit_wait(raw, seconds + GRACE if seconds else None, connection)
     with raw.cursor() as cursor:
         parameters = SESSION_PARAMETERS | {"statement_timeout": f"{seconds}s"}
         cursor.execute(";".join(f"SET {name} = '{value}'" for name, value in parameters.items()))
 
 
-def limit_wait(raw: "psycopg.Connection[Any]", seconds: float | None) -> None:
-    """Limit how long a connection waits for a result, in case the server hangs."""
-    raw.wait = partial(_wait, raw, seconds)  # type: ignore[method-assign]
+def limit_wait(
+    raw: "psycopg.Connection[Any]",
+    seconds: float | None,
+    connection: BaseDatabaseWrapper | None = None,
+) -> None:
+    """Limit how long a connection waits for a result, in case the server hangs.
+
+    An exception that interrupts a query, such as a soft time limit, cancels it. If that fails, the
+    connection is closed, and Django's ``connection`` connects again after the transaction.
+    """
+    raw.wait = partial(_wait, raw, seconds, connection)  # type: ignore[method-assign]
 
 
 def _wait(
-    raw: "psycopg.Connection[Any]", seconds: float | None, generator: Any, **kwargs: Any
+    raw: "psycopg.Connection[Any]",
+    seconds: float | None,
+    connection: BaseDatabaseWrapper | None,
+    generator: Any,
+    **kwargs: Any,
 ) -> Any:
     import psycopg
 
@@ -105,11 +132,36 @@ def _wait(
     try:
         return type(raw).wait(raw, generator, **kwargs)
     except psycopg.OperationalError as error:
-        if raw.info.transaction_status is not psycopg.pq.TransactionStatus.ACTIVE:
+        if not _is_active(raw):
             raise
         # The result may still arrive, and be taken for that of the next statement.
-        raw.pgconn.finish()
+        _close(raw, connection)
         raise psycopg.OperationalError("the server does not respond") from error
+    except psycopg.Error as error:
+        if error.sqlstate not in TEMPORARY_STATES:
+            raise
+        if connection is not None:
+            # Another server may be the primary one now: connect again for the next task or request.
+            connection.close_at = time.monotonic()
+        raise psycopg.OperationalError(*error.args) from error
+    except BaseException:
+        if _is_active(raw):
+            with suppress(psycopg.Error):
+                raw.cancel_safe(timeout=GRACE)
+                type(raw).wait(raw, generator, timeout=GRACE)
+            if _is_active(raw):
+                _close(raw, connection)
+        raise
+
+
+def _is_active(raw: "psycopg.Connection[Any]") -> bool:
+    return raw.info.transaction_status.name == "ACTIVE"
+
+
+def _close(raw: "psycopg.Connection[Any]", connection: BaseDatabaseWrapper | None) -> None:
+    raw.pgconn.finish()
+    if connection is not None and not connection.in_atomic_block:
+        connection.close()
 
 
 @contextmanager

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from contextvars import ContextVar
 from datetime import UTC, datetime
+from io import TextIOWrapper
 from types import TracebackType
 from typing import Any, TextIO
 
@@ -24,6 +25,7 @@ from django.utils.encoding import escape_uri_path
 from django.utils.log import configure_logging
 
 from .clients import current_request, get_address
+from .text import fit, make_storable, shorten
 
 logger = logging.getLogger(__name__)
 access = logging.getLogger(f"{__package__}.access")
@@ -58,6 +60,9 @@ REDACTIONS = [
 #: Matches if one of the patterns may match. This check is faster than the patterns.
 SUSPICIOUS = re.compile(r"[@?]|%40|ip=|=\(|contains \(")
 
+#: Maximum length of an event, in bytes. Longer ones lose the middle of their message and traceback.
+MAX_EVENT = 16_000
+
 #: The fields passed with ``extra`` that JSON events contain. Libraries pass whole requests
 #: and task arguments in other fields.
 FIELDS = ("method", "path", "status", "duration_ms", "client")
@@ -78,6 +83,9 @@ def configure(process: str) -> None:
     if isinstance(sys.stdout, LoggingProxy) and _stream is not None:
         sys.stdout = sys.__stdout__ = _stream  # type: ignore[assignment, misc]
     _stream = sys.stdout
+    if isinstance(_stream, TextIOWrapper):
+        # An encoding such as ASCII must not make events and prints fail.
+        _stream.reconfigure(errors="backslashreplace")
     configure_logging(settings.LOGGING_CONFIG, settings.LOGGING)
     logging.captureWarnings(True)
     # No formatter uses these: https://docs.python.org/3/howto/logging.html#optimization
@@ -144,7 +152,8 @@ class TextFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """Return the event as text."""
         record.context = " ".join(filter(None, get_context(record).values()))
-        return redact(super().format(record))
+        text = make_storable(redact(super().format(record)))
+        return fit(MAX_EVENT, lambda length: shorten(text, length))
 
 
 class JsonFormatter(logging.Formatter):
@@ -165,7 +174,15 @@ class JsonFormatter(logging.Formatter):
                 event[field] = getattr(record, field)
         if record.exc_info:
             event["exception"] = redact(self.formatException(record.exc_info))
-        return encode(event)
+        return fit(
+            MAX_EVENT,
+            lambda length: encode(
+                {
+                    name: shorten(value, length) if isinstance(value, str) else value
+                    for name, value in event.items()
+                }
+            ),
+        )
 
 
 class RejectedRequestFilter(logging.Filter):

@@ -8,6 +8,7 @@ from sentry_sdk.integrations.celery import CeleryIntegration
 from sentry_sdk.integrations.django import DjangoIntegration
 
 from .logs import redact
+from .text import map_strings
 
 
 def configure() -> None:
@@ -32,16 +33,4 @@ def configure() -> None:
 def redact_event(event: Any, hint: Any) -> Any:
     """Return an event or breadcrumb without its query string, with all strings redacted."""
     event.get("request", {}).pop("query_string", None)
-    return _redact_all(event)
-
-
-def _redact_all(value: Any) -> Any:
-    match value:
-        case str():
-            return redact(value)
-        case dict():
-            return {key: _redact_all(item) for key, item in value.items()}
-        case list():
-            return [_redact_all(item) for item in value]
-        case _:
-            return value
+    return map_strings(redact, event)

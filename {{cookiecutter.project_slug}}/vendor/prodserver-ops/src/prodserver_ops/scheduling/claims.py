@@ -7,6 +7,7 @@ from django.db import DatabaseError, InterfaceError
 from django.db.models import Q
 from django.db.models.functions import Now
 
+from ..core.headers import get_integer
 from ..models import ScheduleRun
 
 logger = logging.getLogger(__name__)
@@ -19,7 +20,7 @@ def claim(headers: dict[str, Any]) -> bool:
     again if its worker was lost. While the database is unavailable, every message may run,
     because a repeated run is less harmful than a missing one.
     """
-    pk, attempt = headers.get("schedule_run"), headers.get("schedule_attempt")
+    pk, attempt = (get_integer(headers, name) for name in ("schedule_run", "schedule_attempt"))
     if pk is None:
         return True
     started = Q(started_by=None) | Q(started_by=attempt)
@@ -33,7 +34,7 @@ def claim(headers: dict[str, Any]) -> bool:
 
 def finish(headers: dict[str, Any]) -> None:
     """Record that the task of a message has ended, so that the next run may start."""
-    pk, attempt = headers.get("schedule_run"), headers.get("schedule_attempt")
+    pk, attempt = (get_integer(headers, name) for name in ("schedule_run", "schedule_attempt"))
     if pk is None:
         return
     try:

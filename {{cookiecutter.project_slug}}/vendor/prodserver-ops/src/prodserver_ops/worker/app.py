@@ -14,11 +14,12 @@ from typing import Any
 
 import django
 from celery import Celery, signals
+from celery.app import backends
 from celery.contrib.django.task import DjangoTask
-from celery.exceptions import Reject
+from celery.exceptions import Ignore, Reject
 from celery.states import RETRY
 from django.conf import settings
-from django.db import InterfaceError, OperationalError, transaction
+from django.db import transaction
 from django.utils import timezone
 from django.utils.module_loading import import_string
 from kombu import Queue
@@ -27,6 +28,9 @@ from kombu.utils.objects import cached_property
 from .. import broker
 from ..broker.publishing import publish, try_to_publish
 from ..conf.verification import verify_module
+from ..core.database import TEMPORARY_ERRORS
+from ..core.headers import get_integer, get_time
+from ..core.logs import request_id
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +69,7 @@ def make_failed_queue(app: Celery) -> Queue:
 class Task(DjangoTask[Any, Any]):
     """The base class of every task of the service.
 
-    A task is tried again, up to three times, if the database is unavailable or ends its query;
+    A task is tried again, up to three times, if the database is unavailable, read-only or ends its query;
     ``@shared_task(autoretry_for=())`` turns that off. With ``@shared_task(without_overlapping=True)``
     beat leaves out the runs of a schedule that are due while an earlier one waits or is at work.
     https://docs.celeryq.dev/en/stable/userguide/tasks.html#automatic-retry-for-known-exceptions
@@ -73,8 +77,9 @@ class Task(DjangoTask[Any, Any]):
 
     coalesces = False
     without_overlapping = False
-    autoretry_for = (OperationalError, InterfaceError)
-    retry_backoff = 20  # Wait up to 20, 40 and 80 seconds.
+    autoretry_for = TEMPORARY_ERRORS
+    retry_backoff = 20  # Wait 20, 40 and 80 seconds.
+    retry_jitter = False  # A shorter wait may be shorter than a failover.
 
     def before_start(self, task_id: str, args: Any, kwargs: Any) -> None:
         """Ignore a second message of the same run of a schedule, which beat may have sent.
@@ -86,8 +91,9 @@ class Task(DjangoTask[Any, Any]):
 
         if not claim(self.request.headers or {}):
             logger.info("%s ignored: the same run has already been started", self.name)
-            raise Reject("started already", requeue=False)
-        if int(self.request.get("x-delivery-count") or 0) < MAX_DELIVERIES:
+            # Celery would store a rejected task as failed.
+            raise Ignore("started already")
+        if (get_integer(self.request.__dict__, "x-delivery-count") or 0) < MAX_DELIVERIES:
             return
         logger.error("%s was delivered %d times and is given up", self.name, MAX_DELIVERIES)
         try:
@@ -165,7 +171,7 @@ class Task(DjangoTask[Any, Any]):
         """When the running task was queued; the current time if it was called directly."""
         headers = self.request.headers or {}
         timestamp = self.request.get("queued_at") or headers.get("queued_at")
-        return datetime.fromisoformat(timestamp) if timestamp else timezone.now()
+        return get_time(timestamp) or timezone.now()
 
 
 class CoalescingTask(Task):
@@ -190,6 +196,20 @@ class CeleryApp(Celery):
         from ..scheduling.beat import Beat
 
         return self.subclass_with_self(Beat)
+
+    def _get_backend(self) -> Any:
+        from .results import make_reliable
+
+        name = self.backend_cls or self.conf.result_backend
+        found: Any = backends.by_url(name, self.loader)
+        backend, url = found
+        return make_reliable(backend)(app=self, url=url)
+
+    def send_task(self, name: str, *args: Any, headers: Any = None, **options: Any) -> Any:
+        """Queue a task by name, with the id of the request that it belongs to."""
+        if current_id := request_id.get():
+            headers = {"request_id": current_id, **(headers or {})}
+        return super().send_task(name, *args, headers=headers, **options)
 
     def _connection(self, url: Any, **kwargs: Any) -> Any:
         # Celery prefers the environment variable CELERY_BROKER_URL to the setting.

@@ -1,7 +1,8 @@
 """Failed tasks: their messages are in a queue that no worker consumes.
 
 These tasks have killed several workers, or are unknown to all workers, for example after a
-rollback. ``doctor`` reports them, and ``python manage.py requeue`` runs them again. When a worker
+rollback. Messages that are not those of a task are there too, with the reason in the header
+``problem``. ``doctor`` reports them, and ``python manage.py requeue`` runs them again. When a worker
 starts, it also requeues the unknown tasks that it knows.
 """
 
@@ -9,14 +10,19 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeGuard
 
 from celery import Celery, signals
 from celery.worker.consumer import Consumer as CeleryConsumer
 from kombu import Queue
+from kombu.exceptions import OperationalError
 from kombu.message import Message
 
+from ..core.headers import get_request_id
+from ..core.logs import request_id
+from ..core.text import make_storable, shorten
 from .app import make_failed_queue
+from .messages import find_problem
 
 logger = logging.getLogger(__name__)
 
@@ -27,17 +33,81 @@ UNKNOWN_SECONDS = 120
 #: How long a worker holds such a message before returning it, in seconds.
 HOLD_SECONDS = 0.5
 
+#: Maximum length of the reason why a message is given up, in characters.
+MAX_PROBLEM = 300
+
 #: The properties of a message that are preserved.
 KEPT_PROPERTIES = ("correlation_id", "reply_to", "priority", "delivery_mode")
 
 
 class Consumer(CeleryConsumer):
-    """A worker's consumer. Unlike Celery's, it does not discard messages of unknown tasks."""
+    """A worker's consumer. Unlike Celery's, it discards no message, and no message ends it."""
+
+    connection_errors: tuple[type[Exception], ...]
+    channel_errors: tuple[type[Exception], ...]
+
+    def create_task_handler(self, *args: Any, **kwargs: Any) -> Callable[[Message], None]:
+        """Return the function that receives a message."""
+        handle = super().create_task_handler(*args, **kwargs)
+        broker_errors = (*self.connection_errors, *self.channel_errors)
+
+        def on_task_received(message: Message) -> None:
+            token = request_id.set(get_request_id(message.headers))
+            try:
+                if problem := find_problem(message):
+                    self.give_up(message, problem)
+                else:
+                    handle(message)
+            except broker_errors:
+                raise
+            except Exception as error:
+                self.give_up(message, f"{type(error).__name__}: {error}")
+            finally:
+                request_id.reset(token)
+
+        return on_task_received
+
+    def on_decode_error(self, message: Message, exc: Exception) -> None:
+        """Give up a message whose body cannot be decompressed or decoded."""
+        self.give_up(message, f"{type(exc).__name__}: {exc}")
+
+    def on_invalid_task(self, body: Any, message: Message, exc: Exception) -> None:
+        """Give up a message whose ETA or time of expiry is invalid, for example."""
+        self.give_up(message, f"{type(exc).__name__}: {exc}")
+
+    def on_unknown_message(self, body: Any, message: Message) -> None:
+        """Give up a message that is not that of a task."""
+        self.give_up(message, "invalid body")
+
+    def give_up(self, message: Message, problem: str) -> None:
+        """Move a message that is not that of a task to the queue of failed tasks."""
+        problem = make_storable(shorten(problem, MAX_PROBLEM))
+        logger.error("A message is given up, because it is not that of a task: %s", problem)
+        if message.acknowledged:
+            return
+        queue = make_failed_queue(self.app)
+        broker_errors: tuple[type[Exception], ...]
+        broker_errors = (OperationalError, *self.connection_errors, *self.channel_errors)
+        # Not every header can be published again, and ``requeue()`` cannot read a body that is not
+        # compressed as the header says.
+        plain = {"original_headers": ascii(message.headers)[:MAX_PROBLEM]}
+        for headers in (plain,) if message.errors else (message.headers, plain):
+            try:
+                republish(self.app, message, queue, headers | {"problem": problem})
+                break
+            except broker_errors as error:
+                # The broker redelivers it when the worker exits or reconnects.
+                logger.warning("Could not move the message: %s", type(error).__name__)
+                return
+            except Exception as error:
+                logger.warning("Could not keep all of the message: %s", type(error).__name__)
+                message.properties.clear()
+        message.ack()
 
     def on_unknown_task(self, body: Any, message: Message, exc: Exception) -> None:
         """Return the message to its queue; after ``UNKNOWN_SECONDS``, give up."""
-        name = message.headers.get("task")
-        since = float(message.headers.get("unknown_since") or 0)
+        name = message.headers.get("task") or message.payload["task"]
+        since = get_unknown_since(message.headers)
         if not since:
             logger.warning("%s is unknown to this worker; its message returns to the queue", name)
             since = time.time()
@@ -61,6 +131,12 @@ class Consumer(CeleryConsumer):
             logger.warning("Could not return a message to its queue: %s", type(error).__name__)
 
 
+def get_unknown_since(headers: dict[str, Any]) -> float:
+    """Return since when a task is unknown, as a timestamp; 0 if it is not or the header is forged."""
+    since = headers.get("unknown_since")
+    return since if isinstance(since, int | float) and 0 < since <= time.time() else 0
+
+
 def republish(
     app: Celery, message: Message, target: Queue | tuple[str, str], headers: dict[str, Any]
 ) -> None:
@@ -75,11 +151,13 @@ def republish(
         options["declare"] = [target]
     else:
         options |= {"exchange": target[0], "routing_key": target[1]}
+    # kombu has decompressed the body.
+    headers = {name: value for name, value in headers.items() if name != "compression"}
     with app.producer_pool.acquire(block=True) as producer:
         producer.publish(
-            message.body,
-            content_type=message.content_type,
-            content_encoding=message.content_encoding,
+            message.body or b"",
+            content_type=message.content_type or "application/data",
+            content_encoding=message.content_encoding or "binary",
             headers=headers,
             **options,
         )
@@ -98,14 +176,23 @@ def requeue(app: Celery, is_wanted: Callable[[Message], bool]) -> int:
                 continue
             headers = dict(message.headers)
             target = headers.pop("unknown_from", None)
-            headers.pop("unknown_since", None)
+            for name in ("unknown_since", "problem"):
+                headers.pop(name, None)
             default: Queue = app.amqp.queues[app.conf.task_default_queue]
-            republish(app, message, (target[0], target[1]) if target else default, headers)
+            republish(app, message, target if is_target(target) else default, headers)
             message.ack()
             count += 1
         for message in kept:
             message.requeue()
     return count
+
+
+def is_target(value: Any) -> TypeGuard[tuple[str, str]]:
+    """Return whether a header contains an exchange and a routing key."""
+    match value:
+        case [str(), str()]:
+            return True
+    return False
 
 
 @signals.worker_ready.connect
@@ -117,8 +204,9 @@ def return_known_tasks(sender: Any, **kwargs: Any) -> None:
             count = requeue(
                 sender.app,
                 lambda message: (
-                    "unknown_since" in message.headers
-                    and message.headers["task"] in sender.app.tasks
+                    "problem" not in message.headers
+                    and get_unknown_since(message.headers) > 0
+                    and message.headers.get("task") in sender.app.tasks
                 ),
             )
         except Exception as error:

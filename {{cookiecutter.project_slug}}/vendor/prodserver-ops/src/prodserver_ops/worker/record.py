@@ -2,13 +2,14 @@
 
 A worker keeps notes of its runs in memory. Once a second, a thread writes the runs that have ended,
 or have been running for more than a second, to the database. Tasks never wait for it. SIGKILL loses
-the notes of the last second, and notes are also lost while the database is unavailable.
+the notes of the last second. While the database is unavailable, a process keeps its latest notes.
 """
 
 import json
 import logging
 import os
 import socket
+import sys
 import threading
 import time
 from collections import OrderedDict
@@ -18,12 +19,16 @@ from typing import Any
 
 from celery import signals
 from celery.app.task import Context
-from django.db import DatabaseError, InterfaceError, connection
+from celery.exceptions import TimeLimitExceeded, WorkerLostError
+from celery.states import FAILURE, RETRY, SUCCESS
+from django.db import connection, transaction
 from django.utils import timezone
-from django.utils.dateparse import parse_datetime
 
-from ..core.logs import redact
+from ..core.database import TEMPORARY_ERRORS
+from ..core.headers import get_integer, get_request_id, get_time
+from ..core.logs import redact, request_id
 from ..core.signals import deferred_sigterm
+from ..core.text import make_storable
 from ..models import TaskRun
 
 logger = logging.getLogger(__name__)
@@ -31,8 +36,8 @@ logger = logging.getLogger(__name__)
 #: How often a process writes its notes, in seconds.
 INTERVAL = 1
 
-#: Maximum number of runs that a process writes at a time. Failed runs come first, then runs of
-#: schedules; the others are not recorded.
+#: Maximum number of runs that a process writes at a time, apart from failed ones. Runs of schedules
+#: come first; the others are not recorded.
 MAX_RUNS = 50
 
 #: Maximum number of notes that a process keeps in memory.
@@ -44,13 +49,15 @@ KEEP_DAYS = timedelta(days=7)
 
 #: The states of Celery that are recorded, and their statuses.
 STATUSES = {
-    "SUCCESS": TaskRun.Status.SUCCEEDED,
-    "FAILURE": TaskRun.Status.FAILED,
-    "RETRY": TaskRun.Status.RETRIED,
+    SUCCESS: TaskRun.Status.SUCCEEDED,
+    FAILURE: TaskRun.Status.FAILED,
+    RETRY: TaskRun.Status.RETRIED,
 }
 
 HOST = socket.gethostname()
 
+MAX_ID = TaskRun._meta.get_field("task_id").max_length
+MAX_NAME = TaskRun._meta.get_field("name").max_length
 MAX_ARGUMENTS = TaskRun._meta.get_field("arguments").max_length or 0
 MAX_ERROR = TaskRun._meta.get_field("error").max_length or 0
 
@@ -64,18 +71,24 @@ class Note:
     args: Any
     kwargs: Any
     headers: dict[str, Any]
-    queued_at: str | None
+    queued_at: Any
     started_at: float
     start: float
     status: str = TaskRun.Status.RUNNING
     duration: float | None = None
     error: str = ""
+    is_killed: bool = False
     row: TaskRun | None = None
 
     @property
     def schedule_id(self) -> int | None:
         """The schedule that the run belongs to."""
-        return self.headers.get("schedule")
+        return get_integer(self.headers, "schedule")
+
+    @property
+    def is_failed(self) -> bool:
+        """Whether the run failed."""
+        return self.status == TaskRun.Status.FAILED
 
     @property
     def is_stored(self) -> bool:
@@ -86,16 +99,26 @@ class Note:
         """Return the row of the run, with its current state."""
         if self.row is None:
             self.row = TaskRun(
-                task_id=self.task_id,
-                name=self.name,
+                task_id=make_storable(self.task_id)[:MAX_ID],
+                name=self.name[:MAX_NAME],
                 arguments=dump(self.args, self.kwargs),
                 schedule_id=self.schedule_id,
-                queued_at=parse_datetime(self.queued_at or self.headers.get("queued_at") or ""),
+                request_id=get_request_id(self.headers) or "",
+                queued_at=get_time(self.queued_at or self.headers.get("queued_at")),
                 started_at=datetime.fromtimestamp(self.started_at, UTC),
                 host=HOST,
             )
         self.row.status, self.row.duration, self.row.error = self.status, self.duration, self.error
         return self.row
+
+    def save_killed(self) -> None:
+        """Store the end of a run that its own process could not note."""
+        rows = TaskRun.objects.filter(task_id=self.task_id[:MAX_ID])
+        if rows.filter(status="running").update(status=self.status, error=self.error):
+            return
+        # Celery reports an exceeded time limit twice.
+        if not rows.filter(status=self.status, error=self.error).exists():
+            self.make_row().save()
 
 
 class Recorder:
@@ -106,6 +129,7 @@ class Recorder:
         self.lock = threading.Lock()
         self.running: OrderedDict[str, Note] = OrderedDict()
         self.ended: list[Note] = []
+        self.failures: dict[str, BaseException] = {}
         self.wake = threading.Event()
         # Block SIGTERM, so that the thread does not receive a signal that the main thread defers.
         with deferred_sigterm():
@@ -120,10 +144,16 @@ class Recorder:
         if not self.wake.is_set():
             self.wake.set()
 
+    def note_failure(self, task_id: str, error: BaseException) -> None:
+        """Note why a run fails before its outcome is stored, which may raise another exception."""
+        if task_id in self.running:
+            self.failures[task_id] = error
+
     def end(self, task_id: str, state: str, result: Any) -> None:
         """Note that a run ended; ``result`` is the exception if it failed."""
         with self.lock:
             note = self.running.pop(task_id, None)
+            failure = self.failures.pop(task_id, None)
             if note is None or state not in STATUSES:
                 return
             note.status = STATUSES[state]
@@ -132,14 +162,25 @@ class Recorder:
             is_short = note.status == TaskRun.Status.SUCCEEDED and note.duration < INTERVAL
             if len(self.ended) >= MAX_RUNS and is_short and not note.schedule_id:
                 return
-            if isinstance(result, BaseException):
-                error = redact(f"{type(result).__name__}: {result}")[:MAX_ERROR]
-                # PostgreSQL cannot store NUL characters, and UTF-8 cannot encode surrogates.
-                note.error = error.replace("\0", "").encode(errors="replace").decode()
-            self.ended.append(note)
-            del self.ended[:-MAX_NOTES]
+            if isinstance(error := failure or result, BaseException):
+                note.error = describe(error)
+            self.add(note)
         if not self.wake.is_set():
             self.wake.set()
+
+    def end_killed(self, task_id: str, name: str, args: Any, kwargs: Any, error: Exception) -> None:
+        """Note that a run failed because its process was killed; called in the main process."""
+        now = time.time()
+        note = Note(task_id, name, args, kwargs, {}, None, now, 0, error=describe(error))
+        note.status, note.is_killed = TaskRun.Status.FAILED, True
+        with self.lock:
+            self.add(note)
+        self.wake.set()
+
+    def add(self, *notes: Note) -> None:
+        """Keep notes for the thread; the oldest ones are dropped if there are too many."""
+        self.ended.extend(notes)
+        del self.ended[:-MAX_NOTES]
 
     def write_forever(self) -> None:
         """Write the notes while there are any."""
@@ -160,22 +201,54 @@ class Recorder:
             ended, self.ended = self.ended, []
             limit = time.monotonic() - INTERVAL
             running = [note for note in self.running.values() if note.start < limit]
+        others = sorted(
+            (note for note in ended if not note.is_stored and not note.is_failed),
+            key=lambda note: not note.schedule_id,
+        )
+        notes = [note for note in ended if note.is_stored or note.is_failed]
+        notes += others[:MAX_RUNS]
+        notes += [note for note in running if not note.is_stored][:MAX_RUNS]
         try:
             connection.close_if_unusable_or_obsolete()
-            written = [note for note in ended if note.is_stored]
-            ended.sort(
-                key=lambda note: (note.status != TaskRun.Status.FAILED, not note.schedule_id)
-            )
-            new = [note for note in ended if not note.is_stored][:MAX_RUNS]
-            if written:
-                fields = ["status", "duration", "error"]
-                TaskRun.objects.bulk_update([note.make_row() for note in written], fields)
-            TaskRun.objects.bulk_create([note.make_row() for note in new])
-            for note in [note for note in running if not note.is_stored][:MAX_RUNS]:
-                note.make_row().save()
-        except (DatabaseError, InterfaceError, ValueError) as error:
-            logger.warning("Could not record task runs: %s", type(error).__name__)
+            self.save(notes)
+        except TEMPORARY_ERRORS as error:
+            logger.warning("Could not record task runs yet: %s", type(error).__name__)
             connection.close()
+            with self.lock:
+                self.ended, later = [], self.ended
+                self.add(*(note for note in notes if note.duration is not None), *later)
+            self.wake.set()
+        except Exception:
+            for note in notes:
+                try:
+                    self.save([note])
+                except Exception as error:
+                    logger.warning("Could not record a task run: %s", type(error).__name__)
+
+    def save(self, notes: list[Note]) -> None:
+        """Write notes in a transaction."""
+        if not notes:
+            return
+        killed = [note for note in notes if note.is_killed and not note.is_stored]
+        new = [note for note in notes if not note.is_killed and not note.is_stored]
+        old = [note for note in notes if note.is_stored]
+        try:
+            with transaction.atomic():
+                if old:
+                    fields = ["status", "duration", "error"]
+                    TaskRun.objects.bulk_update([note.make_row() for note in old], fields)
+                for note in killed:
+                    note.save_killed()
+                TaskRun.objects.bulk_create([note.make_row() for note in new])
+        except BaseException:
+            for note in (*killed, *new):
+                note.row = None
+            raise
+
+
+def describe(error: BaseException) -> str:
+    """Return an exception as the text of a row."""
+    return make_storable(redact(f"{type(error).__name__}: {error}"))[:MAX_ERROR]
 
 
 def dump(args: Any, kwargs: Any) -> str:
@@ -200,16 +273,33 @@ def get_recorder() -> Recorder:
 
 @signals.task_prerun.connect
 def note_start(task_id: str, task: Any, args: Any, kwargs: Any, **others: Any) -> None:
-    """Note the start of a run in a worker."""
+    """Note the start of a run in a worker, and the request that it belongs to."""
     if not task.request.is_eager:
+        request_id.set(get_request_id(task.request.headers))
         get_recorder().start(task_id, task.request, task.name, args, kwargs)
 
 
 @signals.task_postrun.connect
 def note_end(task_id: str, task: Any, retval: Any, state: str | None, **others: Any) -> None:
-    """Note the end of a run in a worker."""
-    if not task.request.is_eager:
-        get_recorder().end(task_id, state or "", retval)
+    """Note the end of a run in a worker.
+
+    An exception is on its way if the outcome could not be stored, or the process ends.
+    """
+    if task.request.is_eager:
+        return
+    raised = sys.exception()
+    if isinstance(raised, Exception):
+        state, retval = (RETRY if state == SUCCESS else FAILURE), raised
+    get_recorder().end(task_id, state or "", retval)
+    request_id.set(None)
+
+
+@signals.task_failure.connect
+def note_killed(sender: Any, task_id: str, exception: Any, **others: Any) -> None:
+    """Note in a worker's main process that the process of a run was killed."""
+    if isinstance(exception, TimeLimitExceeded | WorkerLostError):
+        args, kwargs = others.get("args"), others.get("kwargs")
+        get_recorder().end_killed(task_id, sender.name, args, kwargs, exception)
 
 
 @signals.worker_process_shutdown.connect
