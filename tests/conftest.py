@@ -207,7 +207,9 @@ def bake(cookies_session, shared_folder, tmp_path_factory):
 
 #: Times of the library, by the file in which they stand, and those of an impatient service.
 SHORT_TIMES = [
-    ("broker/__init__.py", "VISIBILITY_MARGIN = 60", "VISIBILITY_MARGIN = 2"),
+    ("broker/renewal.py", "VISIBILITY = 40", "VISIBILITY = 8"),
+    ("broker/renewal.py", "INTERVAL = 5", "INTERVAL = 1"),
+    ("broker/renewal.py", "LIMIT = 30", "LIMIT = 6"),
     ("conf/defaults.py", "EMAIL_TIMEOUT = 30", "EMAIL_TIMEOUT = 6"),
     ("mail/attempts.py", "for minutes in (1, 2", "for minutes in (0.1, 2"),
     (

@@ -1,5 +1,6 @@
 """The brokers that are servers: a worker runs what was queued, on each of them."""
 
+import time
 from queue import Empty, Queue
 from types import SimpleNamespace
 from uuid import uuid4
@@ -12,6 +13,7 @@ from dummy.settings import TestSettings
 from kombu.transport import resolve_transport
 
 from prodserver_ops import broker
+from prodserver_ops.broker import renewal
 from prodserver_ops.conf.environment import evaluate
 from prodserver_ops.worker import failed
 from prodserver_ops.worker.app import CeleryApp, get_failed_queue, make_failed_queue
@@ -129,6 +131,84 @@ def test_connection_has_the_options_of_its_module(app):
     url = broker.get_url(app.conf.broker_url)
     with app.connection_for_write() as connection:
         assert isinstance(connection.transport, resolve_transport(broker.get_scheme(url)))
-        options = broker.get_options(url, TestSettings())
+        package = SimpleNamespace(PACKAGE=app.main, CELERY_TASK_TIME_LIMIT=300)
+        options = broker.get_options(url, package)
         assert options
         assert connection.transport_options.items() >= options.items()
+
+
+class TestRenewal:
+    """Redis and PGMQ deliver a message again only when its worker is gone."""
+
+    @pytest.fixture(autouse=True)
+    def _times(self, app, monkeypatch):
+        if broker.find(app.conf.broker_url).module == services.RABBITMQ:
+            pytest.skip("RabbitMQ knows which connections are lost")
+        monkeypatch.setattr(renewal, "VISIBILITY", 2)
+        monkeypatch.setattr(renewal, "LIMIT", 1)
+        options = dict(app.conf.broker_transport_options)
+        if "visibility_timeout" in options:
+            options["visibility_timeout"] = renewal.VISIBILITY
+        app.conf.broker_transport_options = options
+
+    @pytest.fixture
+    def other(self, app):
+        """The channel of another worker, which looks for messages of lost workers."""
+        with app.connection_for_read() as connection:
+            channel = connection.channel()
+            app.amqp.queues[app.conf.task_default_queue](channel).declare()
+            channel.basic_consume(app.conf.task_default_queue, False, print, "other")
+            yield channel
+
+    def receive(self, channel, queue, seconds):
+        """Return the message that another worker gets within the seconds, or None."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            channel.qos.restore_visible(interval=1)
+            if message := channel.basic_get(queue):
+                return message
+            time.sleep(0.1)
+        return None
+
+    def test_message_of_a_living_worker_is_not_delivered_again(self, app, note, other, monkeypatch):
+        monkeypatch.setattr(renewal, "INTERVAL", 0.3)
+        monkeypatch.setattr(renewal, "_pid", None)  # A thread with this interval
+        queue = app.conf.task_default_queue
+        note.delay(1)
+        with app.connection_for_read() as connection:
+            message = connection.channel().basic_get(queue)
+            assert self.receive(other, queue, 5) is None
+            renewal.check(connection.transport.channels)
+            message.ack()
+        assert self.receive(other, queue, 3) is None
+
+    def test_message_of_a_lost_worker_comes_back(self, app, note, other, monkeypatch):
+        monkeypatch.setattr(renewal, "watch", lambda qos: None)
+        queue = app.conf.task_default_queue
+        note.delay(1)
+        with app.connection_for_read() as connection:
+            channel = connection.channel()
+            assert channel.basic_get(queue)
+            start = time.monotonic()
+            message = self.receive(other, queue, 10)
+            assert message
+            assert time.monotonic() - start > 1
+            message.ack()
+            channel.qos._delivered.clear()
+
+    def test_paused_worker_gives_up_what_it_held(self, app, note, other, monkeypatch):
+        monkeypatch.setattr(renewal, "watch", lambda qos: None)
+        queue = app.conf.task_default_queue
+        note.delay(1)
+        with app.connection_for_read() as connection:
+            channel = connection.channel()
+            assert channel.basic_get(queue)
+            time.sleep(1.1)
+            channel.qos.renew_held()  # It is too late, if others took the message before.
+            with pytest.raises(renewal.NotRenewed):
+                renewal.check(connection.transport.channels)
+        # The worker did not return the message when its connection was closed.
+        assert self.receive(other, queue, 0.1) is None
+        message = self.receive(other, queue, 10)
+        assert message
+        message.ack()

@@ -1,7 +1,6 @@
 """PostgreSQL as the broker: names, addresses, and a worker that ends."""
 
 import pytest
-from celery import current_app
 from django.conf import settings
 from django.db import connection
 from kombu import Connection
@@ -38,11 +37,6 @@ def test_tls_is_that_of_the_database(monkeypatch):
         address = conninfo_to_dict(conninfo)
         assert address.items() > {"host": "db.example.com", "password": "a b'", **tls}.items()
         assert "timeout" not in address
-
-
-def test_message_of_a_running_task_is_not_delivered_again():
-    options = postgresql.get_options(settings)
-    assert options["visibility_timeout"] > current_app.conf.task_time_limit
 
 
 def test_names_of_queues_are_valid_short_and_unique():

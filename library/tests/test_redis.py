@@ -1,12 +1,16 @@
-"""Redis: a separate database, and every wait has a timeout."""
+"""Redis: a separate database, keys of its own, and every wait has a timeout."""
+
+import time
+from types import SimpleNamespace
+from uuid import uuid4
 
 import pytest
-from celery import current_app
+import services
 from django.conf import settings
-from kombu import Connection
+from kombu import Connection, Exchange, Queue
 from kombu.transport.redis import Channel
 
-from prodserver_ops.broker import redis
+from prodserver_ops.broker import redis, renewal
 
 
 @pytest.mark.parametrize(
@@ -30,11 +34,6 @@ def test_url_has_a_database_and_the_verification_of_tls(url, expected):
     assert redis.get_url(url) == expected
 
 
-def test_message_of_a_running_task_is_not_delivered_again():
-    options = redis.get_options(settings)
-    assert options["visibility_timeout"] > current_app.conf.task_time_limit
-
-
 def test_messages_of_lost_workers_are_looked_for_every_10_seconds():
     throttle = redis.get_options(settings)["unacked_restore_throttle"]
     assert "unacked_restore_throttle" in Channel.from_transport_options
@@ -47,3 +46,92 @@ def test_server_that_is_out_of_reach_fails_soon(monkeypatch):
     connection = Connection("redis://127.0.0.1:1/1", transport_options=options)
     with pytest.raises(connection.connection_errors):
         connection.connect()
+
+
+class TestHeldMessages:
+    """What workers hold, in the keys of their service."""
+
+    @pytest.fixture(autouse=True)
+    def _no_thread(self, monkeypatch):
+        monkeypatch.setattr(renewal, "watch", lambda qos: None)
+
+    @pytest.fixture
+    def connect(self, make_part):
+        """A function that returns a channel of a service, which consumes its queue."""
+        url = make_part(services.REDIS)
+        connections = []
+
+        def connect(package, **options):
+            values = SimpleNamespace(PACKAGE=package)
+            options = redis.get_options(values) | options
+            connection = Connection(url, transport_options=options)
+            connections.append(connection)
+            channel = connection.channel()
+            queue = Queue(package, Exchange(package), routing_key=package)(channel)
+            queue.declare()
+            channel.basic_consume(package, False, print, "tag")
+            return channel
+
+        yield connect
+        for connection in connections:
+            connection.default_channel.client.flushdb()
+            connection.close()
+
+    def publish(self, channel, package):
+        channel.basic_publish(channel.prepare_message("{}"), package, package)
+
+    def age(self, channel, key, seconds):
+        """Let a message be as old as if nobody had renewed it for so long."""
+        for tag, score in channel.client.zrange(key, 0, -1, withscores=True):
+            channel.client.zadd(key, {tag: score - seconds})
+
+    def test_services_on_one_database_do_not_meet(self, connect):
+        one, two = (connect(f"sample_{uuid4().hex[:8]}") for _ in range(2))
+        self.publish(one, one.qos.unacked_key.partition(".")[0])
+        assert one.basic_get(one.qos.unacked_key.partition(".")[0])
+        self.age(one, one.qos.unacked_index_key, 1000)
+        two.qos.restore_visible(interval=1)
+        assert one.client.hlen(one.qos.unacked_key) == 1
+        one.qos.restore_visible(interval=1)
+        assert one.client.hlen(one.qos.unacked_key) == 0
+
+    @pytest.mark.parametrize("is_own", [True, False])
+    def test_messages_that_release_2_0_held_come_back(self, connect, is_own):
+        own, other = (f"sample_{uuid4().hex[:8]}" for _ in range(2))
+        held = own if is_own else other
+        earlier = {
+            "unacked_key": "unacked",
+            "unacked_index_key": "unacked_index",
+            "unacked_mutex_key": "unacked_mutex",
+        }
+        old = connect(held, **earlier)
+        self.publish(old, held)
+        assert old.basic_get(held)
+        channel = connect(own)
+        limit = settings.CELERY_TASK_TIME_LIMIT + redis.EARLIER_MARGIN
+        self.age(old, "unacked_index", limit - 10)
+        channel.qos.restore_visible(interval=1)
+        assert channel.basic_get(own) is None
+        self.age(old, "unacked_index", 11)
+        channel.qos.restore_visible(interval=1)
+        assert (channel.basic_get(own) is not None) == is_own
+        assert old.client.hlen("unacked") == (0 if is_own else 1)
+        old.qos._delivered.clear()
+
+    @pytest.mark.parametrize("hours", [-3, 3])
+    def test_clock_of_a_worker_may_be_wrong(self, connect, monkeypatch, hours):
+        package = f"sample_{uuid4().hex[:8]}"
+        one, two = connect(package), connect(package)
+        self.publish(one, package)
+        now = time.time
+        with monkeypatch.context() as patch:
+            for name in ("time.time", "kombu.transport.redis.time"):
+                patch.setattr(name, lambda: now() + hours * 3600)
+            message = one.basic_get(package)
+        two.qos.restore_visible(interval=1)
+        assert two.basic_get(package) is None
+        for name in ("time.time", "kombu.transport.redis.time"):
+            monkeypatch.setattr(name, lambda: now() + hours * 3600)
+        two.qos.restore_visible(interval=1)
+        assert two.basic_get(package) is None
+        message.ack()

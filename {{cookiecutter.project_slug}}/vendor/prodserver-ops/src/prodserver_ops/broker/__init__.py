@@ -82,17 +82,8 @@ BROKERS = (
 #: The brokers that are servers, by URL scheme.
 BY_SCHEME = {scheme: broker for broker in BROKERS for scheme in broker.ports}
 
-#: How long after the time limit of tasks the message of a lost worker is redelivered, in seconds.
-VISIBILITY_MARGIN = 60
-
 #: The schemes of brokers that need no server: folders, and the memory of one process.
 EMBEDDED_SCHEMES = ("filesystem", "memory")
-
-
-def get_visibility_timeout(settings: Any) -> int:
-    """Return after how many seconds a broker redelivers the message of a lost worker."""
-    limit: int = settings.CELERY_TASK_TIME_LIMIT
-    return limit + VISIBILITY_MARGIN
 
 
 def register_transports() -> None:

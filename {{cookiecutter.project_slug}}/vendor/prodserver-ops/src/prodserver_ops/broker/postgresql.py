@@ -9,10 +9,11 @@ https://docs.celeryq.dev/projects/kombu/en/stable/reference/kombu.transport.pgmq
 import hashlib
 import logging
 import warnings
+from collections import defaultdict
 from typing import Any
 
 from django.db import connection, transaction
-from kombu.transport import pgmq
+from kombu.transport import pgmq, virtual
 from pgmq import PGMQueue
 from pgmq.install import get_embedded_install_sql
 from psycopg import DatabaseError
@@ -21,7 +22,7 @@ from psycopg_pool import ConnectionPool
 
 from ..core.database import CONNECT_OPTIONS
 from ..core.text import make_storable, map_strings
-from . import envelopes, get_visibility_timeout
+from . import envelopes, renewal
 
 #: The maximum length of a queue name in PGMQ.
 NAME_LENGTH = 47
@@ -37,8 +38,28 @@ logging.getLogger("psycopg.pool").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", "list_queues", UserWarning)
 
 
+class QoS(renewal.RenewedQoS, virtual.QoS):
+    """What a channel holds."""
+
+    channel: "Channel"
+    _delivered: dict[Any, Any]  # type: ignore[assignment]
+
+    def renew(self, tags: list[Any]) -> None:
+        """Renew messages."""
+        numbers = defaultdict(list)
+        for tag in tags:
+            # Another thread may have acknowledged it.
+            if (message := self._delivered.get(tag)) is not None:
+                info = message.delivery_info
+                numbers[info["pgmq_queue"]].append(info["pgmq_msg_id"])
+        for queue, ids in numbers.items():
+            self.channel.pgmq.set_vt(queue, ids, renewal.VISIBILITY)
+
+
 class Channel(pgmq.Channel):
-    """A channel that shortens queue names, and returns unacknowledged messages when it closes."""
+    """A channel that renews its messages, and returns them when it closes; with short names."""
+
+    QoS = QoS
 
     Message = envelopes.Message
 
@@ -93,6 +114,11 @@ class Transport(pgmq.Transport):
 
     #: How often an idle worker looks for messages without a notification, in seconds.
     polling_interval = 1
+
+    def drain_events(self, *args: Any, **kwargs: Any) -> None:
+        """Process messages; raise NotRenewed if others may get what the worker holds."""
+        renewal.check(self.channels)
+        super().drain_events(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     def get_address(self) -> str:
         """Return the connection string. kombu's own has no TLS, and does not quote values."""
@@ -151,7 +177,7 @@ def get_options(settings: Any) -> dict[str, Any]:
         "wait_time_seconds": 0,
         "pool_size": 4,
         "pool_timeout": TIMEOUT,
-        "visibility_timeout": get_visibility_timeout(settings),
+        "visibility_timeout": renewal.VISIBILITY,
     }
 
 

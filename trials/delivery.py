@@ -1,0 +1,204 @@
+"""Long and delayed tasks, lost workers, and workers that start again and again, on each broker.
+
+    uv run trials/delivery.py [PART...] [--broker NAME...] [--short]
+
+===========  ======================================================================================
+part         what it shows
+===========  ======================================================================================
+``long``     a task of 430 seconds runs once, while another worker is idle
+``lost``     the task of a worker that gets SIGKILL is back within a minute
+``delayed``  500 tasks with an ETA of an hour, and one of an hour in another queue: each is kept
+             once, no worker holds one, and other tasks run; those that are due run once
+``starts``   30 starts of a worker leave the failed tasks alone (RabbitMQ)
+===========  ======================================================================================
+
+Each part generates a service with the broker, and runs two workers of it. ``--short`` takes minutes
+instead of a quarter of an hour. ``TEST_POSTGRESQL_URL``, ``TEST_RABBITMQ_URL`` and
+``TEST_REDIS_URL`` are the servers. Exits with status 1 if a figure is not as it should be.
+"""
+
+import argparse
+import collections
+import contextlib
+import os
+import signal
+import sys
+import time
+import uuid
+from pathlib import Path
+from urllib.parse import urlsplit
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import psycopg
+
+from tests.conftest import SECRET_KEY, Service
+from tests.generate import generated_project
+
+SERVERS = {
+    "rabbitmq": os.environ.get("TEST_RABBITMQ_URL", "amqp://guest:guest@127.0.0.1:5672//"),
+    "redis": os.environ.get("TEST_REDIS_URL", "redis://127.0.0.1:6379/9"),
+}
+POSTGRESQL = os.environ.get("TEST_POSTGRESQL_URL", "postgres://postgres@127.0.0.1:5432/postgres")
+
+#: Seconds of work, delay of tasks, wait after they were queued, number of starts; and those of
+#: the short form. A message is delivered again after 40 seconds without a renewal.
+FULL = {"work": 430, "delay": 3600, "wait": 720, "starts": 30, "messages": 500}
+SHORT = {"work": 75, "delay": 3600, "wait": 60, "starts": 22, "messages": 100}
+
+TASKS = """
+from celery import shared_task
+
+
+def note(*values):
+    import os, time
+
+    with open("notes", "a") as file:
+        file.write(" ".join(map(str, [time.time(), os.getpid(), *values])) + "\\n")
+
+
+@shared_task(bind=True, time_limit=900, soft_time_limit=890)
+def work(self, name, seconds):
+    import time
+
+    note("start", name)
+    time.sleep(seconds)
+    note("end", name)
+"""
+
+
+class Trial(Service):
+    """A service of the trial; ``notes`` are what its tasks noted."""
+
+    def get_notes(self):
+        """Return the times of each (event, name)."""
+        path = self.folder / "notes"
+        notes = collections.defaultdict(list)
+        for line in path.read_text().splitlines() if path.exists() else []:
+            at, _, event, name = line.split()
+            notes[event, name].append(float(at))
+        return notes
+
+    def wait_for_note(self, key, seconds, count=1):
+        """Wait until there are so many notes; return their times."""
+        deadline = time.monotonic() + seconds
+        while len(times := self.get_notes()[key]) < count:
+            assert time.monotonic() < deadline, f"no {key} after {seconds} s"
+            time.sleep(0.2)
+        return times
+
+    def queue(self, name, seconds, **options):
+        """Queue the task."""
+        self.shell(
+            f"from trial.tasks import work\nwork.apply_async([{name!r}, {seconds}], **{options!r})"
+        )
+
+    def start_workers(self, number=2):
+        """Start workers, and wait until they are ready."""
+        workers = [self.start("worker") for _ in range(number)]
+        for worker in workers:
+            worker.wait_for_text("ready", 60)
+        return workers
+
+
+@contextlib.contextmanager
+def make_service(broker):
+    """Yield the service, generated, installed and migrated."""
+    database = f"trial_{uuid.uuid4().hex[:12]}"
+    server = POSTGRESQL.rpartition("/")[0]
+    with generated_project(project_slug="trial", broker=broker) as folder:
+        with (folder / "trial" / "tasks.py").open("a") as tasks:
+            tasks.write(TASKS)
+        environments = folder.parent / "environments"
+        environments.mkdir()
+        service = Trial(
+            folder,
+            os.environ.get("UV", "uv"),
+            environments,
+            DJANGO_MODE="prod",
+            LOG_FORMAT="text",
+            SECRET_KEY=SECRET_KEY,
+            DATABASE_URL=f"{server}/{database}",
+            CELERY_BROKER_URL=SERVERS.get(broker, f"{server}/{database}"),
+        )
+        with psycopg.connect(POSTGRESQL, autocommit=True) as connection:
+            connection.execute(f"CREATE DATABASE {database}")
+            try:
+                service.install("--no-dev")
+                service.run(service.procfile()["release"])
+                empty(service)
+                yield service
+            finally:
+                service.close()
+                empty(service)
+                connection.execute(f"DROP DATABASE {database} WITH (FORCE)")
+
+
+def empty(service):
+    """Delete what the service has in the broker."""
+    scheme = urlsplit(service.environment["CELERY_BROKER_URL"]).scheme
+    if scheme == "redis":
+        service.shell(
+            "from celery import current_app as app\n"
+            "with app.connection_for_write() as c: c.default_channel.client.flushdb()"
+        )
+    elif scheme == "amqp":
+        service.shell(
+            "from celery import current_app as app\n"
+            "with app.connection_for_write() as c:\n"
+            "  for end in '', '.mail', '.failed':\n"
+            "    c.default_channel.queue_delete('trial' + end)"
+        )
+
+
+def play_long(service, times):
+    """Return how often a long task was started while it was at work: 1."""
+    service.start_workers()
+    service.queue("long", times["work"])
+    service.wait_for_note(("end", "long"), times["work"] + 120)
+    starts = service.get_notes()["start", "long"]
+    return {"starts of a long task": len(starts)}, len(starts) == 1
+
+
+def play_lost(service, times):
+    """Return after how many seconds the task of a killed worker is back: at most 60."""
+    (first,) = service.start_workers(1)
+    service.queue("lost", 30)
+    service.wait_for_note(("start", "lost"), 60)
+    service.start_workers(1)
+    time.sleep(7)  # Some renewals later
+    first.kill_all()
+    killed = time.time()
+    *_, again = service.wait_for_note(("start", "lost"), 150, count=2)
+    service.wait_for_note(("end", "lost"), 60)
+    seconds = round(again - killed, 1)
+    return {"seconds until a lost task is back": seconds}, seconds <= 60
+
+
+PARTS = {"long": play_long, "lost": play_lost}
+
+
+def main():
+    """Play the parts; return whether all figures are as they should be."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("parts", nargs="*", choices=[[], *PARTS], default=list(PARTS))
+    parser.add_argument("--broker", action="append", choices=["rabbitmq", "redis", "postgresql"])
+    parser.add_argument("--short", action="store_true")
+    arguments = parser.parse_args()
+    times = SHORT if arguments.short else FULL
+    # A worker of the trial ends with it.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    good = True
+    for broker in arguments.broker or ["rabbitmq", "redis", "postgresql"]:
+        for part in arguments.parts or PARTS:
+            if part == "starts" and broker != "rabbitmq":
+                continue
+            with make_service(broker) as service:
+                result, is_good = PARTS[part](service, times)
+            print(broker, part, result, "" if is_good else "WRONG", flush=True)
+            good &= is_good
+    return good
+
+
+if __name__ == "__main__":
+    sys.exit(0 if main() else 1)
