@@ -272,7 +272,9 @@ class OtherBackend(ModelBackend):
         return super().authenticate(request, credentials.get("login"), credentials.get("password"))
 
     async def aauthenticate(self, request, **credentials):
-        return await super().aauthenticate(request, credentials.get("login"), credentials.get("password"))
+        return await super().aauthenticate(
+            request, credentials.get("login"), credentials.get("password")
+        )
 
 
 class TokenBackend(ModelBackend):

@@ -102,9 +102,10 @@ class QoS(renewal.RenewedQoS, redis.QoS):
 
 
 class Channel(redis.Channel):
-    """A channel with this QoS."""
+    """A channel with this QoS, and with messages of any structure."""
 
     QoS = QoS
+    Message = envelopes.Message
 
 
 class Transport(redis.Transport):
@@ -116,18 +117,6 @@ class Transport(redis.Transport):
         """Let the loop of a worker check what the worker holds."""
         super().register_with_event_loop(connection, loop)
         loop.call_repeatedly(renewal.CHECK_INTERVAL, renewal.check, [self.channels])
-
-
-class Channel(redis.Channel):
-    """A channel with messages of any structure."""
-
-    Message = envelopes.Message
-
-
-class Transport(redis.Transport):
-    """The transport of ``redis://`` and ``rediss://`` URLs."""
-
-    Channel = Channel
 
 
 # The transport removes a message from its queue before it reads the JSON.
