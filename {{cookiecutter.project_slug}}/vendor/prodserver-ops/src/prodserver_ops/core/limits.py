@@ -76,6 +76,12 @@ class Entries:
                 "DELETE FROM limits WHERE cache_key = %s", [[f"{PREFIX}{name}"] for name in names]
             )
 
+    def delete_all(self, prefix: str) -> int:
+        """Delete the entries whose names start like this; return their number."""
+        with connection.cursor() as cursor:
+            cursor.execute("DELETE FROM limits WHERE cache_key LIKE %s", [f"{PREFIX}{prefix}%"])
+            return int(cursor.rowcount)
+
     def clean(self) -> None:
         """Delete expired entries, and of too many the third that expires first."""
         with connection.cursor() as cursor:

@@ -84,14 +84,14 @@ def get_run(digest: Digest, due: datetime) -> DigestRun | None:
 def _is_begun(run: DigestRun) -> bool:
     """Return whether anybody received the digest of a run, or may have received it."""
     rows = DigestDelivery.objects.filter(digest=run.digest, period_end=run.period_end)
-    refused = Attempt.objects.filter(message_id__startswith=_prefix(run), unknown=0)
+    refused = Attempt.objects.filter(message_id__startswith=get_prefix(run), unknown=0)
     refused_keys = [int(row.message_id.rpartition(".")[2]) for row in refused]
     return rows.exclude(status=SENDING, recipient__in=refused_keys).exists()
 
 
 def _delete_run(run: DigestRun) -> None:
     DigestDelivery.objects.filter(digest=run.digest, period_end=run.period_end).delete()
-    Attempt.objects.filter(message_id__startswith=_prefix(run)).delete()
+    Attempt.objects.filter(message_id__startswith=get_prefix(run)).delete()
     run.delete()
 
 
@@ -111,7 +111,9 @@ def remaining_chunks(run: DigestRun) -> Iterable[int]:
 
 def due_chunks(run: DigestRun) -> set[int]:
     """Return the numbers of the chunks with an e-mail whose next attempt is due."""
-    due = Attempt.objects.filter(message_id__startswith=_prefix(run), next_at__lte=timezone.now())
+    due = Attempt.objects.filter(
+        message_id__startswith=get_prefix(run), next_at__lte=timezone.now()
+    )
     keys = due.values_list("message_id", flat=True)
     return {int(message_id.rpartition(".")[2]) // CHUNK for message_id in keys}
 
@@ -254,10 +256,11 @@ def unusable(outcome: Outcome) -> ServerFailed:
 
 
 def _message_id(run: DigestRun, recipient: Any) -> str:
-    return f"{_prefix(run)}{recipient.pk}"
+    return f"{get_prefix(run)}{recipient.pk}"
 
 
-def _prefix(run: DigestRun) -> str:
+def get_prefix(run: DigestRun) -> str:
+    """Return what the Message-IDs of a run start with; the recipient's key follows."""
     return f"{run.digest}.{run.period_end.astimezone(UTC):%Y%m%dT%H%M}."
 
 

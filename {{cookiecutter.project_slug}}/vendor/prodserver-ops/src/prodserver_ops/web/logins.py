@@ -169,10 +169,16 @@ def unlock(value: str) -> int:
     return count
 
 
+def forget(username: str) -> int:
+    """Forget the failed logins of a user name, and the addresses that have logged in with it."""
+    return unlock(username) + entries.delete_all(f"{get_key('known', normalize(username))}.")
+
+
 def normalize(username: str) -> str:
     """Return the form of a user name under which failures count."""
     return get_user_model().normalize_username(username[:MAX_LENGTH]).lower()
 
 
 def _get_pair(request: HttpRequest, username: str) -> str:
-    return get_key("known", get_network(request), normalize(username))
+    # The addresses of a name are found by its hash.
+    return f"{get_key('known', normalize(username))}.{get_key(get_network(request))}"

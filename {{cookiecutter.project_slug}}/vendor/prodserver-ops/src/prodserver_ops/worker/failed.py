@@ -165,6 +165,24 @@ def republish(
 
 def requeue(app: Celery, is_wanted: Callable[[Message], bool]) -> int:
     """Return failed tasks to their queues; return their number."""
+
+    def act(message: Message) -> None:
+        headers = dict(message.headers)
+        target = headers.pop("unknown_from", None)
+        for name in ("unknown_since", "problem"):
+            headers.pop(name, None)
+        default: Queue = app.amqp.queues[app.conf.task_default_queue]
+        republish(app, message, target if is_target(target) else default, headers)
+
+    return take(app, is_wanted, act)
+
+
+def take(
+    app: Celery,
+    is_wanted: Callable[[Message], bool],
+    act: Callable[[Message], None] = lambda message: None,
+) -> int:
+    """Remove messages from the queue of failed tasks after calling ``act``; return their number."""
     queue, count = make_failed_queue(app), 0
     with app.connection_for_write() as connection, connection.channel() as channel:
         bound = queue(channel)
@@ -174,12 +192,7 @@ def requeue(app: Celery, is_wanted: Callable[[Message], bool]) -> int:
             if not is_wanted(message):
                 kept.append(message)
                 continue
-            headers = dict(message.headers)
-            target = headers.pop("unknown_from", None)
-            for name in ("unknown_since", "problem"):
-                headers.pop(name, None)
-            default: Queue = app.amqp.queues[app.conf.task_default_queue]
-            republish(app, message, target if is_target(target) else default, headers)
+            act(message)
             message.ack()
             count += 1
         for message in kept:
