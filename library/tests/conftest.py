@@ -126,6 +126,8 @@ def run_worker(monkeypatch):
         ),
     )
 
+    # It would configure logging again, without the handler of caplog.
+    monkeypatch.setattr("celery.fixups.django.DjangoWorkerFixup.django_setup", lambda fixup: None)
     # The thread would use the database of later tests.
     with monkeypatch.context() as patch:
         patch.setattr(record.threading, "Thread", Mock())

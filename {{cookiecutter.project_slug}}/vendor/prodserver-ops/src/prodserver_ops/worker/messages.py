@@ -117,7 +117,7 @@ def find_problem(message: Message) -> str:
     headers, payload = message.headers, message.payload
     if not _is_object(headers):
         return "invalid headers"
-    if _is_object(payload):  # Protocol 1
+    if _is_object(payload) and ("args" in payload or "task" not in headers):  # Protocol 1
         fields = payload | headers
         args, kwargs, following = payload.get("args", ()), payload.get("kwargs", {}), payload
     elif _is_list(payload) and len(payload) == 3:
