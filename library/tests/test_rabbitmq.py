@@ -1,14 +1,21 @@
 """RabbitMQ: every wait has a timeout."""
 
+import select
+import socket
 import ssl
+import threading
+import time
 from contextlib import nullcontext
 from functools import partial
 from types import SimpleNamespace
+from urllib.parse import urlsplit
+from uuid import uuid4
 
 import pytest
+import services
 from amqp import RecoverableConnectionError
 from celery import Celery
-from kombu import Producer
+from kombu import Connection, Producer, Queue
 from kombu.exceptions import OperationalError
 from kombu.transport import pyamqp, resolve_transport
 
@@ -90,7 +97,10 @@ class TestBatch:
                 raise TimeoutError
             channel.replies.pop(0)()
 
-        channel.connection = SimpleNamespace(drain_events=drain_events)
+        channel.connection = SimpleNamespace(
+            drain_events=drain_events, frame_max=4096, frame_writer=None
+        )
+        channel.connection.transport = SimpleNamespace(write=lambda data: None)
         channel.confirm_select = lambda: None
         return channel
 
@@ -156,4 +166,88 @@ class TestBatch:
         options = {}
         monkeypatch.setattr(Producer, "publish", lambda *args, **kwargs: options.update(kwargs))
         batch.publish("body", retry=True)
-        assert options == {"retry": False}
+        assert options == {"declare": [], "retry": False}
+
+
+@pytest.fixture
+def proxy(make_part):
+    """A server between this process and RabbitMQ, which reads nothing after ``pause()``."""
+    address = urlsplit(make_part(services.RABBITMQ))
+    with Proxy((address.hostname, address.port)) as proxy:
+        host, port = proxy.server.getsockname()
+        netloc = f"{address.username}:{address.password}@{host}:{port}"
+        proxy.url = address._replace(netloc=netloc).geturl()
+        yield proxy
+
+
+class Proxy:
+    """Passes on what it reads, for one connection."""
+
+    def __init__(self, target):
+        self.server = socket.create_server(("127.0.0.1", 0))
+        self.target = target
+        self.sent = b""
+        self.paused = False
+        self.thread = threading.Thread(target=self.serve, daemon=True)
+
+    def __enter__(self):
+        self.thread.start()
+        return self
+
+    def __exit__(self, *error):
+        self.server.close()
+
+    def pause(self):
+        self.paused = True
+
+    def serve(self):
+        client, _ = self.server.accept()
+        with client, socket.create_connection(self.target) as node:
+            while not self.paused:
+                for ready in select.select([client, node], [], [], 0.05)[0]:
+                    if not (data := ready.recv(65536)):
+                        return
+                    self.sent += data if ready is client else b""
+                    (node if ready is client else client).sendall(data)
+            # Until the client ends the connection
+            poll = select.poll()
+            poll.register(client, select.POLLRDHUP)
+            poll.poll(30_000)
+
+
+class TestBatchOfAServer:
+    """The same with RabbitMQ."""
+
+    @pytest.fixture
+    def app(self, proxy, monkeypatch):
+        monkeypatch.delenv("CELERY_BROKER_URL", raising=False)
+        return Celery(broker=proxy.url, set_as_current=False)
+
+    @pytest.fixture
+    def queue(self):
+        return Queue(f"sample_{uuid4().hex[:8]}", auto_delete=True, durable=False)
+
+    def test_messages_arrive_in_order(self, app, queue, proxy, make_part):
+        with rabbitmq.open_batch(app) as batch:
+            for number in range(50):
+                batch.publish(f"message-{number}", routing_key=queue.name, declare=[queue])
+            # The queue is declared, and only the first message is sent before all are.
+            assert b"message-1" not in proxy.sent
+        with Connection(make_part(services.RABBITMQ)) as connection:
+            bound = queue(connection.channel())
+            assert [bound.get(no_ack=True).payload for _ in range(50)] == [
+                f"message-{number}" for number in range(50)
+            ]
+            bound.delete()
+
+    def test_node_that_reads_nothing_does_not_hold_up_the_process(
+        self, app, queue, proxy, monkeypatch
+    ):
+        """One that has reached its limit of memory, for example."""
+        monkeypatch.setattr(rabbitmq, "REPLY_TIMEOUT", 1)
+        start = time.monotonic()
+        with pytest.raises(OperationalError), rabbitmq.open_batch(app) as batch:
+            proxy.pause()
+            for _ in range(20):
+                batch.publish("x" * 1_000_000, routing_key=queue.name)
+        assert time.monotonic() - start < 10

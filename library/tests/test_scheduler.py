@@ -176,7 +176,7 @@ class TestPass:
         row = make(last_run_at=NOW - 10 * MINUTE)
         make(name="later", last_run_at=NOW - 5 * MINUTE)
         for _ in range(3):
-            scheduler.tick()
+            scheduler.run_pass()
         ((name, headers),) = published
         run = ScheduleRun.objects.get()
         assert (run.schedule, run.due_at) == (row, NOW)
@@ -192,18 +192,18 @@ class TestPass:
     @pytest.mark.parametrize(("seconds", "wait"), [(3, 3), (60, 5)])
     def test_returns_the_wait_until_the_next(self, scheduler, seconds, wait):
         make(last_run_at=NOW - 10 * MINUTE + timedelta(seconds=seconds))
-        assert scheduler.tick() == pytest.approx(wait, abs=1)
+        assert scheduler.run_pass() == pytest.approx(wait, abs=1)
 
     def test_disabled_and_expired_schedules_do_not_run(self, scheduler, published):
         make(enabled=False, last_run_at=NOW - HOUR)
         expired = make(name="expired", last_run_at=NOW - HOUR, expires=timezone.now() - HOUR)
-        scheduler.tick()
+        scheduler.run_pass()
         expired.refresh_from_db()
         assert (published, expired.enabled) == ([], False)
 
     def test_one_off_schedule_is_disabled(self, scheduler, published):
         row = make(last_run_at=NOW - HOUR, one_off=True)
-        scheduler.tick()
+        scheduler.run_pass()
         row.refresh_from_db()
         assert (len(published), row.enabled) == (1, False)
 
@@ -212,7 +212,7 @@ class TestPass:
             row = make(name=name, last_run_at=NOW - HOUR)
             PeriodicTask.objects.filter(pk=row.pk).update(**fields)
         for _ in range(2):
-            scheduler.tick()
+            scheduler.run_pass()
         assert len(published) == 1
         errors = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
         first, second = errors
@@ -222,22 +222,22 @@ class TestPass:
     @pytest.mark.parametrize("change", [{"enabled": False}, {"date_changed": NOW}])
     def test_change_in_the_meantime_wins(self, scheduler, published, monkeypatch, change):
         row = make(last_run_at=NOW - HOUR)
-        check = module.check_arguments
+        check = module.check_message
 
         def change_row(row):
             check(row)
             PeriodicTask.objects.filter(pk=row.pk).update(**change)
 
-        monkeypatch.setattr(module, "check_arguments", change_row)
-        scheduler.tick()
+        monkeypatch.setattr(module, "check_message", change_row)
+        scheduler.run_pass()
         row.refresh_from_db()
         assert (published, row.last_run_at) == ([], NOW - HOUR)
 
     def test_run_that_another_beat_stored_is_left_alone(self, scheduler, published):
         row = make(last_run_at=NOW - HOUR)
         runs = [(NOW, row)]
-        scheduler.store_runs(runs)
-        scheduler.store_runs(runs)
+        assert len(scheduler.store_runs(runs, NOW)) == 1
+        assert scheduler.store_runs(runs, NOW) == []
         assert ScheduleRun.objects.count() == 1
         row.refresh_from_db()
         assert row.total_run_count == 1
@@ -245,9 +245,9 @@ class TestPass:
     def test_what_was_read_too_long_ago_is_read_again(self, scheduler, published, monkeypatch):
         """The process may have been paused."""
         make(last_run_at=NOW - HOUR)
-        times = iter([0, module.MAX_AGE + 1])
+        times = iter([0, *[module.MAX_AGE + 1] * 2])
         monkeypatch.setattr(module.time, "monotonic", lambda: next(times))
-        assert scheduler.tick() == 0
+        assert scheduler.run_pass() == 0
         assert not ScheduleRun.objects.exists()
 
     def test_statements_do_not_grow_with_the_number_of_runs(
@@ -255,18 +255,18 @@ class TestPass:
     ):
         for number in range(50):
             make(name=f"n{number}", last_run_at=NOW - 10 * MINUTE)
-        scheduler.tick()
+        scheduler.run_pass()
         PeriodicTask.objects.update(last_run_at=NOW - 10 * MINUTE)
         ScheduleRun.objects.all().delete()
         published.clear()
         with django_assert_max_num_queries(25):
-            scheduler.tick()
+            scheduler.run_pass()
         assert len(published) == 50
 
     def test_runs_are_queued_in_order_of_their_time(self, scheduler, published):
         for minutes in (12, 14, 11, 13):
             make(name=f"m{minutes}", last_run_at=NOW - minutes * MINUTE)
-        scheduler.tick()
+        scheduler.run_pass()
         assert [headers["periodic_task_name"] for _, headers in published] == [
             "m14",
             "m13",
@@ -281,7 +281,7 @@ class TestPass:
         make(last_run_at=NOW - HOUR)
         monkeypatch.setattr(scheduler, "store_runs", fail)
         with pytest.raises(OperationalError):
-            scheduler.tick()
+            scheduler.run_pass()
 
 
 class TestFaultyRows:
@@ -302,7 +302,7 @@ class TestFaultyRows:
         PeriodicTask.objects.filter(pk=row.pk).update(**fields)
         make(name="good", last_run_at=NOW - HOUR)
         for _ in range(3):
-            scheduler.tick()
+            scheduler.run_pass()
         assert [headers["periodic_task_name"] for _, headers in published] == ["good"]
         (record,) = (record for record in caplog.records if record.levelname == "ERROR")
         assert record.getMessage().startswith("Schedule faulty cannot run: ")
@@ -316,12 +316,12 @@ class TestChanges:
     def row(self, scheduler):
         """A schedule of every ten minutes that ran five minutes ago."""
         row = make(last_run_at=NOW - 5 * MINUTE)
-        scheduler.tick()
+        scheduler.run_pass()
         return row
 
     def find_due(self, scheduler, clock):
         """Return when the schedule runs after the next pass."""
-        scheduler.tick()
+        scheduler.run_pass()
         (row,) = scheduler.get_rows()
         return timing.get_next(row, clock.now)
 
@@ -353,7 +353,7 @@ class TestChanges:
     ):
         """The form saves the row, the action of the list only updates it."""
         PeriodicTask.objects.filter(pk=row.pk).update(enabled=False)
-        scheduler.tick()
+        scheduler.run_pass()
         clock.now += 100 * HOUR
         if saves:
             row.enabled = True
@@ -367,12 +367,12 @@ class TestChanges:
     def test_crontab_that_was_missed_is_made_up_for_after_a_save(self, scheduler, clock, published):
         row = make(crontab=crontab(), changed=NOW - 5 * HOUR)
         clock.now = NOW - MINUTE
-        scheduler.tick()
+        scheduler.run_pass()
         row.description = "saved after it was due"
         row.save()
         PeriodicTask.objects.filter(pk=row.pk).update(date_changed=NOW + MINUTE)
         clock.now = NOW + 6 * MINUTE
-        scheduler.tick()
+        scheduler.run_pass()
         assert [headers["queued_at"] for _, headers in published] == [NOW.isoformat()]
 
 
@@ -381,11 +381,11 @@ class TestPublishing:
         make(last_run_at=NOW - 10 * MINUTE)
         make(name="other", last_run_at=NOW - 10 * MINUTE)
         published.error = BrokerError("refused")
-        assert scheduler.tick() == 1
+        assert scheduler.run_pass() == 1
         # The second run does not wait for the broker too.
         assert {run.claimed_at for run in ScheduleRun.objects.all()} == {None}
         published.error = None
-        scheduler.tick()
+        scheduler.run_pass()
         assert len(published) == 2
 
     def test_error_of_one_run_does_not_stop_others(self, scheduler, published, monkeypatch):
@@ -399,7 +399,7 @@ class TestPublishing:
             accept(task, args, kwargs, headers, **options)
 
         monkeypatch.setattr(Task, "apply_async", reject_one)
-        scheduler.tick()
+        scheduler.run_pass()
         ((_, headers),) = published
         assert headers["periodic_task_name"] == "b"
         # It is given up.
@@ -408,29 +408,29 @@ class TestPublishing:
     def test_only_the_last_run_is_published(self, scheduler, published, clock):
         make(last_run_at=NOW - 10 * MINUTE)
         published.error = BrokerError("refused")
-        scheduler.tick()
+        scheduler.run_pass()
         clock.now = NOW + 10 * MINUTE
-        scheduler.tick()
+        scheduler.run_pass()
         published.error = None
-        scheduler.tick()
+        scheduler.run_pass()
         ((_, headers),) = published
         assert headers["queued_at"] == clock.now.isoformat()
 
     def test_run_is_given_up_after_an_hour(self, scheduler, published, clock, caplog):
         row = make(crontab=crontab(), changed=NOW - HOUR)
         published.error = BrokerError("refused")
-        scheduler.tick()
+        scheduler.run_pass()
         ScheduleRun.objects.update(created_at=NOW)
         clock.now, published.error = NOW + 61 * MINUTE, None
-        scheduler.tick()
+        scheduler.run_pass()
         assert published == []
         assert f"The run {row.name} {NOW:%Y-%m-%d %H:%M:%S} was not queued" in caplog.text
 
     def test_beat_that_is_killed_in_between_publishes_again(self, scheduler, published):
         make(last_run_at=NOW - 10 * MINUTE)
-        scheduler.tick()
+        scheduler.run_pass()
         ScheduleRun.objects.update(published_at=None)
-        scheduler.tick()
+        scheduler.run_pass()
         first, second = (headers for _, headers in published)
         assert first["schedule_run"] == second["schedule_run"]
         assert claims.claim(second)
@@ -441,23 +441,20 @@ class TestPublishing:
     def test_claim_of_a_beat_that_is_gone_expires(self, scheduler, published):
         make(last_run_at=NOW - 10 * MINUTE)
         (row,) = scheduler.get_rows()
-        scheduler.store_runs([(NOW, row)])
-        (run,) = scheduler.claim_runs()
+        (run,) = scheduler.store_runs([(NOW, row)], timezone.now())
         # Another beat, at the same time and later
-        assert scheduler.claim_runs() == []
+        assert scheduler.claim_runs(NOW) == []
         ScheduleRun.objects.update(claimed_at=F("claimed_at") - module.CLAIM)
-        (same,) = scheduler.claim_runs()
+        (same,) = scheduler.claim_runs(NOW)
         assert (same, same.attempts) == (run, 2)
-        assert scheduler.publish_batch([same])
-        assert scheduler.claim_runs() == []
+        assert scheduler.publish_runs([same])
+        assert scheduler.claim_runs(NOW) == []
 
     def test_beat_that_is_paused_after_its_claim_keeps_its_number(
         self, scheduler, published, monkeypatch
     ):
         """Otherwise its message would have the number of the beat that took over."""
-        make(last_run_at=NOW - 10 * MINUTE)
-        (row,) = scheduler.get_rows()
-        scheduler.store_runs([(NOW, row)])
+        ScheduleRun.objects.create(schedule=make(), due_at=NOW)
         short_transaction = module.short_transaction
 
         @contextmanager
@@ -467,10 +464,12 @@ class TestPublishing:
             ScheduleRun.objects.update(attempts=2)
 
         monkeypatch.setattr(module, "short_transaction", claim_by_another_beat)
-        (run,) = scheduler.claim_runs()
+        (run,) = scheduler.claim_runs(NOW)
         assert run.attempts == 1
 
-    def test_run_that_failed_before_is_published_alone(self, scheduler, published, monkeypatch):
+    def test_run_that_the_broker_refuses_does_not_hold_up_others(
+        self, scheduler, published, monkeypatch
+    ):
         for name in ("a", "b", "c"):
             make(name=name, last_run_at=NOW - 10 * MINUTE)
         accept = Task.apply_async
@@ -481,9 +480,11 @@ class TestPublishing:
             accept(task, args, kwargs, headers, **options)
 
         monkeypatch.setattr(Task, "apply_async", break_connection)
-        for _ in range(3):
-            scheduler.tick()
+        for _ in range(4):
+            scheduler.run_pass()
         assert {headers["periodic_task_name"] for _, headers in published} == {"a", "c"}
+        (refused,) = ScheduleRun.objects.filter(published_at=None)
+        assert refused.schedule.name == "b"
 
     def test_message_of_no_schedule_runs(self):
         assert claims.claim({})
@@ -517,14 +518,14 @@ class TestCoalescing:
     def waiting(self, scheduler, published):
         """A run that no worker has started."""
         make(task=coalescing.name, last_run_at=NOW - 10 * MINUTE)
-        scheduler.tick()
+        scheduler.run_pass()
         assert len(published) == 1
         return ScheduleRun.objects.get()
 
     def tick_later(self, scheduler, clock, minutes):
         ScheduleRun.objects.update(published_at=F("published_at") - minutes * MINUTE)
         clock.now += 10 * MINUTE
-        scheduler.tick()
+        scheduler.run_pass()
 
     def test_run_is_left_out_while_another_waits(self, waiting, scheduler, clock, published):
         self.tick_later(scheduler, clock, 4)
@@ -556,14 +557,14 @@ class TestWithoutOverlapping:
     def running(self, scheduler, published):
         """The headers of a run that a worker has started."""
         make(task=exclusive.name, last_run_at=NOW - 10 * MINUTE)
-        scheduler.tick()
+        scheduler.run_pass()
         ((_, headers),) = published
         assert claims.claim(headers)
         return headers
 
     def tick_later(self, scheduler, clock):
         clock.now += 10 * MINUTE
-        scheduler.tick()
+        scheduler.run_pass()
 
     def test_run_is_left_out_while_the_last_one_is_at_work(
         self, running, scheduler, clock, published

@@ -195,7 +195,7 @@ def test_rows_with_any_value_in_any_field_do_not_stop_beat(monkeypatch, caplog):
     good = PeriodicTask.objects.filter(name__startswith="good").count()
     scheduler = module.Scheduler(app=current_app, max_interval=5)
     for _ in range(3):
-        scheduler.tick()
+        scheduler.run_pass()
     runs = ScheduleRun.objects.filter(schedule__name__startswith="good", published_at__isnull=False)
     assert runs.count() == good > 0
     messages = [record.getMessage() for record in caplog.records]

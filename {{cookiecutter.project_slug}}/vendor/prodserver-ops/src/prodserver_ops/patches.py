@@ -47,6 +47,9 @@ PATCHES = (
             "channel.Channel.events": "",
             "connection.Connection.__init__": "(self, host=..., userid=..., password=..., login_method=...,... 62e249e2",
             "connection.Connection.collect": "(self) 47fafe17",
+            "connection.Connection.frame_writer": "(self)",
+            "channel.Channel._basic_publish": "(self, msg, exchange=..., routing_key=..., mandatory=..., im... f5c2bb68",
+            "method_framing.frame_writer": "(connection, transport, pack=..., pack_into=..., range=..., ... c1e7ef12",
             "abstract_channel.AbstractChannel.connection": "",
             "connection.Connection.ssl": "",
             "connection.Connection.host": "",
@@ -237,7 +240,7 @@ PATCHES = (
         "celery.apps.beat.Beat",
         OVERRIDES,
         "scheduling.beat",
-        "Beat waits for the lease, and stops between two passes.",
+        "Beat stops between two passes, and logs through Django's handlers.",
         {
             "Service": "",
             "install_sync_handler": "(self, service) e656af35",
@@ -251,7 +254,6 @@ PATCHES = (
         "scheduling.beat",
         "A SystemExit that is raised in a query can get lost.",
         {
-            "get_scheduler": "(self, lazy=..., extension_namespace=...) b71df009",
             "start": "(self, embedded_process=...) b06f6fb3",
             "scheduler": "(self)",
             "_is_shutdown": "",

@@ -7,9 +7,11 @@ reply until resources are free again. A node that hangs never replies.
 import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BytesIO
 from typing import Any
 
 from amqp import RecoverableConnectionError
+from amqp.method_framing import frame_writer
 from celery import Celery
 from kombu import Producer
 from kombu.exceptions import OperationalError
@@ -103,7 +105,7 @@ def get_priority(priority: int) -> int:
 
 
 class BatchProducer(Producer):
-    """A producer that waits for the confirmations of many messages at once."""
+    """A producer that sends many messages, and waits for their confirmations, at once."""
 
     #: Maximum number of unconfirmed messages.
     LIMIT = 1000
@@ -113,19 +115,38 @@ class BatchProducer(Producer):
         self.channel: Any = channel
         self.number = 0
         self.unconfirmed: set[int] = set()
+        self.declared: set[str] = set()
+        self.buffer = BytesIO()
+        self.write_frame = frame_writer(channel.connection, self.buffer)
         channel.confirm_select()
         channel.events["basic_ack"].add(self.confirm)
         channel.events["basic_nack"].add(self.refuse)
 
-    def publish(self, *args: Any, **kwargs: Any) -> Any:
+    def publish(self, *args: Any, declare: Any = (), **kwargs: Any) -> Any:
         """Publish a message; RabbitMQ numbers them from 1."""
         self.number += 1
         self.unconfirmed.add(self.number)
-        # A new connection does not confirm the messages of an earlier one.
-        result = super().publish(*args, **kwargs | {"retry": False})
+        connection, write_frame = self.channel.connection, self.write_frame
+        if declare := [entity for entity in declare or () if entity.name not in self.declared]:
+            # RabbitMQ replies to a declaration.
+            self.flush()
+            self.declared |= {entity.name for entity in declare}
+            write_frame = connection.frame_writer
+        connection.frame_writer, keep = write_frame, connection.frame_writer
+        try:
+            # A new connection does not confirm the messages of an earlier one.
+            result = super().publish(*args, **kwargs | {"declare": declare, "retry": False})
+        finally:
+            connection.frame_writer = keep
         if len(self.unconfirmed) >= self.LIMIT:
             self.wait()
         return result
+
+    def flush(self) -> None:
+        """Send what is in the buffer."""
+        self.channel.connection.transport.write(self.buffer.getvalue())
+        self.buffer.seek(0)
+        self.buffer.truncate()
 
     def confirm(self, number: int, multiple: bool) -> None:
         """Record the confirmation of a message, or of all messages up to it."""
@@ -138,6 +159,7 @@ class BatchProducer(Producer):
 
     def wait(self) -> None:
         """Wait until all messages are confirmed; raise OperationalError if there is no reply."""
+        self.flush()
         try:
             while self.unconfirmed:
                 self.channel.connection.drain_events(timeout=REPLY_TIMEOUT)
@@ -151,7 +173,13 @@ def open_batch(app: Celery) -> Iterator[Producer]:
 
     Raises OperationalError if RabbitMQ is unavailable or does not confirm them.
     """
-    options = {"confirm_publish": False}
+    # A node that has reached its limit reads nothing. Without this capability, the library does not
+    # look for a notification of that before each message.
+    options = {
+        "confirm_publish": False,
+        "write_timeout": REPLY_TIMEOUT,
+        "client_properties": {"capabilities": {}},
+    }
     with app.connection_for_write(transport_options=options) as connection:
         try:
             producer = BatchProducer(connection.channel())

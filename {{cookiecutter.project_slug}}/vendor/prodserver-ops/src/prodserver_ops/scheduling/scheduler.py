@@ -1,11 +1,11 @@
 """The scheduler of beat: each run of a schedule is queued once, at its time.
 
 Any number of beats may work at the same time. Each pass reads the schedules from the database, so
-that a change takes effect in the next one. A run is a row, unique by schedule and due time, which
-is stored together with the schedule's new ``last_run_at``. Then a beat claims rows in batches,
-publishes them and marks them as published. The claim of a beat that was killed, paused or cut off
-expires, and another beat publishes these runs. A worker runs the first message of a run that it
-gets, and ignores another one. Times are those of the database.
+that a change takes effect in the next one. A run is a row, unique by schedule and due time. A beat
+stores runs in batches, together with the schedules' new ``last_run_at``; it has claimed what it
+stores, publishes it, and marks it as published. The claim of a beat that was killed, paused or cut
+off expires, and another beat publishes these runs. A worker runs the first message of a run that
+it gets, and ignores another one. Times are those of the database.
 """
 
 import logging
@@ -18,6 +18,7 @@ from typing import Any
 
 from celery.beat import ScheduleEntry, SchedulingError
 from django.conf import settings
+from django.db import DatabaseError, InterfaceError, close_old_connections, connections
 from django.db.models import Case, DateTimeField, F, Q, When
 from django.db.models.functions import Now
 from django.utils import timezone
@@ -31,7 +32,7 @@ from ..core.database import short_transaction
 from ..models import ScheduleRun
 from . import heartbeats
 from .timing import RELATIONS, get_due, get_next, note_changes
-from .validation import check_arguments
+from .validation import check_message
 
 logger = logging.getLogger(__name__)
 
@@ -41,11 +42,8 @@ MAX_DELAY = timedelta(hours=1)
 #: How long a run of a task that coalesces may wait before another one is queued.
 MAX_WAIT = timedelta(minutes=5)
 
-#: How many runs are stored, and how many are claimed, in one transaction.
-STORED, CLAIMED = 500, 100
-
-#: The fields of a schedule that are options of a message.
-OPTIONS = ("queue", "exchange", "routing_key", "priority")
+#: How many runs are stored and published together, at most.
+BATCH = 500
 
 #: How long a beat may take to publish the runs that it has claimed.
 CLAIM = timedelta(seconds=4)
@@ -53,11 +51,23 @@ CLAIM = timedelta(seconds=4)
 #: The age of what a pass has read, in seconds, from which it starts again: it may be outdated.
 MAX_AGE = 10
 
+#: Time until the next pass while the database or the broker is away, in seconds.
+RETRY_INTERVAL = 1
+
+#: How soon beat notices that it has to stop, in seconds.
+STOP_INTERVAL = 0.2
+
+#: The fields of a schedule that are options of a message.
+OPTIONS = ("queue", "exchange", "routing_key", "priority")
+
 
 class Scheduler(DatabaseScheduler):  # type: ignore[misc]
-    """A scheduler that keeps nothing between two passes."""
+    """A scheduler that keeps no schedules between two passes."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.next_pass = 0.0
+        self.batch = BATCH
+        self.away: set[str] = set()
         self.logged: set[str] = set()
         super().__init__(*args, **kwargs)
 
@@ -74,34 +84,52 @@ class Scheduler(DatabaseScheduler):  # type: ignore[misc]
         """Do nothing: each run is stored before it is published."""
 
     def tick(self, *args: Any, **kwargs: Any) -> float:
+        """Run a pass if it is time for it; return the seconds until the next call."""
+        if time.monotonic() >= self.next_pass:
+            try:
+                close_old_connections()
+                heartbeats.record("beat")
+                wait = self.run_pass()
+                self.away.discard("database")
+            except (DatabaseError, InterfaceError) as error:
+                connections.close_all()
+                self.log_away("database", error)
+                wait = RETRY_INTERVAL
+            self.next_pass = time.monotonic() + wait
+        return min(max(self.next_pass - time.monotonic(), 0), STOP_INTERVAL)
+
+    def run_pass(self) -> float:
         """Queue what is due; return the seconds until the next pass."""
         start = time.monotonic()
         rows = self.get_rows()
         now: datetime = rows[0].now if rows else timezone.now()
         note_changes(rows, now)
-        until = now + timedelta(seconds=self.max_interval)
-        soonest = until
+        soonest = until = now + timedelta(seconds=self.max_interval)
         runs: list[tuple[datetime, PeriodicTask]] = []
         for row in rows:
             try:
                 if due := get_due(row, now):
-                    check_arguments(row)
+                    check_message(row)
                     runs.append((due, row))
                 soonest = min(soonest, get_next(row, now, until) or until)
             except Exception as error:
                 # A mistake in one schedule must not stop the others.
                 self.log_once(row, error)
         runs.sort(key=lambda run: run[0])
-        for batch in batched(runs, STORED):
-            if time.monotonic() - start > MAX_AGE:
-                return 0
-            self.store_runs(batch)
-            if not self.publish_runs(now):
-                return 1
-        if not self.publish_runs(now):
-            return 1
-        elapsed = time.monotonic() - start
-        return max((soonest - now).total_seconds() - elapsed, 0)
+        for batch in batched(runs, BATCH):
+            age = time.monotonic() - start
+            if age > MAX_AGE:
+                soonest = now
+                break
+            if not self.publish_runs(self.store_runs(batch, now + timedelta(seconds=age))):
+                return RETRY_INTERVAL
+        wait = max((soonest - now).total_seconds() - (time.monotonic() - start), 0)
+        # What a beat has stored, but not published
+        while ScheduleRun.objects.filter(published_at=None).exists():
+            claimed = self.claim_runs(now)
+            if not claimed or not self.publish_runs(claimed):
+                return min(wait, RETRY_INTERVAL)
+        return wait
 
     def get_rows(self) -> list[Any]:
         """Return the enabled schedules; disable those that have expired."""
@@ -109,11 +137,13 @@ class Scheduler(DatabaseScheduler):  # type: ignore[misc]
         rows = PeriodicTask.objects.filter(enabled=True).order_by("pk").annotate(now=Now())
         return list(rows.select_related(*RELATIONS))
 
-    # Storing
+    # Storing and claiming
 
-    def store_runs(self, runs: Collection[tuple[datetime, PeriodicTask]]) -> None:
-        """Store runs, but those of schedules that have changed, or that another beat has stored."""
-        read = {row.pk: (row.last_run_at, row.date_changed) for _, row in runs}
+    def store_runs(
+        self, runs: Collection[tuple[datetime, PeriodicTask]], now: datetime
+    ) -> list[ScheduleRun]:
+        """Store and claim runs, but those of schedules that have changed; return them."""
+        read = {row.pk: row for _, row in runs}
         rows = PeriodicTask.objects.filter(pk__in=read, enabled=True)
         with short_transaction():
             # Another beat that stores the same runs skips these rows, or finds them changed.
@@ -121,32 +151,34 @@ class Scheduler(DatabaseScheduler):  # type: ignore[misc]
             unchanged = {
                 pk
                 for pk, *values in locked.values_list("pk", "last_run_at", "date_changed")
-                if tuple(values) == read[pk]
+                if values == [read[pk].last_run_at, read[pk].date_changed]
             }
-            stored = [(due, row) for due, row in runs if row.pk in unchanged]
-            if not stored:
-                return
-            busy = self.find_busy([row for _, row in stored])
+            busy = self.find_busy([read[pk] for pk in unchanged])
+            by_due = defaultdict(list)
+            for due, row in runs:
+                if row.pk in unchanged:
+                    by_due[due].append(row.pk)
+            if not by_due:
+                return []
             # An earlier run that could not be published is left out.
             earlier = ScheduleRun.objects.filter(schedule__in=unchanged - busy)
             earlier.filter(published_at=None, claimed_at=None).delete()
-            ScheduleRun.objects.bulk_create(
-                [
-                    ScheduleRun(schedule=row, due_at=due)
-                    for due, row in stored
-                    if row.pk not in busy
-                ],
-                ignore_conflicts=True,
-            )
-            by_due = defaultdict(list)
-            for due, row in stored:
-                by_due[due].append(row.pk)
+            stored = [
+                ScheduleRun(schedule=row, due_at=due, claimed_at=now, attempts=1)
+                for due, row in runs
+                if row.pk in unchanged - busy
+            ]
+            ScheduleRun.objects.bulk_create(stored, ignore_conflicts=True)
             last_run = [When(pk__in=pks, then=due) for due, pks in by_due.items()]
             PeriodicTask.objects.filter(pk__in=unchanged).update(
                 last_run_at=Case(*last_run, output_field=DateTimeField()),
                 total_run_count=F("total_run_count") + 1,
                 enabled=Case(When(one_off=True, then=False), default=True),
             )
+            claimed = earlier.filter(published_at=None, claimed_at=now).order_by("due_at")
+            for run in claimed:
+                run.schedule = read[run.schedule_id]
+        return list(claimed)
 
     def find_busy(self, rows: Collection[PeriodicTask]) -> set[int]:
         """Return the keys of the schedules whose next run is left out.
@@ -171,78 +203,62 @@ class Scheduler(DatabaseScheduler):  # type: ignore[misc]
         at_work = Q(schedule__in=works, started_at__gt=Now() - limit)
         return set(published.filter(waiting | at_work).values_list("schedule", flat=True))
 
-    # Publishing
-
-    def publish_runs(self, now: datetime) -> bool:
-        """Publish what is not published yet; return whether the broker is available."""
-        while runs := self.claim_runs():
-            heartbeats.record("beat")
-            late = [run for run in runs if now - run.created_at > MAX_DELAY]
-            for run in late:
-                logger.error("The run %s was not queued within %s", run, MAX_DELAY)
-            self.delete_runs(late)
-            runs = [run for run in runs if run not in late]
-            # A run that failed before may fail again: it must not hold up others.
-            alone = any(run.attempts > 1 for run in runs)
-            failed: list[int] = []
-            for batch in batched(runs, 1 if alone else CLAIMED):
-                # After two failures the others are not tried.
-                if len(failed) > 1 or not self.publish_batch(batch):
-                    failed += [run.pk for run in batch]
-            if failed:
-                ScheduleRun.objects.filter(pk__in=failed).update(claimed_at=None)
-                return False
-        return True
-
-    def claim_runs(self) -> list[ScheduleRun]:
-        """Claim runs that are not published, and return them; new ones first, in order of time."""
+    def claim_runs(self, now: datetime) -> list[ScheduleRun]:
+        """Claim runs that no beat has published, and return them; new ones first, by due time."""
         free = Q(claimed_at=None) | Q(claimed_at__lt=Now() - CLAIM)
         rows = ScheduleRun.objects.filter(free, published_at=None).order_by("attempts", "due_at")
         with short_transaction():
-            locked = rows.select_for_update(skip_locked=True).values_list("pk", "attempts")
-            attempts = dict(locked[:CLAIMED])
-            if not attempts:
-                return []
-            claimed = ScheduleRun.objects.filter(pk__in=attempts)
-            claimed.update(claimed_at=Now(), attempts=F("attempts") + 1)
-        runs = claimed.order_by("due_at").select_related(
-            *(f"schedule__{name}" for name in RELATIONS)
-        )
+            relations = (f"schedule__{name}" for name in RELATIONS)
+            locked = rows.select_for_update(skip_locked=True, of=("self",))
+            claimed = list(locked.select_related(*relations)[: self.batch])
+            late = [run for run in claimed if now - run.created_at > MAX_DELAY]
+            delete(late)
+            runs = [run for run in claimed if run not in late]
+            update(runs, claimed_at=Now(), attempts=F("attempts") + 1)
         for run in runs:
-            # Another beat may have claimed the run since, if this process was paused.
-            run.attempts = attempts[run.pk] + 1
-        return list(runs)
+            run.attempts += 1
+        for run in late:
+            logger.error("The run %s was not queued within %s", run, MAX_DELAY)
+        return runs
 
-    def publish_batch(self, runs: Sequence[ScheduleRun]) -> bool:
-        """Publish runs together; return whether the broker is available."""
+    # Publishing
+
+    def publish_runs(self, runs: Sequence[ScheduleRun]) -> bool:
+        """Publish claimed runs together; return whether the broker has accepted them."""
+        if not runs:
+            return True
+        heartbeats.record("beat")
         published, faulty = [], []
         try:
             with broker.open_batch(settings.CELERY_BROKER_URL, self.app) as producer:
                 for run in runs:
-                    error = self.publish_run(run, producer)
-                    if isinstance(error, OperationalError):
-                        raise error
-                    if error is None:
-                        published.append(run.pk)
-                    else:
+                    try:
+                        self.publish_run(run, producer)
+                        published.append(run)
+                    except OperationalError:
+                        raise
+                    except Exception as error:
                         self.log_once(run.schedule, error)
                         faulty.append(run)
         except (OperationalError, OSError) as error:
-            logger.warning("beat: The broker does not take messages: %s", type(error).__name__)
+            self.log_away("broker", error)
+            # If one of them is the reason, it must not hold up the others.
+            self.batch = max(len(runs) // 8, 1)
+            update(runs, claimed_at=None)
             return False
-        ScheduleRun.objects.filter(pk__in=published).update(published_at=Now(), claimed_at=None)
-        self.delete_runs(faulty)
+        self.away.discard("broker")
+        self.batch = min(self.batch * 8, BATCH)
+        update(published, published_at=Now(), claimed_at=None)
+        delete(faulty)
         return True
 
-    def publish_run(self, run: ScheduleRun, producer: Any) -> BaseException | None:
-        """Publish a run; return the error if that failed."""
+    def publish_run(self, run: ScheduleRun, producer: Any) -> None:
+        """Publish a run."""
         self.error: BaseException | None = None
-        try:
-            # Sentry replaces this method.
-            self.apply_entry(self.make_entry(run), producer=producer)
-        except Exception as error:
-            return error
-        return self.error
+        # Sentry replaces this method.
+        self.apply_entry(self.make_entry(run), producer=producer)
+        if self.error is not None:
+            raise self.error
 
     def make_entry(self, run: ScheduleRun) -> ScheduleEntry:
         """Return what Celery publishes for a run."""
@@ -275,10 +291,7 @@ class Scheduler(DatabaseScheduler):  # type: ignore[misc]
         except SchedulingError as error:
             self.error = error.__context__
 
-    def delete_runs(self, runs: Collection[ScheduleRun]) -> None:
-        """Delete runs that are given up."""
-        if runs:
-            ScheduleRun.objects.filter(pk__in=[run.pk for run in runs]).delete()
+    # The log
 
     def log_once(self, row: PeriodicTask, error: BaseException) -> None:
         """Log why a schedule cannot run, once."""
@@ -286,3 +299,19 @@ class Scheduler(DatabaseScheduler):  # type: ignore[misc]
         if message not in self.logged:
             self.logged.add(message)
             logger.error("%s", message)
+
+    def log_away(self, server: str, error: BaseException) -> None:
+        """Log that beat waits for a server, once until it is back."""
+        if server not in self.away:
+            self.away.add(server)
+            logger.warning("beat: Waiting: the %s is away (%s)", server, type(error).__name__)
+
+
+def update(runs: Collection[ScheduleRun], **values: Any) -> None:
+    """Change fields of runs."""
+    ScheduleRun.objects.filter(pk__in=[run.pk for run in runs]).update(**values)
+
+
+def delete(runs: Collection[ScheduleRun]) -> None:
+    """Delete runs that are given up."""
+    ScheduleRun.objects.filter(pk__in=[run.pk for run in runs]).delete()

@@ -32,7 +32,7 @@ def check(row: PeriodicTask) -> None:
     _raise_first(_find_problems(row))
 
 
-def check_arguments(row: PeriodicTask) -> None:
+def check_message(row: PeriodicTask) -> None:
     """Raise InvalidSchedule if arguments or headers of a schedule are not what a message needs."""
     _raise_first(_find_json_problems(row))
 
