@@ -175,7 +175,28 @@ def play_lost(service, times):
     return {"seconds until a lost task is back": seconds}, seconds <= 60
 
 
-PARTS = {"long": play_long, "lost": play_lost}
+def play_starts(service, times):
+    """Return how many of ten failed tasks are left after many starts of a worker: all."""
+    service.shell(
+        "from trial.celery import app\n"
+        "from prodserver_ops.worker.app import make_failed_queue\n"
+        "from trial.tasks import work\n"
+        "for n in range(10): work.apply_async([str(n), 0], queue=make_failed_queue(app))"
+    )
+    for _ in range(times["starts"]):
+        (worker,) = service.start_workers(1)
+        time.sleep(1)  # Its thread reads the failed tasks.
+        worker.stop(seconds=60)
+    left = service.shell(
+        "from celery import current_app as app\n"
+        "from prodserver_ops import broker\n"
+        "print(broker.count_messages(app, ['trial.failed'], 5)['trial.failed'])"
+    )
+    result = {f"failed tasks after {times['starts']} starts": int(left.split()[-1])}
+    return result, set(result.values()) == {10}
+
+
+PARTS = {"long": play_long, "lost": play_lost, "starts": play_starts}
 
 
 def main():

@@ -12,9 +12,7 @@ from unittest.mock import Mock
 
 import pytest
 from celery import current_app
-from celery.app.task import Context
 from celery.bin.worker import worker as command
-from celery.exceptions import Reject
 from celery.worker import state
 from django.db import InterfaceError, OperationalError
 from django.utils import timezone
@@ -25,7 +23,6 @@ from kombu.transport import resolve_transport
 from prodserver_ops import broker
 from prodserver_ops.broker.embedded import Transport
 from prodserver_ops.worker import app
-from prodserver_ops.worker.app import MAX_DELIVERIES, get_failed_queue
 
 
 def test_broker_of_these_tests_is_the_chosen_one(request):
@@ -156,45 +153,6 @@ class TestEmbeddedBroker:
             for exchange in map(str, range(100)):
                 list(pool.map(bind, range(8)))
                 assert len(connect(tmp_path).get_table(exchange)) == 8
-
-
-class TestPoison:
-    """A task that kills each worker is delivered again and again."""
-
-    @pytest.fixture
-    def task(self, queue):
-        @current_app.task(name="tests.poison", shared=False)
-        def poison():
-            pass
-
-        yield poison
-        del current_app.tasks["tests.poison"]
-
-    @pytest.mark.parametrize("count", [None, 0, MAX_DELIVERIES - 1])
-    def test_runs_as_long_as_it_is_not_delivered_too_often(self, task, queue, count):
-        task.request_stack.push(Context(**{"x-delivery-count": count}))
-        task.before_start("id", [], {})
-        assert queue == []
-
-    def test_is_given_up_and_kept(self, task, queue, caplog):
-        task.request_stack.push(Context(**{"x-delivery-count": MAX_DELIVERIES}))
-        with pytest.raises(Reject) as caught:
-            task.before_start("id", [1], {})
-        assert not caught.value.requeue
-        ((name, arguments, options),) = queue
-        assert (name, arguments) == ("tests.poison", (1,))
-        assert options["queue"].name == get_failed_queue()
-        assert f"tests.poison was delivered {MAX_DELIVERIES} times" in caplog.text
-
-    def test_stays_in_its_queue_if_it_cannot_be_moved(self, task, monkeypatch):
-        def refuse(*args, **kwargs):
-            raise BrokerError
-
-        monkeypatch.setattr(app.Task, "apply_async", refuse)
-        task.request_stack.push(Context(**{"x-delivery-count": MAX_DELIVERIES}))
-        with pytest.raises(Reject) as caught:
-            task.before_start("id", [1], {})
-        assert caught.value.requeue
 
 
 @pytest.mark.parametrize("status", [0, 1])

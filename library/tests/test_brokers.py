@@ -127,6 +127,34 @@ def test_failed_task_runs_again(app, note, run_worker):
         assert get_all(note.done, 1) == [7]
 
 
+def test_failed_tasks_may_be_read_any_number_of_times(app, note):
+    note.apply_async([7], queue=make_failed_queue(app))
+    for _ in range(4):
+        assert failed.requeue(app, lambda message: False) == 0
+    with app.connection_for_read() as connection:
+        message = make_failed_queue(app)(connection.default_channel).get()
+        # RabbitMQ 4 deletes a message that was returned 20 times.
+        assert not message.headers.get("x-delivery-count")
+        assert not message.delivery_info.get("redelivered")
+        message.ack()
+    assert count(app, get_failed_queue()) == [0]
+
+
+def test_queue_of_another_type_is_found(app):
+    assert broker.find_problem(app, 5) is None
+    if broker.find(app.conf.broker_url).module != services.RABBITMQ:
+        return
+    name = app.conf.task_default_queue
+    with app.connection_for_write() as connection:
+        channel = connection.default_channel
+        channel.queue_delete(name)
+        channel.queue_declare(name, durable=True, auto_delete=False)
+        problem = broker.find_problem(app, 5)
+        channel.queue_delete(name)
+    assert problem.startswith(f"The queue {name} of RabbitMQ is not a quorum queue.")
+    assert problem.endswith(f"delete_queue {name}")
+
+
 def test_connection_has_the_options_of_its_module(app):
     url = broker.get_url(app.conf.broker_url)
     with app.connection_for_write() as connection:

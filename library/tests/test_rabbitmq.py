@@ -13,7 +13,7 @@ from uuid import uuid4
 
 import pytest
 import services
-from amqp import RecoverableConnectionError
+from amqp import PreconditionFailed, RecoverableConnectionError
 from celery import Celery
 from kombu import Connection, Producer, Queue
 from kombu.exceptions import OperationalError
@@ -82,6 +82,23 @@ def test_a_message_without_a_confirmation_is_not_repeated(monkeypatch):
     monkeypatch.setattr(pyamqp.Channel, "basic_publish_confirm", fail)
     with pytest.raises(OperationalError, match="no reply"):
         rabbitmq.Channel.basic_publish_confirm(object.__new__(rabbitmq.Channel))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("delivery acknowledgement on channel 1 timed out", rabbitmq.TaskTooLong),
+        ("inequivalent arg", PreconditionFailed),
+    ],
+)
+def test_task_that_takes_too_long_is_a_lost_connection(monkeypatch, text, expected):
+    def close(channel, code, text, *args):
+        raise PreconditionFailed(text)
+
+    monkeypatch.setattr(pyamqp.Channel, "_on_close", close)
+    with pytest.raises(expected):
+        object.__new__(rabbitmq.Channel)._on_close(406, text, 0, 0)
+    assert issubclass(rabbitmq.TaskTooLong, RecoverableConnectionError)
 
 
 class TestBatch:

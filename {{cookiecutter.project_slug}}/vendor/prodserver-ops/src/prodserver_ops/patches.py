@@ -40,11 +40,13 @@ PATCHES = (
         "amqp",
         OVERRIDES,
         "broker.rabbitmq",
-        "RabbitMQ may never reply, so each wait has a timeout. TLS verifies the name of the server.",
+        "RabbitMQ may never reply, so each wait has a timeout. TLS verifies the name of the server. "
+        "A task that takes longer than RabbitMQ allows does not end its worker.",
         {
             "abstract_channel.AbstractChannel.wait": "(self, method, callback=..., timeout=..., returns_tuple=...) 063f9143",
             "channel.Channel.basic_publish_confirm": "(self, *args, **kwargs) 1edc1240",
             "channel.Channel.events": "",
+            "channel.Channel._on_close": "(self, reply_code, reply_text, class_id, method_id) 29362440",
             "connection.Connection.__init__": "(self, host=..., userid=..., password=..., login_method=...,... 62e249e2",
             "connection.Connection.collect": "(self) 47fafe17",
             "connection.Connection.frame_writer": "(self)",
@@ -227,11 +229,15 @@ PATCHES = (
     Patch(
         "celery.worker",
         REPLACES,
-        "worker.app worker.failed",
-        "The message of an unknown task returns to its queue instead of being discarded.",
+        "worker.app worker.consumer worker.failed",
+        "The message of an unknown task returns to its queue instead of being discarded. One that was "
+        "delivered too often is moved. A wrong queue ends the worker with one line.",
         {
             "state.active_requests": "",
             "consumer.consumer.Consumer.on_unknown_task": "(self, body, message, exc) e1b21bae",
+            "consumer.consumer.Consumer.create_task_handler": "(self, promise=...) b11d189d",
+            "consumer.consumer.Consumer.start": "(self) 9ae90a1c",
+            "consumer.consumer.Consumer.channel_errors": "",
             "consumer.consumer.Consumer.timer": "",
             "consumer.consumer.Consumer.app": "",
         },

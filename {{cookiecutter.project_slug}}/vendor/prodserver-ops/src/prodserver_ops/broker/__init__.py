@@ -13,6 +13,8 @@ transport that replaces kombu's own for its scheme:
     Prepare the broker after migrations.
 ``get_priority(priority)``
     The priority of a message.
+``explain(error)``
+    What to do about an error of a channel that would end a worker, or None.
 """
 
 from collections.abc import Callable, Iterable
@@ -140,6 +142,31 @@ def get_priority(url: str, priority: int) -> int:
     """Return the priority of a message, for one between -100 and 100; 0 if there is only one."""
     convert: Callable[[int], int] = getattr(find(url).load(), "get_priority", lambda priority: 0)
     return convert(priority)
+
+
+def explain(app: Celery, error: BaseException) -> str | None:
+    """Return what to do about an error that would end a worker, or None if it is unknown."""
+    explain: Callable[[BaseException], str | None]
+    explain = getattr(find(app.conf.broker_url).load(), "explain", lambda error: None)
+    return explain(error)
+
+
+def find_problem(app: Celery, timeout: float) -> str | None:
+    """Declare the queues of workers; return what to do about one that cannot be used, or None.
+
+    ``timeout`` limits the time to connect, in seconds. Raises other errors of the broker.
+    """
+    if not hasattr(find(app.conf.broker_url).load(), "explain"):
+        return None
+    with app.connection_for_write(connect_timeout=timeout) as connection:
+        for queue in app.amqp.queues.values():
+            try:
+                queue(connection.channel()).declare()
+            except connection.channel_errors as error:
+                if problem := explain(app, error):
+                    return problem
+                raise
+    return None
 
 
 def count_messages(app: Celery, names: Iterable[str], timeout: float) -> dict[str, int]:

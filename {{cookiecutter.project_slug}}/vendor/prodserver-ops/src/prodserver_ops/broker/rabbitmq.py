@@ -4,13 +4,14 @@ A node that has reached its memory or disk limit accepts connections and message
 reply until resources are free again. A node that hangs never replies.
 """
 
+import re
 import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BytesIO
 from typing import Any
 
-from amqp import RecoverableConnectionError
+from amqp import PreconditionFailed, RecoverableConnectionError
 from amqp.method_framing import frame_writer
 from celery import Celery
 from kombu import Producer
@@ -25,6 +26,10 @@ NO_REPLY = f"RabbitMQ did not reply within {REPLY_TIMEOUT} seconds"
 
 class NoReply(RecoverableConnectionError):
     """RabbitMQ does not reply; the connection is closed."""
+
+
+class TaskTooLong(RecoverableConnectionError):
+    """RabbitMQ has closed a channel, because a message was not acknowledged in time."""
 
 
 class ReplyLimit:
@@ -44,7 +49,17 @@ class ReplyLimit:
 
 
 class Channel(ReplyLimit, pyamqp.Channel):  # type: ignore[misc]
-    """A channel with limited waits."""
+    """A channel with limited waits, and an error that does not end a worker."""
+
+    def _on_close(self, reply_code: int, reply_text: str, *args: Any) -> None:
+        try:
+            super()._on_close(reply_code, reply_text, *args)  # type: ignore[misc]
+        except PreconditionFailed as error:
+            if "delivery acknowledgement" not in reply_text:
+                raise
+            raise TaskTooLong(
+                "A task took longer than the consumer_timeout of RabbitMQ, 30 minutes by default"
+            ) from error
 
     def basic_publish_confirm(self, *args: Any, **kwargs: Any) -> Any:
         """Publish a message; raise OperationalError if it is not confirmed.
@@ -89,6 +104,22 @@ class SSLTransport(pyamqp.SSLTransport):
     """The transport of ``amqps://`` URLs."""
 
     Connection = SSLConnection
+
+
+def explain(error: BaseException) -> str | None:
+    """Return what to do about a queue that exists with another type."""
+    match = re.search(
+        r"inequivalent arg '(.+?)' for (queue|exchange) '(.+?)' in vhost '(.+?)'", str(error)
+    )
+    if match is None:
+        return None
+    argument, kind, name, virtual_host = match.groups()
+    if argument != "x-queue-type":
+        return f"The {kind} {name} of RabbitMQ exists with another {argument}; rename or delete it"
+    return (
+        f"The queue {name} of RabbitMQ is not a quorum queue. Let the service that made it run its "
+        f"tasks, then delete it: rabbitmqctl --vhost={virtual_host} delete_queue {name}"
+    )
 
 
 def get_options(settings: Any) -> dict[str, Any]:

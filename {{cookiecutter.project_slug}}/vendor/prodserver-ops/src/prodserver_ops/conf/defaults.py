@@ -154,7 +154,7 @@ class ProcessDefaults(BaseSettings):  # type: ignore[misc]
     CELERY_TASK_ACKS_LATE = True
     CELERY_TASK_REJECT_ON_WORKER_LOST = True
     CELERY_WORKER_PREFETCH_MULTIPLIER = 1
-    CELERY_WORKER_CONSUMER = "prodserver_ops.worker.failed:Consumer"
+    CELERY_WORKER_CONSUMER = "prodserver_ops.worker.consumer:Consumer"
     CELERY_WORKER_CANCEL_LONG_RUNNING_TASKS_ON_CONNECTION_LOSS = True
     CELERY_BROKER_CONNECTION_RETRY_ON_STARTUP = True
     CELERY_BROKER_CONNECTION_MAX_RETRIES = None

@@ -92,6 +92,8 @@ def check_migrations() -> Result:
 def check_broker() -> Result:
     """Connect to the broker."""
     health.check_broker()
+    if problem := broker.find_problem(current_app, REPLY_TIMEOUT):
+        return Result(problem, ERROR)
     scheme, host, port = get_broker_address()
     return Result(f"{scheme} on {host}:{port}" if port else scheme)
 

@@ -36,9 +36,6 @@ logger = logging.getLogger(__name__)
 
 broker.register_transports()
 
-#: How often the message of a lost worker is delivered before it fails, if the broker counts this.
-MAX_DELIVERIES = 20
-
 #: How long a stopping worker without running tasks may take to exit, in seconds.
 STOP_TIMEOUT = 20
 
@@ -82,26 +79,13 @@ class Task(DjangoTask[Any, Any]):
     retry_jitter = False  # A shorter wait may be shorter than a failover.
 
     def before_start(self, task_id: str, args: Any, kwargs: Any) -> None:
-        """Ignore a second message of the same run of a schedule, which beat may have sent.
-
-        If the message was delivered too often, the task may be killing its workers: move it to the
-        queue of failed tasks, which ``doctor`` reports. Some brokers count deliveries.
-        """
+        """Ignore a second message of the same run of a schedule, which beat may have sent."""
         from ..scheduling.claims import claim
 
         if not claim(self.request.headers or {}):
             logger.info("%s ignored: the same run has already been started", self.name)
             # Celery would store a rejected task as failed.
             raise Ignore("started already")
-        if (get_integer(self.request.__dict__, "x-delivery-count") or 0) < MAX_DELIVERIES:
-            return
-        logger.error("%s was delivered %d times and is given up", self.name, MAX_DELIVERIES)
-        try:
-            self.apply_async(args, kwargs, queue=make_failed_queue(self.app))
-        except Exception as error:
-            # Any other exception would drop the message.
-            raise Reject(error, requeue=True) from error
-        raise Reject("delivered too often", requeue=False)
 
     def after_return(
         self, status: str, retval: Any, task_id: str, args: Any, kwargs: Any, einfo: Any

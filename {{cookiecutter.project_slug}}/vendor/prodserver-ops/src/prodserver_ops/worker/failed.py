@@ -39,6 +39,9 @@ MAX_PROBLEM = 300
 #: The properties of a message that are preserved.
 KEPT_PROPERTIES = ("correlation_id", "reply_to", "priority", "delivery_mode")
 
+#: The headers with which RabbitMQ counts deliveries; they would count for the new message too.
+COUNTERS = ("x-delivery-count", "x-acquired-count")
+
 
 class Consumer(CeleryConsumer):
     """A worker's consumer. Unlike Celery's, it discards no message, and no message ends it."""
@@ -152,7 +155,8 @@ def republish(
     else:
         options |= {"exchange": target[0], "routing_key": target[1]}
     # kombu has decompressed the body.
-    headers = {name: value for name, value in headers.items() if name != "compression"}
+    dropped = {"compression", *COUNTERS}
+    headers = {name: value for name, value in headers.items() if name not in dropped}
     with app.producer_pool.acquire(block=True) as producer:
         producer.publish(
             message.body or b"",
@@ -182,21 +186,25 @@ def take(
     is_wanted: Callable[[Message], bool],
     act: Callable[[Message], None] = lambda message: None,
 ) -> int:
-    """Remove messages from the queue of failed tasks after calling ``act``; return their number."""
+    """Remove messages from the queue of failed tasks after calling ``act``; return their number.
+
+    The others go to the end of the queue as new messages: RabbitMQ 4 deletes a message that was
+    returned 20 times.
+    """
     queue, count = make_failed_queue(app), 0
     with app.connection_for_write() as connection, connection.channel() as channel:
-        bound = queue(channel)
+        bound: Any = queue(channel)
         bound.declare()
-        kept = []
-        while (message := bound.get(no_ack=False)) is not None:
+        for _ in range(bound.queue_declare(passive=True).message_count):
+            if (message := bound.get(no_ack=False)) is None:
+                break  # Another worker reads them too.
             if not is_wanted(message):
-                kept.append(message)
+                republish(app, message, queue, dict(message.headers))
+                message.ack()
                 continue
             act(message)
             message.ack()
             count += 1
-        for message in kept:
-            message.requeue()
     return count
 
 
