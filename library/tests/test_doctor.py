@@ -217,9 +217,14 @@ class TestBroker:
     )
     def test_address_has_no_password(self, settings, monkeypatch, scheme, port):
         monkeypatch.setattr(doctor.health, "check_broker", lambda: None)
+        monkeypatch.setattr(doctor.broker, "find_problem", lambda *args: None)
         settings.CELERY_BROKER_URL = f"{scheme}://user:hunter2@mq.example.com/1"
         assert doctor.check_broker() == Result(f"{scheme} on mq.example.com:{port}")
         assert doctor.get_next_command("broker") == f"nc -zv mq.example.com {port}"
+
+    def test_queue_that_cannot_be_used_is_an_error(self, monkeypatch):
+        monkeypatch.setattr(doctor.broker, "find_problem", lambda *args: "not a quorum queue")
+        assert doctor.check_broker() == Result("not a quorum queue", ERROR)
 
 
 class TestQueue:
