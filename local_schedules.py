@@ -21,7 +21,7 @@ import re
 LINE_LENGTH = 100
 
 #: Names of the schedules that every service has.
-RESERVED_NAMES = frozenset({"deliveries-resume", "records-delete"})
+RESERVED_NAMES = frozenset({"deliveries-resume", "records-delete", "tasks-resume"})
 
 #: Names that the generated ``tasks.py`` imports.
 RESERVED_TASKS = frozenset({"F", "OperationalError", "Submission", "timezone"}) | {

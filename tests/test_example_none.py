@@ -103,7 +103,8 @@ def test_service_passes_its_checks_and_tests_and_runs(bake, make_service):
 
     service.run(service.procfile()["release"])
     assert service.shell(LIST_SCHEDULES).split("\n")[0] == (
-        "('deliveries-resume', 'ops.resume_deliveries') ('records-delete', 'ops.delete_records')"
+        "('deliveries-resume', 'ops.resume_deliveries') ('records-delete', 'ops.delete_records') "
+        "('tasks-resume', 'ops.resume_tasks')"
     )
     paste_readme_snippets(service.folder)
     service.run("ruff check")

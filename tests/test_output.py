@@ -64,6 +64,7 @@ app.json
 docs/deploy.md
 docs/move.md
 docs/recipes.md
+docs/tasks.md
 manage.py
 openapi.yaml
 pyproject.toml

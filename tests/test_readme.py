@@ -101,6 +101,7 @@ def test_commands_of_both_readmes_work(clone, environment, tmp_path):
         "deliveries-resume",
         "moderator-digest-hourly",
         "records-delete",
+        "tasks-resume",
         "user-digest-daily",
         "user-digest-weekly",
     ]

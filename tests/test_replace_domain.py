@@ -221,7 +221,7 @@ def test_another_domain_replaces_the_example_as_the_readme_says(bake, make_servi
     assert " passed" in service.run("pytest -q tests/test_tickets.py")
 
     service.run(service.procfile()["release"])
-    schedules = "['deliveries-resume', 'records-delete', 'tickets-close']"
+    schedules = "['deliveries-resume', 'records-delete', 'tasks-resume', 'tickets-close']"
     assert service.shell(SCHEDULES).strip() == schedules
     web, worker, beat = (service.start(name) for name in ("web", "worker", "beat"))
     web.wait_for_text("Listening at")

@@ -158,6 +158,7 @@ def test_setup_installs_migrates_proves_and_commits(generate, uv):
         "deliveries-resume",
         "moderator-digest-hourly",
         "records-delete",
+        "tasks-resume",
         "user-digest-daily",
         "user-digest-weekly",
     ]

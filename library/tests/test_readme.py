@@ -302,6 +302,7 @@ def test_existing_project(project):
     assert project.run("python manage.py schedules --created").splitlines() == [
         "deliveries-resume: as created",
         "records-delete: as created",
+        "tasks-resume: as created",
         "report-daily: as created",
         "orders-expire: as created",
     ]

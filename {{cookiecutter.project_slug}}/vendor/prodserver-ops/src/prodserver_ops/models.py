@@ -253,6 +253,54 @@ class TaskRun(models.Model):
         return f"{self.name} {self.started_at:%Y-%m-%d %H:%M:%S}"
 
 
+class ResumableRun(models.Model):
+    """A run of a resumable task, from its first step to its last; see ``worker/continuations.py``.
+
+    ``arguments``, ``options``, ``cursor`` and ``result`` are JSON; ``options`` are those of the
+    message. Each message of the task has a higher ``number``, and each delivery a higher ``claim``.
+    ``attempts`` is the number of deliveries since the last step.
+    """
+
+    class Status(models.TextChoices):
+        WAITING = "waiting", "Waiting"
+        RUNNING = "running", "Running"
+        FAILED = "failed", "Failed"
+        FINISHED = "finished", "Finished"
+
+    task_id = models.CharField(max_length=255, unique=True)
+    name = models.CharField(max_length=200)
+    arguments = models.TextField()
+    options = models.TextField()
+    cursor = models.TextField(default="null")
+    result = models.TextField(default="null")
+    steps = models.PositiveBigIntegerField(default=0)
+    total = models.PositiveBigIntegerField(null=True)
+    number = models.PositiveIntegerField(default=0)
+    claim = models.PositiveIntegerField(default=0)
+    attempts = models.PositiveIntegerField(default=0)
+    status = models.CharField(max_length=8, choices=Status, default=Status.WAITING)
+    error = models.CharField(max_length=500, blank=True)
+    created_at = models.DateTimeField(db_default=Now())
+    updated_at = models.DateTimeField(db_default=Now())
+
+    class Meta:
+        indexes = [
+            models.Index(
+                fields=["updated_at"],
+                name="resumable_run_unfinished",
+                condition=Q(status__in=["waiting", "running", "failed"]),
+            ),
+        ]
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.created_at:%Y-%m-%d %H:%M:%S}"
+
+    @property
+    def percent(self) -> int | None:
+        """How much is done; None if the total is unknown."""
+        return min(100, self.steps * 100 // self.total) if self.total else None
+
+
 class Alert(models.Model):
     """A problem that administrators are told of; see ``console/alerts.py``.
 

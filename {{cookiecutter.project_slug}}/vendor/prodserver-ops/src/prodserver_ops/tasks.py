@@ -7,8 +7,8 @@ from django.conf import settings
 from django.utils import timezone
 
 from .mail import tasks as mail_tasks  # noqa: F401
-from .models import Heartbeat, ScheduleRun
-from .worker import record
+from .models import Heartbeat, ResumableRun, ScheduleRun
+from .worker import continuations, record
 from .worker.app import CoalescingTask
 
 #: How long the records of runs and heartbeats are kept.
@@ -21,6 +21,15 @@ def delete_records() -> None:
     """Delete records that are no longer needed: runs, heartbeats and results of tasks."""
     ScheduleRun.objects.filter(due_at__lt=timezone.now() - KEEP_RUNS).delete()
     Heartbeat.objects.filter(seen_at__lt=timezone.now() - KEEP_HEARTBEATS).delete()
+    ResumableRun.objects.filter(
+        status__in=["failed", "finished"], updated_at__lt=timezone.now() - KEEP_RUNS
+    ).delete()
     record.delete_old_runs()
     if settings.CELERY_RESULT_BACKEND:
         current_app.backend.cleanup()
+
+
+@shared_task(name="ops.resume_tasks", base=CoalescingTask)
+def resume_tasks() -> None:
+    """Queue the resumable tasks again whose workers were lost."""
+    continuations.requeue_lost()

@@ -25,8 +25,9 @@ from kombu.utils.json import loads
 
 from .. import broker
 from ..core import concurrently
-from ..models import Heartbeat, TaskRun
+from ..models import Heartbeat, ResumableRun, TaskRun
 from ..scheduling import heartbeats, timing
+from ..worker import continuations
 from ..worker.app import get_failed_queue
 from . import alerts, doctor
 from .large_tables import LargeTableAdmin
@@ -100,6 +101,12 @@ def get_running() -> list[TaskRun]:
     return list(runs.order_by("-pk")[:SHOWN_RUNNING])
 
 
+def get_resumable() -> list[ResumableRun]:
+    """Return the resumable tasks that have not finished, the newest first."""
+    rows = ResumableRun.objects.filter(status__in=["waiting", "running", "failed"])
+    return list(rows.order_by("-pk")[:SHOWN_RUNNING])
+
+
 def get_queues() -> tuple[dict[str, int], str]:
     """Return the number of messages by queue, and an error message or an empty string."""
     names = [*(queue.name for queue in settings.CELERY_TASK_QUEUES), get_failed_queue()]
@@ -152,6 +159,11 @@ class OperationsAdmin(LargeTableAdmin):
                 wrap(require_POST(self.repeat_view)),
                 name="ops_repeat",
             ),
+            path(
+                "operations/continue/<int:pk>/",
+                wrap(require_POST(self.continue_view)),
+                name="ops_continue",
+            ),
             *super().get_urls(),
         ]
 
@@ -167,6 +179,7 @@ class OperationsAdmin(LargeTableAdmin):
             "schedules": get_schedules(),
             "failures": get_failures(),
             "running": get_running(),
+            "resumable": get_resumable(),
             "queues": queues,
             "queues_problem": problem,
             "heartbeats": get_heartbeats(),
@@ -196,12 +209,28 @@ class OperationsAdmin(LargeTableAdmin):
         if not failed.update(repeated_at=timezone.now()):
             messages.warning(request, f"Not queued: {run.name} has already been tried again.")
             return redirect("admin:ops_operations")
+        resumable = ResumableRun.objects.filter(task_id=run.task_id, status="failed").first()
+        if resumable is not None:
+            if not resume(request, resumable):
+                TaskRun.objects.filter(pk=pk).update(repeated_at=None)
+            return redirect("admin:ops_operations")
         args, kwargs = json.loads(run.arguments)
         headers = {"schedule": run.schedule_id} if run.schedule_id else {}
         if not submit(
             request, run.name, json.dumps(args), json.dumps(kwargs), run.name, headers=headers
         ):
             TaskRun.objects.filter(pk=pk).update(repeated_at=None)
+        return redirect("admin:ops_operations")
+
+    def continue_view(self, request: HttpRequest, pk: int) -> HttpResponse:
+        """Queue a resumable task again that has failed; it goes on at its cursor."""
+        require(request, RUN_PERMISSION)
+        row = get_object_or_404(ResumableRun, pk=pk)
+        if row.status != ResumableRun.Status.FAILED:
+            messages.warning(request, f"Not queued: {row.name} has already been tried again.")
+        elif resume(request, row):
+            failed = TaskRun.objects.filter(task_id=row.task_id, status="failed")
+            failed.update(repeated_at=timezone.now())
         return redirect("admin:ops_operations")
 
 
@@ -221,4 +250,16 @@ def submit(
         messages.error(request, f"Not queued: {label}: {doctor.redact_error(error)}")
         return False
     messages.success(request, f"Queued: {label}.")
+    return True
+
+
+def resume(request: HttpRequest, row: ResumableRun) -> bool:
+    """Queue a resumable task again, and show a message; return whether it is queued."""
+    current_app.loader.import_default_modules()
+    try:
+        continuations.requeue(row)
+    except Exception as error:
+        messages.error(request, f"Not queued: {row.name}: {doctor.redact_error(error)}")
+        return False
+    messages.success(request, f"Queued: {row.name}. It goes on after step {row.steps}.")
     return True

@@ -10,7 +10,7 @@ from django.utils.safestring import SafeString
 from django.utils.timesince import timesince
 
 from ..core.logs import redact
-from ..models import TaskRun
+from ..models import ResumableRun, TaskRun
 
 register = template.Library()
 
@@ -44,7 +44,7 @@ def ago(moment: datetime) -> str:
 
 
 @register.filter
-def arguments(run: TaskRun) -> str:
+def arguments(run: TaskRun | ResumableRun) -> str:
     """Return the arguments of a run, shortened and redacted."""
     return redact(run.arguments.removesuffix(", {}]").removeprefix("["))[:100]
 

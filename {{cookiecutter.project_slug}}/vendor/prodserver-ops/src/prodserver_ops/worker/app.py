@@ -36,6 +36,10 @@ logger = logging.getLogger(__name__)
 
 broker.register_transports()
 
+#: How often the message of a lost worker is delivered before it is given up, if the broker counts
+#: this. RabbitMQ 4 deletes a message after 20 deliveries.
+MAX_DELIVERIES = 15
+
 #: How long a stopping worker without running tasks may take to exit, in seconds.
 STOP_TIMEOUT = 20
 
@@ -74,7 +78,8 @@ class Task(DjangoTask[Any, Any]):
 
     coalesces = False
     without_overlapping = False
-    autoretry_for = TEMPORARY_ERRORS
+    max_deliveries: int | None = MAX_DELIVERIES
+    autoretry_for: tuple[type[Exception], ...] = TEMPORARY_ERRORS
     retry_backoff = 20  # Wait 20, 40 and 80 seconds.
     retry_jitter = False  # A shorter wait may be shorter than a failover.
 

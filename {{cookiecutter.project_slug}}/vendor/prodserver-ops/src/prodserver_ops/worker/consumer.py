@@ -10,13 +10,9 @@ from kombu.message import Message
 from .. import broker
 from ..core.headers import get_integer
 from . import failed
-from .app import make_failed_queue
+from .app import MAX_DELIVERIES, make_failed_queue
 
 logger = logging.getLogger(__name__)
-
-#: How often the message of a lost worker is delivered before it is given up, if the broker counts
-#: this. RabbitMQ 4 deletes a message after 20 deliveries.
-MAX_DELIVERIES = 15
 
 
 class Consumer(failed.Consumer):
@@ -51,13 +47,17 @@ class Consumer(failed.Consumer):
         """Move a message that was delivered too often to the queue of failed tasks.
 
         Each return counts as a delivery, and RabbitMQ may delete the message after the next one.
+        A task that counts its attempts itself gets a new message in the same queue.
         """
         name = message.headers.get("task")
-        logger.error("%s was delivered %d times and is given up", name, MAX_DELIVERIES)
-        source = message.delivery_info["exchange"], message.delivery_info["routing_key"]
-        headers = message.headers | {"unknown_from": source}
+        target: Any = message.delivery_info["exchange"], message.delivery_info["routing_key"]
+        headers = message.headers
+        task = self.app.tasks.get(name)
+        if getattr(task, "max_deliveries", MAX_DELIVERIES) is not None:
+            logger.error("%s was delivered %d times and is given up", name, MAX_DELIVERIES)
+            target, headers = make_failed_queue(self.app), headers | {"unknown_from": target}
         try:
-            failed.republish(self.app, message, make_failed_queue(self.app), headers)
+            failed.republish(self.app, message, target, headers)
             message.ack()
         except Exception as error:
             # The broker delivers it again when the worker exits or reconnects.
