@@ -79,6 +79,16 @@ def pytest_unconfigure(config):
         services.delete(config.getoption("--broker"), url)
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport():
+    """Escape lone surrogates in what a test has logged, which pytest-xdist cannot send."""
+    report = yield
+    report.sections = [
+        (name, text.encode(errors="backslashreplace").decode()) for name, text in report.sections
+    ]
+    return report
+
+
 @pytest.fixture(scope="session")
 def make_part(request, worker_id):
     """A function that returns the URL of a part of a server; skips if it is not running.

@@ -10,7 +10,7 @@ class Migration(migrations.Migration):
     """Add the runs of resumable tasks, and the schedule that queues lost ones again."""
 
     dependencies = [
-        ("ops", "0006_alerts"),
+        ("ops", "0007_request_id"),
         ("django_celery_beat", "0019_alter_periodictasks_options"),
     ]
 

@@ -29,7 +29,7 @@ from .. import broker
 from ..broker.publishing import publish, try_to_publish
 from ..conf.verification import verify_module
 from ..core.database import TEMPORARY_ERRORS
-from ..core.headers import get_integer, get_time
+from ..core.headers import get_time
 from ..core.logs import request_id
 
 logger = logging.getLogger(__name__)

@@ -49,7 +49,7 @@ class Consumer(failed.Consumer):
         Each return counts as a delivery, and RabbitMQ may delete the message after the next one.
         A task that counts its attempts itself gets a new message in the same queue.
         """
-        name = message.headers.get("task")
+        name = str(message.headers.get("task"))
         target: Any = message.delivery_info["exchange"], message.delivery_info["routing_key"]
         headers = message.headers
         task = self.app.tasks.get(name)
