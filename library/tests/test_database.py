@@ -1,18 +1,23 @@
 """Limits of the database, and poolers that do not keep sessions."""
 
+import signal
+import time
 from types import SimpleNamespace
 
 import psycopg
 import pytest
+from django.contrib.auth import get_user_model
 from django.core.checks import run_checks
 from django.core.management import CommandError
-from django.db import OperationalError, connection
+from django.db import OperationalError, ProgrammingError, connection, transaction
 from psycopg.pq import TransactionStatus
 
 from prodserver_ops.conf.defaults import limit_database
 from prodserver_ops.console import checks
 from prodserver_ops.core import database
 from prodserver_ops.management.commands import prodserver
+
+User = get_user_model()
 
 postgresql = pytest.mark.skipif("connection.vendor != 'postgresql'", reason="needs PostgreSQL")
 
@@ -138,3 +143,107 @@ def test_migrations_are_not_limited(settings):
             "SELECT current_setting('statement_timeout'), current_setting('lock_timeout')"
         )
         assert cursor.fetchone() == ("0", "10s")
+
+
+class Interrupted(Exception):
+    """As raised by a soft time limit: by the handler of a signal."""
+
+
+@pytest.fixture
+def interrupt():
+    """A function that raises Interrupted in this thread after some seconds."""
+
+    def handle(*args):
+        raise Interrupted
+
+    before = signal.signal(signal.SIGALRM, handle)
+    yield lambda seconds: signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, before)
+
+
+def sleep(seconds=60):
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT pg_sleep(%s)", [seconds])
+
+
+def ask():
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT pg_backend_pid()")
+        return cursor.fetchone()[0]
+
+
+@postgresql
+@pytest.mark.django_db(transaction=True, serialized_rollback=True)
+class TestInterruptedQuery:
+    def test_connection_can_be_used_again(self, interrupt):
+        session = ask()
+        interrupt(0.2)
+        with pytest.raises(Interrupted):
+            sleep()
+        assert ask() == session
+
+    def test_transaction_is_rolled_back(self, interrupt):
+        session = ask()
+        interrupt(0.2)
+        with pytest.raises(Interrupted), transaction.atomic():
+            User.objects.create(username="a")
+            sleep()
+        assert ask() == session
+        assert not User.objects.exists()
+
+    def test_server_runs_the_query_no_longer(self, interrupt):
+        interrupt(0.2)
+        with pytest.raises(Interrupted):
+            sleep()
+        with connection.cursor() as cursor:
+            cursor.execute(
+                "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() "
+                "AND state = 'active' AND query LIKE 'SELECT pg_sleep%'"
+            )
+            assert cursor.fetchone() == (0,)
+
+    @pytest.mark.parametrize("in_transaction", [False, True])
+    def test_query_that_cannot_be_cancelled_closes_the_connection(
+        self, interrupt, monkeypatch, in_transaction
+    ):
+        def fail(*args, **kwargs):
+            raise psycopg.OperationalError("no more connections")
+
+        session = ask()
+        monkeypatch.setattr(psycopg.Connection, "cancel_safe", fail)
+        monkeypatch.setattr(database, "GRACE", 0.1)
+        interrupt(0.2)
+        with pytest.raises(Interrupted):
+            if in_transaction:
+                with transaction.atomic():
+                    sleep(1)
+            else:
+                sleep(1)
+        assert ask() != session
+        time.sleep(1)  # Until the server has noticed
+
+
+@postgresql
+@pytest.mark.django_db(transaction=True, serialized_rollback=True)
+class TestTemporaryErrors:
+    def test_read_only_server_is_temporary(self):
+        with connection.cursor() as cursor:
+            cursor.execute("SET default_transaction_read_only = on")
+        with pytest.raises(database.TEMPORARY_ERRORS, match="read-only transaction"):
+            User.objects.create(username="a")
+        # The next task or request connects again, maybe to another server.
+        connection.close_if_unusable_or_obsolete()
+        User.objects.create(username="a")
+
+    def test_session_that_the_server_has_ended_is_temporary(self):
+        with pytest.raises(database.TEMPORARY_ERRORS), transaction.atomic():
+            with connection.cursor() as cursor:
+                cursor.execute("SET LOCAL idle_in_transaction_session_timeout = '50ms'")
+            time.sleep(0.5)
+            User.objects.exists()
+
+    def test_mistake_is_not(self):
+        with pytest.raises(ProgrammingError), connection.cursor() as cursor:
+            cursor.execute("SELECT no_such_column")
+        assert not issubclass(ProgrammingError, database.TEMPORARY_ERRORS)

@@ -19,7 +19,7 @@ from typing import Any
 
 from celery import signals
 from celery.app.task import Context
-from celery.exceptions import TimeLimitExceeded, WorkerLostError
+from celery.exceptions import Reject, TimeLimitExceeded, WorkerLostError
 from celery.states import FAILURE, RETRY, SUCCESS
 from django.db import connection, transaction
 from django.utils import timezone
@@ -248,7 +248,8 @@ class Recorder:
 
 def describe(error: BaseException) -> str:
     """Return an exception as the text of a row."""
-    return make_storable(redact(f"{type(error).__name__}: {error}"))[:MAX_ERROR]
+    text = str(error.reason) if isinstance(error, Reject) else f"{type(error).__name__}: {error}"
+    return make_storable(redact(text))[:MAX_ERROR]
 
 
 def dump(args: Any, kwargs: Any) -> str:
