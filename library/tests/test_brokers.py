@@ -1,10 +1,12 @@
 """The brokers that are servers: a worker runs what was queued, on each of them."""
 
+import json
 import time
 from queue import Empty, Queue
 from types import SimpleNamespace
 from uuid import uuid4
 
+import malformed
 import pytest
 import services
 from celery import current_app
@@ -13,8 +15,9 @@ from dummy.settings import TestSettings
 from kombu.transport import resolve_transport
 
 from prodserver_ops import broker
-from prodserver_ops.broker import renewal
+from prodserver_ops.broker import publishing, renewal
 from prodserver_ops.conf.environment import evaluate
+from prodserver_ops.core.logs import request_id
 from prodserver_ops.worker import failed
 from prodserver_ops.worker.app import CeleryApp, get_failed_queue, make_failed_queue
 
@@ -83,6 +86,59 @@ def test_worker_runs_each_task_once(app, note, run_worker):
     with run_worker(app):
         assert get_all(note.done, 50) == list(range(50))
     assert count(app, app.conf.task_default_queue) == [0]
+
+
+def test_arguments_may_contain_any_text(app, note, run_worker):
+    note.delay("a\0b\ud800")
+    note.apply_async(["x"], headers={"origin": "\0"}, kwargs={})
+    with run_worker(app):
+        assert get_all(note.done, 2) == ["a\0b\ud800", "x"]
+
+
+@pytest.mark.parametrize("app", [services.REDIS, services.POSTGRESQL], indirect=True)
+def test_queue_may_contain_any_json(app, note, run_worker):
+    queue = app.amqp.queues[app.conf.task_default_queue]
+    with app.connection_for_write() as connection:
+        channel = connection.default_channel
+        queue(channel).declare()
+        for envelope in malformed.ENVELOPES.values():
+            if app.conf.broker_url.startswith("redis"):
+                channel.client.lpush(queue.name, json.dumps(envelope))
+            else:
+                channel.pgmq.send(channel._queue_name(queue.name), envelope)
+        if app.conf.broker_url.startswith("redis"):
+            channel.client.lpush(queue.name, "no JSON")
+    note.delay(1)
+    with run_worker(app):
+        assert note.done.get(timeout=30) == 1
+        deadline = time.monotonic() + 30
+        while count(app, queue.name) != [0]:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    assert count(app, get_failed_queue()) >= [len(malformed.ENVELOPES)]
+
+
+def test_task_belongs_to_the_request_of_the_task_that_queued_it(app, run_worker):
+    done = Queue()
+
+    @app.task(name="sample.inner", bind=True, shared=False)
+    def inner(self):
+        done.put((request_id.get(), self.request.headers["request_id"]))
+
+    @app.task(name="sample.outer", shared=False)
+    def outer():
+        inner.delay()
+        app.send_task("sample.inner")
+
+    token = request_id.set("request-1")
+    publishing.start_request()
+    try:
+        outer.delay()
+    finally:
+        publishing.finish_request()
+        request_id.reset(token)
+    with run_worker(app):
+        assert get_all(done, 2) == [("request-1", "request-1")] * 2
 
 
 def test_task_may_be_delayed(app, note, run_worker):

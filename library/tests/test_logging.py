@@ -1,5 +1,6 @@
 """Logs: one line for each event, with its request or task, without personal data."""
 
+import io
 import json
 import logging
 import logging.config
@@ -84,6 +85,28 @@ class TestEvent:
     @pytest.mark.parametrize("field", ["request", "data", "args_of_a_task"])
     def test_objects_that_a_library_passes_are_left_out(self, formatter, field):
         assert "hunter2" not in formatter.format(record(**{field: {"args": "hunter2"}}))
+
+
+class TestAnyText:
+    @pytest.mark.parametrize(
+        "text", ["a\0b", "a\ud800b", "é\udcff", "\0" * 100_000, "🙏" * 100_000]
+    )
+    def test_event_can_be_written_and_is_short(self, formatter, text):
+        event = failed(ValueError(text))
+        event.msg = text
+        line = formatter.format(event).encode()
+        assert b"\0" not in line
+        assert b"ValueError" in line
+        assert len(line) < 16 * 1024
+
+    def test_start_and_end_of_a_long_event_are_kept(self, formatter):
+        line = formatter.format(record("first" + "x" * 100_000 + "last"))
+        assert "first" in line
+        assert "last" in line
+        assert "characters omitted" in line
+
+    def test_short_event_is_complete(self, formatter):
+        assert "x" * 5_000 in formatter.format(record("x" * 5_000))
 
 
 @pytest.mark.parametrize(
@@ -231,6 +254,16 @@ class TestProcess:
         out, err = capsys.readouterr()
         assert re.fullmatch(r"\S+ INFO worker celery: ready\n", out)
         assert err == ""
+
+    def test_encoding_that_lacks_a_character_stops_nothing(self, monkeypatch):
+        stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+        monkeypatch.setattr(sys, "stdout", stream)
+        logs.configure("worker")
+        logging.getLogger("test").info("Überall \ud800")
+        print("\ud800 é")
+        stream.flush()
+        assert rb"\xdcberall \ud800" in stream.buffer.getvalue()
+        assert rb"\ud800 \xe9" in stream.buffer.getvalue()
 
     def test_output_of_libraries_is_logged(self, capsys, in_json):
         logs.configure("beat")

@@ -152,8 +152,25 @@ class TextFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """Return the event as text."""
         record.context = " ".join(filter(None, get_context(record).values()))
-        text = make_storable(redact(super().format(record)))
-        return fit(MAX_EVENT, lambda length: shorten(text, length))
+        record.exc_text = None  # Another formatter may have set it.
+        return super().format(record)
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        """Return the line of the event."""
+        return self.limit(super().formatMessage(record))
+
+    def formatException(self, ei: Any) -> str:
+        """Return the lines of the traceback."""
+        return self.limit(super().formatException(ei))
+
+    def formatStack(self, stack_info: str) -> str:
+        """Return the lines of a stack."""
+        return self.limit(super().formatStack(stack_info))
+
+    def limit(self, text: str) -> str:
+        """Return the text redacted, with at most half of the maximum length."""
+        text = make_storable(redact(text))
+        return fit(MAX_EVENT // 2, lambda length: shorten(text, length))
 
 
 class JsonFormatter(logging.Formatter):
