@@ -6,8 +6,8 @@ Generates a service and runs a worker and three beats on PostgreSQL (127.0.0.1:5
 postgres, trust) and RabbitMQ (127.0.0.1:5672, guest). All beats are at work. In each round one of them
 is paused, killed, disconnected from a server, cut off from it without notice, or its clock jumps. Then
 it compares the runs that the worker recorded with the schedules: none twice, none early, none of
-the crontab missing, and no gap of ``GAP`` seconds in the interval. Exits with status 1 if anything is
-wrong.
+the crontabs missing, and no schedule of every second without a run for ``GAP`` seconds while a beat that
+nothing disturbs is at work. Exits with status 1 if anything is wrong.
 """
 
 import collections
@@ -21,7 +21,6 @@ import signal
 import sys
 import time
 import uuid
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -35,9 +34,17 @@ from tests.servers import Wire
 SERVER = "postgres://postgres@127.0.0.1:5432"
 ROUNDS, SEED, BEATS = 1000, 20261125, 3
 
-#: How long no run may be dispatched, in seconds. At most one beat is disturbed for long, but all may
-#: be paused for some seconds.
-GAP = 15
+#: How long no run may be dispatched while a beat is at work, in seconds.
+GAP = 5
+
+#: How long a round takes, in seconds.
+ROUND = (0.2, 1.2)
+
+#: How long a beat may be cut off after its connections work again, in seconds: the servers wait too.
+RECONNECT = 30
+
+#: Runs that were due shortly before may still be on their way, in seconds.
+UNDERWAY = 15
 
 #: How long the beats may take to be at work again after the last round, in seconds.
 REST = 30
@@ -45,8 +52,9 @@ REST = 30
 #: How far ahead of its time a run may be recorded, in seconds: the clocks of two processes.
 TOLERANCE = 0.05
 
-#: Seconds between the runs of the crontab.
-CRONTAB_SECONDS = 120
+#: Seconds between the runs of a crontab, and the number of schedules of each kind.
+CRONTAB_SECONDS = 60
+CRONTABS, INTERVALS = 10, 5
 
 #: Runs in each process of a beat: moves its clock by the seconds that a file names.
 CLOCK = """
@@ -86,10 +94,15 @@ SCHEDULES = """
 from django_celery_beat.models import CrontabSchedule, IntervalSchedule, PeriodicTask
 PeriodicTask.objects.update(enabled=False)
 every = IntervalSchedule.objects.create(every=1, period="seconds")
-crontab = CrontabSchedule.objects.create(minute="*/2", timezone="Europe/London")
-PeriodicTask.objects.create(name="i", task="trial.tasks.note", args='["i"]', interval=every)
-PeriodicTask.objects.create(name="c", task="trial.tasks.note", args='["c"]', crontab=crontab)
-"""
+crontab = CrontabSchedule.objects.create(minute="*", timezone="Europe/London")
+for kind, count, timing in (("i", INTERVALS, {"interval": every}), ("c", CRONTABS, {"crontab": crontab})):
+    for number in range(count):
+        name = f"{kind}{number}"
+        PeriodicTask.objects.create(name=name, task="trial.tasks.note", args=f'["{name}"]', **timing)
+""".replace("INTERVALS", str(INTERVALS)).replace("CRONTABS", str(CRONTABS))
+
+#: The beats that have recorded a heartbeat since they were started.
+HEARTBEATS = "SELECT pid FROM ops_heartbeat WHERE process = 'beat'"
 
 
 class Beat:
@@ -101,8 +114,36 @@ class Beat:
         self.clock.write_text("0")
         self.wires = [Wire(5432), Wire(5672)]
         self.process = None
+        self.is_starting = False
+        #: How many disturbances have not ended, and until when a long one goes on.
+        self.disturbances = 0
+        self.long_until = 0.0
+        #: When it was undisturbed: start and end of each span, in seconds since the epoch.
+        self.spans = []
+        self.undisturbed_from = None
+
+    def disturb(self):
+        """Note that it may be unable to work."""
+        self.disturbances += 1
+        self.note_span()
+
+    def recover(self):
+        """Note that a disturbance has ended."""
+        self.disturbances -= 1
+        self.note_span()
+
+    def note_span(self):
+        """Note since when it is undisturbed, or that it is no longer."""
+        if self.disturbances or self.is_starting:
+            if self.undisturbed_from is not None:
+                self.spans.append((self.undisturbed_from, time.time()))
+            self.undisturbed_from = None
+        elif self.undisturbed_from is None:
+            self.undisturbed_from = time.time()
 
     def start(self):
+        self.is_starting = True
+        self.note_span()
         database, broker = self.wires
         url = self.service.environment["DATABASE_URL"]
         self.process = self.service.spawn(
@@ -118,6 +159,9 @@ class Beat:
         """Start the beat again if it ended, as the platform does."""
         if self.process.poll() is not None:
             self.start()
+        if self.is_starting and self.process.pid in self.service.get_beats():
+            self.is_starting = False
+            self.note_span()
 
     def kill(self, rng):
         """Kill it, and start another."""
@@ -127,16 +171,19 @@ class Beat:
 
     def pause(self, rng):
         """Stop it for some seconds."""
+        self.disturb()
         self.process.send_signal(signal.SIGSTOP)
         self.service.later(rng.uniform(0.2, 5), functools.partial(self._continue, self.process))
 
     def pause_long(self, rng):
         """Stop it for more than a minute."""
+        self.disturb()
         self.process.send_signal(signal.SIGSTOP)
         self.service.later(75, functools.partial(self._continue, self.process))
 
     def _continue(self, process):
         process.send_signal(signal.SIGCONT)
+        self.recover()
 
     def cut(self, rng):
         """End its connections to a server."""
@@ -145,17 +192,20 @@ class Beat:
     def silence(self, rng):
         """Drop all packets between it and a server for some seconds."""
         wire = rng.choice(self.wires)
+        self.disturb()
         wire.cut()
-        self.service.later(rng.uniform(1, 90), wire.mend)
+        seconds = rng.uniform(1, 90)
+        self.service.later(seconds, wire.mend)
+        self.service.later(seconds + RECONNECT, self.recover)
 
     def jump(self, rng):
         """Change its clock."""
         self.clock.write_text(str(rng.choice([0, 30, -30, 3600, -3600, 86400])))
 
 
-#: How often each disturbance comes, against the others. Long ones never overlap.
+#: How often each disturbance comes, against the others. One beat at least is free of long ones.
 DISTURBANCES = {"kill": 3, "pause": 4, "cut": 3, "jump": 3, "pause_long": 1, "silence": 1}
-LONG = {"pause_long": 80, "silence": 95}
+LONG = {"pause_long": 80, "silence": 95 + RECONNECT}
 
 
 class TrialService(Service):
@@ -175,6 +225,12 @@ class TrialService(Service):
         self.timers = [timer for timer in self.timers if timer not in due]
         for _, function in due:
             function()
+
+    def get_beats(self):
+        """Return the process ids of the beats that work, or have worked."""
+        url = self.environment["DATABASE_URL"]
+        with psycopg.connect(url, autocommit=True) as connection:
+            return {pid for (pid,) in connection.execute(HEARTBEATS)}
 
     def get_notes(self):
         """Return name, due time and time of each run that the worker recorded."""
@@ -218,65 +274,76 @@ def play(service, rounds, rng, number_of_beats):
     while not service.get_notes():
         time.sleep(0.5)
     start = time.time()
-    played, long_until = collections.Counter(), 0.0
+    played = collections.Counter()
     for number in range(1, rounds + 1):
         (name,) = rng.choices(list(DISTURBANCES), DISTURBANCES.values())
-        if name in LONG and time.monotonic() < long_until:
+        beat, now = rng.choice(beats), time.monotonic()
+        busy = [each for each in beats if each.long_until > now]
+        if name in LONG and (beat in busy or len(busy) >= len(beats) - 1):
             name = "pause"
         if name in LONG:
-            long_until = time.monotonic() + LONG[name]
-        beat = rng.choice(beats)
+            beat.long_until = now + LONG[name]
         beat.check_runs()
         getattr(beat, name)(rng)
         played[name] += 1
-        time.sleep(rng.uniform(0.5, 3))
+        time.sleep(rng.uniform(*ROUND))
         service.run_timers()
         for beat in beats:
             beat.check_runs()
         if number % 50 == 0:
-            problems = compare(service.get_notes(), start, time.time() - GAP)
+            problems = compare(service.get_notes(), beats, start, time.time() - UNDERWAY)
             print(f"{number} rounds, {time.time() - start:.0f} s: {problems}", flush=True)
     service.run_timers(all_of_them=True)
     for beat in beats:
         beat.clock.write_text("0")
     time.sleep(REST)
     assert worker.popen.poll() is None
-    return played, start, time.time()
+    return played, beats, start, time.time()
 
 
-def compare(notes, start, end):
+def compare(notes, beats, start, end):
     """Return what is wrong between two times."""
     runs = collections.Counter((name, due) for name, due, _ in notes)
     twice = sum(count - 1 for count in runs.values())
     early = sum(at < due - TOLERANCE for _, due, at in notes)
-    crontab = {due for name, due in runs if name == "c"}
-    first = datetime.fromtimestamp(start, UTC).replace(second=0, microsecond=0)
-    step = timedelta(seconds=CRONTAB_SECONDS)
-    due = first + step - timedelta(minutes=first.minute % 2)
-    expected = set()
-    while due.timestamp() < end - 2:
-        expected.add(due.timestamp())
-        due += step
-    intervals = sorted(at for name, _, at in notes if name == "i" and at <= end)
-    gap = max(b - a for a, b in itertools.pairwise([start, *intervals, end]))
+    first = start - start % CRONTAB_SECONDS + CRONTAB_SECONDS
+    times = itertools.takewhile(lambda due: due < end - 2, itertools.count(first, CRONTAB_SECONDS))
+    names = [f"c{number}" for number in range(CRONTABS)]
+    missing = set(itertools.product(names, times)) - runs.keys()
+    gaps = []
+    for number in range(INTERVALS):
+        done = sorted(at for name, _, at in notes if name == f"i{number}" and at <= end)
+        gaps += itertools.pairwise([start, *done, end])
+    spans = [
+        (begin, until)
+        for beat in beats
+        for begin, until in [*beat.spans, (beat.undisturbed_from or end, end)]
+    ]
     return {
         "runs": len(runs),
         "twice": twice,
         "early": early,
-        "missing": len(expected - crontab),
-        "longest gap": round(gap, 1),
+        "missing": len(missing),
+        "longest gap": round(max(b - a for a, b in gaps), 1),
+        "while a beat is at work": round(find_longest(gaps, spans), 1),
     }
+
+
+def find_longest(gaps, spans):
+    """Return how long a gap and a span go on together, at most."""
+    shared = (min(b, until) - max(a, begin) for a, b in gaps if b - a > 1 for begin, until in spans)
+    return max(shared, default=0)
 
 
 def main(rounds=ROUNDS, seed=SEED, beats=BEATS):
     """Play, print what was found, and return whether all is well."""
     with make_service() as service:
-        played, start, end = play(service, rounds, random.Random(seed), beats)
-        result = compare(service.get_notes(), start, end)
+        played, disturbed, start, end = play(service, rounds, random.Random(seed), beats)
+        result = compare(service.get_notes(), disturbed, start, end)
     print(f"{sum(played.values())} rounds: {dict(played)}")
     print(result)
     wrong = result["twice"] or result["early"] or result["missing"]
-    return not wrong and result["longest gap"] < GAP
+    return not wrong and result["while a beat is at work"] < GAP
 
 
 if __name__ == "__main__":

@@ -284,6 +284,15 @@ class TestPass:
             scheduler.run_pass()
 
 
+def test_schedules_of_the_setting_are_created(scheduler, published, monkeypatch):
+    entry = {"task": plain.name, "schedule": timedelta(seconds=30)}
+    monkeypatch.setitem(current_app.conf, "beat_schedule", {"of the setting": entry})
+    own = module.Scheduler(app=current_app)
+    own.run_pass()
+    row = PeriodicTask.objects.get(name="of the setting")
+    assert (row.task, row.interval.every, own.max_interval) == (plain.name, 30, 5)
+
+
 class TestFaultyRows:
     @pytest.mark.parametrize(
         "fields",

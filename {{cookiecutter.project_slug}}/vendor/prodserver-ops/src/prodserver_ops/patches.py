@@ -271,6 +271,8 @@ PATCHES = (
         "scheduling.scheduler",
         "Several beats work, and a run is stored before it is published.",
         {
+            "__init__": "(self, app, schedule=..., max_interval=..., Producer=..., la... 4fa9f5a6",
+            "setup_schedule": "(self)",
             "tick": "(self, event_t=..., min=..., heappop=..., heappush=...) 91f0969b",
             "apply_async": "(self, entry, producer=..., advance=..., **kwargs) 89f143cf",
             "apply_entry": "(self, entry, producer=...) fd3603b1",
@@ -327,8 +329,6 @@ PATCHES = (
         {
             "schedulers.DatabaseScheduler.__init__": "(self, *args, **kwargs)",
             "schedulers.DatabaseScheduler.setup_schedule": "(self) 3d050562",
-            "schedulers.DatabaseScheduler.all_as_schedule": "(self) f7e5ae43",
-            "schedulers.DatabaseScheduler.sync": "(self) 4ae069c9",
             "models.PeriodicTask.scheduler": "(self)",
             "models.PeriodicTask.schedule": "(self)",
             "models.PeriodicTask.expires_": "(self)",

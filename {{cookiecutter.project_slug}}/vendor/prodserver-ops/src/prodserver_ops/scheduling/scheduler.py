@@ -16,7 +16,7 @@ from datetime import datetime, timedelta
 from itertools import batched
 from typing import Any
 
-from celery.beat import ScheduleEntry, SchedulingError
+from celery import beat
 from django.conf import settings
 from django.db import DatabaseError, InterfaceError, close_old_connections, connections
 from django.db.models import Case, DateTimeField, F, Q, When
@@ -61,8 +61,11 @@ STOP_INTERVAL = 0.2
 OPTIONS = ("queue", "exchange", "routing_key", "priority")
 
 
-class Scheduler(DatabaseScheduler):  # type: ignore[misc]
+class Scheduler(beat.Scheduler):
     """A scheduler that keeps no schedules between two passes."""
+
+    #: The longest time between two passes, in seconds; ``CELERY_BEAT_MAX_LOOP_INTERVAL`` wins.
+    max_interval = 5
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.next_pass = 0.0
@@ -74,14 +77,7 @@ class Scheduler(DatabaseScheduler):  # type: ignore[misc]
     def setup_schedule(self) -> None:
         """Create schedules from ``CELERY_BEAT_SCHEDULE`` if there are any."""
         if self.app.conf.beat_schedule:
-            super().setup_schedule()
-
-    def all_as_schedule(self) -> dict[str, Any]:
-        """Return nothing: each pass reads the database."""
-        return {}
-
-    def sync(self) -> None:
-        """Do nothing: each run is stored before it is published."""
+            DatabaseScheduler(app=self.app)
 
     def tick(self, *args: Any, **kwargs: Any) -> float:
         """Run a pass if it is time for it; return the seconds until the next call."""
@@ -260,7 +256,7 @@ class Scheduler(DatabaseScheduler):  # type: ignore[misc]
         if self.error is not None:
             raise self.error
 
-    def make_entry(self, run: ScheduleRun) -> ScheduleEntry:
+    def make_entry(self, run: ScheduleRun) -> beat.ScheduleEntry:
         """Return what Celery publishes for a run."""
         row = run.schedule
         options = {name: value for name in OPTIONS if (value := getattr(row, name)) is not None}
@@ -273,7 +269,7 @@ class Scheduler(DatabaseScheduler):  # type: ignore[misc]
             "schedule_attempt": run.attempts,
             "queued_at": run.due_at.isoformat(),
         }
-        return ScheduleEntry(
+        return beat.ScheduleEntry(
             name=row.name,
             task=row.task,
             args=loads(row.args or "[]"),
@@ -288,15 +284,14 @@ class Scheduler(DatabaseScheduler):  # type: ignore[misc]
         """Publish a message; keep the error if that fails. ``apply_entry`` would log a traceback."""
         try:
             return super().apply_async(*args, **kwargs)
-        except SchedulingError as error:
+        except beat.SchedulingError as error:
             self.error = error.__context__
 
     # The log
 
     def log_once(self, row: PeriodicTask, error: BaseException) -> None:
         """Log why a schedule cannot run, once."""
-        message = f"Schedule {row.name} cannot run: {error}"
-        if message not in self.logged:
+        if (message := f"Schedule {row.name} cannot run: {error}") not in self.logged:
             self.logged.add(message)
             logger.error("%s", message)
 
