@@ -14,6 +14,7 @@ from django_celery_beat.models import (
     IntervalSchedule,
     PeriodicTask,
 )
+from kombu import Exchange, Queue
 
 from prodserver_ops.mail.tasks import DIGEST_TASKS, digest_task
 from prodserver_ops.models import ScheduleRun
@@ -82,6 +83,7 @@ def test_good_row_is_accepted(post):
         ),
         ("queue", "reports", "Is read by no worker; the queues are: dummy, dummy.mail."),
         ("routing_key", "x", "Needs the name of the queue."),
+        ("exchange", "x", "Needs the name of the queue."),
         ("expire_seconds", "4000000000", None),
         ("priority", "256", None),
     ],
@@ -91,6 +93,26 @@ def test_faulty_field_is_refused_with_the_reason(post, field, value, error):
     assert list(errors) == [field]
     if error:
         assert errors[field] == [error]
+
+
+@pytest.mark.parametrize("field", ["exchange", "routing_key"])
+def test_message_that_leads_to_no_queue_is_refused(post, field, settings):
+    """RabbitMQ drops it, or closes the connection."""
+    queue = settings.CELERY_TASK_QUEUES[0]
+    own = queue.exchange.name if field == "exchange" else queue.routing_key
+    error = f"Is not that of the queue: {own}."
+    assert post(queue=queue.name, **{field: "other"}) == {field: [error]}
+    row = PeriodicTask(queue=queue.name, **{field: "other"})
+    with pytest.raises(validation.InvalidSchedule, match="is not that of the queue"):
+        validation.check_message(row)
+    assert post(queue=queue.name, **{field: own}) == {}
+
+
+def test_routing_key_of_a_pattern_is_accepted(settings):
+    exchange = Exchange("reports", "topic")
+    settings.CELERY_TASK_QUEUES = [Queue("reports", exchange, "report.*")]
+    row = PeriodicTask(queue="reports", exchange="reports", routing_key="report.daily")
+    validation.check_message(row)
 
 
 def test_arguments_of_a_digest_are_those_of_its_function(post):

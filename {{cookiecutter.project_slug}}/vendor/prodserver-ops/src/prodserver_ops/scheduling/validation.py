@@ -15,6 +15,9 @@ from .timing import KINDS, InvalidSchedule, get_due, get_next
 #: The fields with JSON, the type of their values, and an example.
 JSON_FIELDS = {"args": (list, '["daily"]'), "kwargs": (dict, "{}"), "headers": (dict, "{}")}
 
+#: Their default values, which need no check.
+EMPTY = {"args": "[]", "kwargs": "{}", "headers": "{}"}
+
 #: The longest time after which a message may expire, in seconds: ten years.
 MAX_EXPIRY = 10 * 366 * 24 * 3600
 
@@ -33,8 +36,10 @@ def check(row: PeriodicTask) -> None:
 
 
 def check_message(row: PeriodicTask) -> None:
-    """Raise InvalidSchedule if arguments or headers of a schedule are not what a message needs."""
+    """Raise InvalidSchedule if the message of a schedule cannot be published, or is read by nobody."""
     _raise_first(_find_json_problems(row))
+    if row.queue or row.exchange or row.routing_key:
+        _raise_first(_find_queue_problems(row))
 
 
 def _raise_first(problems: Iterator[tuple[str, str]]) -> None:
@@ -59,7 +64,7 @@ def _find_problems(row: PeriodicTask) -> Iterator[tuple[str, str]]:
 def _find_json_problems(row: PeriodicTask) -> Iterator[tuple[str, str]]:
     for field, (kind, example) in JSON_FIELDS.items():
         text = getattr(row, field)
-        if not text:
+        if not text or text == EMPTY[field]:
             continue
         try:
             value = loads(text)
@@ -80,13 +85,19 @@ def _find_argument_problem(row: PeriodicTask) -> Iterator[tuple[str, str]]:
 
 
 def _find_queue_problems(row: PeriodicTask) -> Iterator[tuple[str, str]]:
-    """Compare the queue with those that workers consume: no other is read."""
-    names = [queue.name for queue in settings.CELERY_TASK_QUEUES]
-    if row.queue and row.queue not in names:
-        yield "queue", f"is read by no worker; the queues are: {', '.join(names)}"
+    """Compare with the queues that workers consume: a message for another one is lost."""
+    queues = {queue.name: queue for queue in settings.CELERY_TASK_QUEUES}
+    queue = queues.get(row.queue)
+    if row.queue and queue is None:
+        yield "queue", f"is read by no worker; the queues are: {', '.join(queues)}"
+    own = {"exchange": queue.exchange.name, "routing_key": queue.routing_key} if queue else {}
     for field in ("exchange", "routing_key"):
-        if getattr(row, field) and not row.queue:
+        value = getattr(row, field)
+        if value and not row.queue:
             yield field, "needs the name of the queue"
+        # A queue of a topic exchange can have a pattern.
+        elif value and value != own.get(field, value) and not {"*", "#"} & set(own[field]):
+            yield field, f"is not that of the queue: {own[field]}"
 
 
 def _find_timing_problem(row: PeriodicTask, now: datetime) -> str:
