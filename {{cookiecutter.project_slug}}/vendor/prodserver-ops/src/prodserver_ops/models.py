@@ -204,6 +204,40 @@ class ScheduleRun(models.Model):
         return f"{self.schedule.name} {self.due_at:%Y-%m-%d %H:%M:%S}"
 
 
+class DelayedTask(models.Model):
+    """A task that is not due yet; see ``worker/delayed.py``.
+
+    ``key`` identifies the message, which a broker may deliver again. A worker claims the row before
+    it publishes the message, and each claim is an attempt. ``started_by`` is the number of the
+    attempt whose message a worker has started: 0 if the broker delivered it, -1 if the task was
+    cancelled.
+    """
+
+    DELIVERED = 0
+    CANCELLED = -1
+
+    key = models.CharField(max_length=64, unique=True)
+    task_id = models.CharField(max_length=64)
+    name = models.CharField(max_length=200)
+    queue = models.CharField(max_length=255)
+    message = models.TextField()
+    due_at = models.DateTimeField()
+    created_at = models.DateTimeField(db_default=Now())
+    attempts = models.PositiveIntegerField(default=0)
+    claimed_at = models.DateTimeField(null=True)
+    published_at = models.DateTimeField(null=True)
+    started_by = models.IntegerField(null=True)
+
+    class Meta:
+        indexes = [
+            models.Index(fields=["task_id"], name="delayed_task_id"),
+            models.Index(fields=["due_at"], name="delayed_waiting", condition=Q(published_at=None)),
+        ]
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.due_at:%Y-%m-%d %H:%M:%S}"
+
+
 class TaskRun(models.Model):
     """A run of a task; see ``worker/record.py``.
 

@@ -202,6 +202,27 @@ PATCHES = (
         },
     ),
     Patch(
+        "celery.utils.quorum_queues",
+        REPLACES,
+        "worker.app",
+        "Workers store tasks that are not due; RabbitMQ would delay their messages.",
+        {"detect_quorum_queues": "(app, driver_type) b7fe1eba"},
+    ),
+    Patch(
+        "celery.app.control.Control",
+        OVERRIDES,
+        "worker.app",
+        "Tasks that are not due are rows, which this cancels.",
+        {"revoke": "(self, task_id, destination=..., terminate=..., signal=..., ... 41fee23b"},
+    ),
+    Patch(
+        "kombu.messaging.Consumer",
+        USES,
+        "worker.consumer",
+        "Find the queue that a message came from.",
+        {"_active_tags": ""},
+    ),
+    Patch(
         "celery.contrib.django.task.DjangoTask",
         OVERRIDES,
         "worker.app",
@@ -229,12 +250,18 @@ PATCHES = (
     Patch(
         "celery.worker",
         REPLACES,
-        "worker.app worker.consumer worker.failed",
+        "worker.app worker.consumer worker.delayed worker.failed",
         "The message of an unknown task returns to its queue instead of being discarded. One that was "
-        "delivered too often is moved. A wrong queue ends the worker with one line.",
+        "delivered too often is moved, and one that is not due is stored. A wrong queue ends the worker "
+        "with one line.",
         {
             "state.active_requests": "",
             "consumer.consumer.Consumer.on_unknown_task": "(self, body, message, exc) e1b21bae",
+            "state.revoked": "",
+            "consumer.consumer.Consumer.Blueprint": "",
+            "consumer.consumer.Consumer.call_soon_ack": "(self, p, *args, **kwargs)",
+            "consumer.consumer.Consumer.qos": "",
+            "consumer.delayed_delivery.DelayedDelivery": "",
             "consumer.consumer.Consumer.create_task_handler": "(self, promise=...) b11d189d",
             "consumer.consumer.Consumer.start": "(self) 9ae90a1c",
             "consumer.consumer.Consumer.channel_errors": "",

@@ -9,7 +9,7 @@ from django.db.models import QuerySet
 from django.http import HttpRequest
 
 from ..mail.digests import get_digests
-from ..models import DigestDelivery, TaskRun, Token
+from ..models import DelayedTask, DigestDelivery, TaskRun, Token
 from ..web.logins import LoginForm
 from . import schedule_forms
 from .large_tables import LargeTableAdmin
@@ -78,6 +78,15 @@ class DigestDeliveryAdmin(RecordAdmin):
         f"recipient__{User.get_email_field_name()}",
         "reason",
     )
+
+
+@admin.register(DelayedTask)
+class DelayedTaskAdmin(RecordAdmin):
+    """Lists tasks that are not due, and those of the last day; a deleted one does not run."""
+
+    list_display = ("name", "due_at", "queue", "published_at", "task_id")
+    search_fields = ("name", "task_id")
+    fields = ("name", "task_id", "queue", "due_at", "created_at", "published_at")
 
 
 @admin.register(TaskRun)

@@ -7,7 +7,7 @@ import json
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import datetime, timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from ..models import HEARTBEAT_AGE, Attempt
 from ..scheduling import heartbeats, timing, validation
 from ..scheduling.timing import InvalidSchedule
 from ..web import health
+from ..worker import delayed
 from ..worker.app import get_failed_queue
 
 #: Time limit of the checks that run at the same time, in seconds.
@@ -37,6 +38,9 @@ CHECK_TIMEOUT = 6
 
 #: Time limit for the reply of the broker or the SMTP server, in seconds.
 REPLY_TIMEOUT = 4
+
+#: From when a delayed task that is not queued is a problem.
+OVERDUE = timedelta(minutes=1)
 
 OK, ERROR, SKIPPED = "ok", "error", "skipped"
 
@@ -111,6 +115,19 @@ def check_queue() -> Result:
     )
 
 
+def check_delayed() -> Result:
+    """Look for tasks that are due, but that no worker queues."""
+    count = delayed.WAITING.count()
+    row = delayed.WAITING.order_by("due_at").first()
+    if row is None:
+        return Result("no task waits for its time")
+    due = timezone.localtime(row.due_at).replace(microsecond=0)
+    text = f"{count} tasks wait for their time, the next is {row.name} at {due.isoformat()}"
+    if timezone.now() - row.due_at > OVERDUE:
+        return failed("delayed", f"{text}; no worker queues it")
+    return Result(text)
+
+
 def check_heartbeat(process: str) -> Result:
     """Look for processes that recorded a heartbeat within the last minute."""
     ages = heartbeats.get_ages(process)
@@ -181,6 +198,7 @@ def get_checks() -> dict[str, Callable[[], Result]]:
         "migrations": check_migrations,
         "broker": check_broker,
         "queue": check_queue,
+        "delayed": check_delayed,
         **{name: partial(check_heartbeat, name) for name in heartbeats.get_processes()},
         "schedules": check_schedules,
         "e-mail": check_email,
@@ -195,6 +213,7 @@ def get_requirements() -> dict[str, str]:
         "migrations": "database",
         "schedules": "database",
         "queue": "broker",
+        "delayed": "database",
         **dict.fromkeys(heartbeats.get_processes(), "database"),
         "deliveries": "database",
     }
@@ -246,6 +265,8 @@ def get_next_command(name: str) -> str | None:
             return "nc -zv {1} {2}".format(*get_broker_address())
         case "queue":
             return "python manage.py requeue"
+        case "delayed":
+            return f"python manage.py prodserver {heartbeats.get_workers()[0]}"
         case _ if name in heartbeats.get_processes():
             return f"python manage.py prodserver {name}"
         case "e-mail" | "deliveries":

@@ -25,9 +25,9 @@ from kombu.utils.json import loads
 
 from .. import broker
 from ..core import concurrently
-from ..models import Heartbeat, ResumableRun, TaskRun
+from ..models import DelayedTask, Heartbeat, ResumableRun, TaskRun
 from ..scheduling import heartbeats, timing
-from ..worker import continuations
+from ..worker import continuations, delayed
 from ..worker.app import get_failed_queue
 from . import alerts, doctor
 from .large_tables import LargeTableAdmin
@@ -35,8 +35,9 @@ from .large_tables import LargeTableAdmin
 #: How long the page waits for the broker, in seconds.
 TIMEOUT = 2
 
-#: Maximum number of alerts, runs, failures and schedules that the page shows.
+#: Maximum number of alerts, delayed tasks, runs, failures and schedules that the page shows.
 SHOWN_ALERTS = 20
+SHOWN_DELAYED = 10
 SHOWN_RUNS = 5
 SHOWN_FAILURES = 20
 SHOWN_RUNNING = 20
@@ -107,6 +108,11 @@ def get_resumable() -> list[ResumableRun]:
     return list(rows.order_by("-pk")[:SHOWN_RUNNING])
 
 
+def get_delayed() -> tuple[int, list[DelayedTask]]:
+    """Return how many tasks are not due yet, and the next of them."""
+    return delayed.WAITING.count(), list(delayed.WAITING.order_by("due_at")[:SHOWN_DELAYED])
+
+
 def get_queues() -> tuple[dict[str, int], str]:
     """Return the number of messages by queue, and an error message or an empty string."""
     names = [*(queue.name for queue in settings.CELERY_TASK_QUEUES), get_failed_queue()]
@@ -164,6 +170,11 @@ class OperationsAdmin(LargeTableAdmin):
                 wrap(require_POST(self.continue_view)),
                 name="ops_continue",
             ),
+            path(
+                "operations/cancel/<int:pk>/",
+                wrap(require_POST(self.cancel_view)),
+                name="ops_cancel",
+            ),
             *super().get_urls(),
         ]
 
@@ -171,6 +182,7 @@ class OperationsAdmin(LargeTableAdmin):
         """Show the page."""
         require(request, VIEW_PERMISSION)
         queues, problem = get_queues()
+        number_delayed, next_delayed = get_delayed()
         context = {
             **self.admin_site.each_context(request),
             "title": "Operations",
@@ -182,6 +194,8 @@ class OperationsAdmin(LargeTableAdmin):
             "resumable": get_resumable(),
             "queues": queues,
             "queues_problem": problem,
+            "number_delayed": number_delayed,
+            "next_delayed": next_delayed,
             "heartbeats": get_heartbeats(),
             "template": doctor.check_template().message if doctor.get_record().exists() else "",
             "may_run": request.user.has_perm(RUN_PERMISSION),
@@ -231,6 +245,17 @@ class OperationsAdmin(LargeTableAdmin):
         elif resume(request, row):
             failed = TaskRun.objects.filter(task_id=row.task_id, status="failed")
             failed.update(repeated_at=timezone.now())
+        return redirect("admin:ops_operations")
+
+    def cancel_view(self, request: HttpRequest, pk: int) -> HttpResponse:
+        """Cancel a task that is not due."""
+        require(request, RUN_PERMISSION)
+        row = get_object_or_404(DelayedTask, pk=pk)
+        if delayed.cancel(DelayedTask.objects.filter(pk=pk)):
+            LogEntry.objects.log_actions(request.user.pk or 0, [row], CHANGE, "Cancelled.")
+            messages.success(request, f"Cancelled: {row.name}.")
+        else:
+            messages.warning(request, f"Not cancelled: {row.name} has already been started.")
         return redirect("admin:ops_operations")
 
 

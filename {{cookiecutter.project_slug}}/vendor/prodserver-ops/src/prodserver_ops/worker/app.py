@@ -12,12 +12,14 @@ from datetime import datetime
 from functools import partial
 from typing import Any
 
+import celery.app.base
 import django
 from celery import Celery, signals
-from celery.app import backends
+from celery.app import backends, control
 from celery.contrib.django.task import DjangoTask
 from celery.exceptions import Ignore, Reject
 from celery.states import RETRY
+from celery.utils import quorum_queues
 from django.conf import settings
 from django.db import transaction
 from django.utils import timezone
@@ -84,10 +86,11 @@ class Task(DjangoTask[Any, Any]):
     retry_jitter = False  # A shorter wait may be shorter than a failover.
 
     def before_start(self, task_id: str, args: Any, kwargs: Any) -> None:
-        """Ignore a second message of the same run of a schedule, which beat may have sent."""
+        """Ignore a second message of the same run of a schedule, or of the same delayed task."""
         from ..scheduling.claims import claim
+        from . import delayed
 
-        if not claim(self.request.headers or {}):
+        if not (claim(self.request.headers or {}) and delayed.claim(self.request)):
             logger.info("%s ignored: the same run has already been started", self.name)
             # Celery would store a rejected task as failed.
             raise Ignore("started already")
@@ -173,10 +176,37 @@ class CoalescingTask(Task):
     coalesces = True
 
 
+class Control(control.Control):
+    """Remote control that also cancels tasks that are not due."""
+
+    def revoke(self, task_id: Any, *args: Any, **kwargs: Any) -> Any:
+        """Let no worker run tasks, by an id or a list of ids."""
+        from . import delayed
+
+        delayed.revoke([task_id] if isinstance(task_id, str) else task_id)
+        return super().revoke(task_id, *args, **kwargs)
+
+
+def detect_quorum_queues(app: Celery, driver_type: str) -> tuple[bool, str]:
+    """Return that messages of a ``CeleryApp`` are not delayed by RabbitMQ.
+
+    Its workers store tasks that are not due.
+    """
+    if isinstance(app, CeleryApp):
+        return False, ""
+    found: tuple[bool, str] = quorum_queues.detect_quorum_queues(app, driver_type)
+    return found
+
+
+# Celery calls it for each message that has a delay.
+celery.app.base.detect_quorum_queues = detect_quorum_queues  # type: ignore[attr-defined]
+
+
 class CeleryApp(Celery):
     """A Celery app with the task class, the transports and the beat of this package."""
 
     task_cls: Any = Task
+    control_cls: Any = Control
 
     @cached_property
     def Beat(self) -> Any:

@@ -2,26 +2,46 @@
 
 import logging
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 from celery.exceptions import WorkerShutdown
+from celery.worker.consumer.consumer import Consumer as CeleryConsumer
+from django.utils import timezone
 from kombu.message import Message
 
 from .. import broker
 from ..core.headers import get_integer
-from . import failed
+from . import delayed, failed
 from .app import MAX_DELIVERIES, make_failed_queue
 
 logger = logging.getLogger(__name__)
 
+#: How long storing a task that is not due may take, in seconds.
+STORE_TIMEOUT = 5
+
 
 class Consumer(failed.Consumer):
-    """A consumer that gives up a message whose task may be killing its workers."""
+    """A consumer that holds nothing that is not due, and gives up what kills its workers."""
 
     channel_errors: tuple[type[Exception], ...]
+    qos: Any
+    task_consumer: Any
+    call_soon_ack: Callable[..., Any]
+    keeper: delayed.Keeper
+
+    class Blueprint(CeleryConsumer.Blueprint):  # type: ignore[misc, valid-type]
+        """The parts of Celery's consumer, without delays in RabbitMQ."""
+
+        default_steps = [
+            step
+            for step in CeleryConsumer.Blueprint.default_steps
+            if not step.endswith(":DelayedDelivery")
+        ]
 
     def start(self) -> None:
         """Consume until the worker stops; exit with one line if a queue cannot be used."""
+        self.keeper = delayed.Keeper(self.app)
         try:
             super().start()
         except self.channel_errors as error:
@@ -30,6 +50,8 @@ class Consumer(failed.Consumer):
                 raise
             logger.critical("%s", problem)
             raise WorkerShutdown(1) from error
+        finally:
+            self.keeper.stop()
 
     def create_task_handler(self, *args: Any, **kwargs: Any) -> Callable[[Message], Any]:
         """Return the function that is called for each message."""
@@ -38,10 +60,68 @@ class Consumer(failed.Consumer):
         def on_task_received(message: Message) -> None:
             if get_deliveries(message) >= MAX_DELIVERIES:
                 self.give_up_task(message)
-            else:
+            elif not self.store(message):
                 handle(message)
 
         return on_task_received
+
+    # Tasks that are not due
+
+    def store(self, message: Message) -> bool:
+        """Store a message whose task is not due; return whether it is, or will be."""
+        try:
+            headers = message.headers if "task" in message.headers else message.decode()
+            due = delayed.get_due(headers)
+            if due is None or due < timezone.now() + timedelta(seconds=delayed.HOLD):
+                return False
+            if headers["task"] not in self.app.tasks:
+                return False
+            row = delayed.make_row(message, headers, due, self.find_queue(message))
+        except Exception:
+            # Celery logs what is wrong with the message.
+            return False
+        entry = Entry(message, is_extra=self.keeper.entries.qsize() < delayed.BATCH)
+        if entry.is_extra:
+            # Receive others meanwhile, if the broker allows it.
+            self.qos.increment_eventually()
+        entry.timer = self.timer.call_after(STORE_TIMEOUT, self.end_storing, (entry, False))
+        self.keeper.add(row, lambda stored: self.call_soon_ack(self.end_storing, entry, stored))
+        return True
+
+    def end_storing(self, entry: "Entry", stored: bool) -> None:
+        """Acknowledge a message; first return it to its queue if it could not be stored."""
+        message, entry.message = entry.message, None
+        if message is None:
+            return
+        entry.timer.cancel()
+        if entry.is_extra:
+            self.qos.decrement_eventually()
+        try:
+            if not stored:
+                info = message.delivery_info
+                source = info["exchange"], info["routing_key"]
+                failed.republish(self.app, message, source, message.headers)
+            message.ack()
+        except Exception as error:
+            # The broker delivers it again when the worker exits or reconnects.
+            logger.warning("Could not acknowledge a message: %s", type(error).__name__)
+
+    def find_queue(self, message: Message) -> str:
+        """Return the name of the queue that a message came from."""
+        info = message.delivery_info
+        exchange, routing_key = info.get("exchange"), info.get("routing_key")
+        for name, tag in self.task_consumer._active_tags.items():
+            if tag == info.get("consumer_tag"):
+                return str(name)
+        for name, queue in self.app.amqp.queues.consume_from.items():
+            if routing_key == name or (exchange, routing_key) == (
+                queue.exchange.name,
+                queue.routing_key,
+            ):
+                return str(name)
+        return str(self.app.conf.task_default_queue)
+
+    # Tasks that kill their workers
 
     def give_up_task(self, message: Message) -> None:
         """Move a message that was delivered too often to the queue of failed tasks.
@@ -62,6 +142,16 @@ class Consumer(failed.Consumer):
         except Exception as error:
             # The broker delivers it again when the worker exits or reconnects.
             logger.warning("Could not move a message: %s", type(error).__name__)
+
+
+class Entry:
+    """A message that is being stored; None when that has ended."""
+
+    timer: Any
+
+    def __init__(self, message: Message, is_extra: bool) -> None:
+        self.message: Message | None = message
+        self.is_extra = is_extra
 
 
 def get_deliveries(message: Message) -> int:
