@@ -62,11 +62,12 @@ def test_not_ready_names_the_failed_check_and_no_secret(client, caplog, fail, na
 @pytest.mark.parametrize(("alive", "status"), [(True, 200), (False, 503)])
 def test_deep_check_requires_heartbeats(client, monkeypatch, alive, status):
     monkeypatch.setattr(health, "CHECKS", {"database": lambda: None, "broker": lambda: None})
+    monkeypatch.setattr(health, "check_queues", lambda: None)
     monkeypatch.setattr(health.heartbeats, "is_alive", lambda process: alive or process == "beat")
     response = client.get("/health/ready?deep")
     assert response.status_code == status
     workers = dict.fromkeys(health.heartbeats.get_workers(), "ok" if alive else "unavailable")
-    others = dict.fromkeys(("database", "broker", "beat"), "ok")
+    others = dict.fromkeys(("database", "broker", "beat", "queues"), "ok")
     assert response.json()["checks"] == workers | others
     assert "worker" in workers
 

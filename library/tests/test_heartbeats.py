@@ -11,8 +11,11 @@ from django.db import OperationalError
 from django.db.models import F
 from django.utils import timezone
 
+from prodserver_ops.conf import processes
+from prodserver_ops.console import doctor, problems
 from prodserver_ops.models import Heartbeat
 from prodserver_ops.scheduling import heartbeats
+from prodserver_ops.web import health
 
 pytestmark = pytest.mark.django_db
 
@@ -78,12 +81,41 @@ def test_workers_are_found_in_the_processes(settings):
         "worker": {"BACKEND": f"{celery}.CeleryWorker", "APP": "app"},
         "mailer": {"BACKEND": f"{celery}.CeleryWorker", "APP": "app"},
         "beat": {"BACKEND": f"{celery}.CeleryBeat", "APP": "app"},
+        "loop": processes.command(None, "loop"),
         "misspelled": {"BACKEND": f"{celery}.CeleryWorkers", "APP": "app"},
         "incomplete": {"APP": "app"},
         "strange": {"BACKEND": "os.path", "APP": "app"},
     }
     assert heartbeats.get_workers() == ["worker", "mailer"]
-    assert heartbeats.get_processes() == ["worker", "mailer", "beat"]
+    assert heartbeats.get_beats() == ["beat"]
+    assert heartbeats.get_others() == ["loop"]
+    assert heartbeats.get_processes() == ["worker", "mailer", "beat", "loop"]
+
+
+def test_servers_are_not_imported(settings, monkeypatch):
+    monkeypatch.setattr(heartbeats, "import_string", pytest.fail)
+    servers = (processes.gunicorn, processes.granian, processes.uvicorn)
+    settings.PRODUCTION_PROCESSES = {each.__name__: each(settings) for each in servers}
+    assert heartbeats.get_processes() == []
+
+
+def test_processes_that_are_not_named_are_not_expected(settings):
+    settings.PRODUCTION_PROCESSES = {"worker": processes.worker(settings)}
+    assert heartbeats.get_processes() == list(doctor.get_requirements().keys() & {"worker", "beat"})
+    assert "beat" not in doctor.get_checks().keys() | health.get_deep_checks().keys()
+    assert problems.find_missing({}).keys() == {"worker"}
+    assert "has no beat, which runs them" in doctor.check_schedules().message
+
+
+@pytest.mark.parametrize(("loop_age", "alive"), [(None, True), (5, True), (25, False)])
+def test_another_process_may_show_that_its_loop_runs(monkeypatch, loop_age, alive):
+    monkeypatch.setattr(heartbeats, "_loop_at", 1000 - loop_age if loop_age else 0)
+    monkeypatch.setattr(heartbeats.time, "monotonic", lambda: 1000)
+    works = SimpleQueue()
+    monkeypatch.setattr(heartbeats, "record_forever", lambda name, check: works.put(check()))
+    monkeypatch.setattr(heartbeats.atexit, "register", lambda function: None)
+    heartbeats.start_heartbeat("loop")
+    assert works.get(timeout=5) is alive
 
 
 @pytest.mark.parametrize(

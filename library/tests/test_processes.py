@@ -1,5 +1,8 @@
 """Processes: all run with ``python manage.py prodserver``; ``check`` reports invalid ones."""
 
+import json
+import os
+import re
 import signal
 import socket
 import subprocess
@@ -10,6 +13,8 @@ from django.core.management import CommandError
 
 from prodserver_ops.conf import processes
 from prodserver_ops.console import checks
+from prodserver_ops.console.checks import check_processes
+from prodserver_ops.console.processes import find_file_problems
 from prodserver_ops.management.commands import prodserver
 from prodserver_ops.management.commands.prodserver import Command
 
@@ -168,3 +173,159 @@ class TestReload:
             child.stdout.readline()
             prodserver.stop(child, timeout=0.2 if ignored else 30)
         assert child.returncode == status
+
+
+class TestFiles:
+    """Procfile and app.json name the same processes as the settings."""
+
+    PROCFILE = "web: python manage.py prodserver web\nworker: ./manage.py worker worker\n"
+
+    @pytest.fixture
+    def problems(self, settings, tmp_path):
+        """Return a function that writes files and returns the problems of three processes."""
+        settings.BASE_DIR = tmp_path
+        settings.PRODUCTION_PROCESSES = {
+            "web": processes.gunicorn(settings),
+            "worker": processes.worker(settings),
+            "loop": processes.command(settings, "loop"),
+        }
+
+        def problems(**files):
+            for name, text in files.items():
+                (tmp_path / name.replace("_", ".")).write_text(text)
+            return list(find_file_problems())
+
+        return problems
+
+    def test_service_without_them_has_no_problem(self, problems):
+        assert problems() == []
+
+    def test_procfile_that_does_not_use_the_command_is_not_compared(self, problems):
+        assert problems(Procfile="web: gunicorn x.wsgi\n", app_json="{}") == []
+
+    def test_process_that_no_line_starts(self, problems):
+        assert problems(Procfile=self.PROCFILE) == [
+            (
+                "Procfile does not start the process 'loop' of PRODUCTION_PROCESSES.",
+                "loop: python manage.py prodserver loop",
+            )
+        ]
+        assert problems(Procfile=f"{self.PROCFILE}loop: ./loop.sh\n") == []
+
+    def test_line_that_starts_no_process(self, problems):
+        more = "loop: ./loop.sh\nbeat: python manage.py prodserver beat\n"
+        assert problems(Procfile=self.PROCFILE + more) == [
+            (
+                "Procfile starts 'beat', which PRODUCTION_PROCESSES does not name.",
+                "'beat' there, or remove the line from Procfile",
+            )
+        ]
+
+    def test_app_json(self, problems):
+        names = ("web", "worker", "beat")
+        checks = {name: [] for name in names}
+        formation = {name: {"quantity": 1} for name in names}
+        found = problems(app_json=json.dumps({"healthchecks": checks, "formation": formation}))
+        assert [problem.partition(".json ")[2] for problem, _ in found] == [
+            "does not start the process 'loop' of PRODUCTION_PROCESSES.",
+            "has no health check of the process 'loop'.",
+            "has 'beat' in formation, which PRODUCTION_PROCESSES does not name.",
+            "has 'beat' in healthchecks, which PRODUCTION_PROCESSES does not name.",
+        ]
+        assert '"manage.py", "heartbeat", "loop"' in found[1][1]
+
+    def test_check_reports_them(self, problems):
+        problems(Procfile=self.PROCFILE)
+        errors = [error for error in check_processes() if error.id == "processes.E005"]
+        assert [error.hint for error in errors] == ["Write loop: python manage.py prodserver loop"]
+
+    def test_command_that_does_not_exist_is_an_error(self, problems):
+        (error,) = [error for error in check_processes() if error.id == "processes.E003"]
+        assert error.msg == "Process 'loop': ARGS: COMMAND 'loop' is not a management command"
+
+
+class TestFourthProcess:
+    """A project with a worker and a loop, and without web and beat."""
+
+    FILES = {
+        "config.py": """
+from pathlib import Path
+
+BASE_DIR = Path(__file__).parent
+DEBUG = USE_TZ = True
+SECRET_KEY = "x"
+SILENCED_SYSTEM_CHECKS = [f"admin.E{number}" for number in (403, 406, 408, 409, 410)]
+INSTALLED_APPS = ["sample", "django.contrib.admin", "django.contrib.auth", "prodserver_ops",
+    "django.contrib.contenttypes", "django_celery_beat", "django_prodserver"]
+DATABASES = {"default": {"ENGINE": "django.db.backends.sqlite3", "NAME": BASE_DIR / "db"}}
+from prodserver_ops.conf import add_settings, processes
+
+settings = add_settings(globals(), package="sample")
+PRODUCTION_PROCESSES = {
+    "worker": processes.worker(settings),
+    "loop": processes.command(settings, "loop", seconds=1),
+}
+""",
+        "manage.py": """
+import os
+from django.core.management import execute_from_command_line
+import sys
+
+os.environ["DJANGO_SETTINGS_MODULE"] = "config"
+execute_from_command_line(sys.argv)
+""",
+        "sample/__init__.py": """
+from prodserver_ops.worker.app import CeleryApp
+
+celery_app = CeleryApp("sample")
+celery_app.config_from_object("django.conf:settings", namespace="CELERY")
+celery_app.autodiscover_tasks()
+""",
+        "sample/management/commands/loop.py": """
+import time
+from pathlib import Path
+from django.core.management.base import BaseCommand
+
+class Command(BaseCommand):
+    def add_arguments(self, parser):
+        parser.add_argument("--seconds", type=int)
+
+    def handle(self, *args, seconds, **options):
+        try:
+            while True:
+                time.sleep(seconds)
+        finally:
+            Path("ended").touch()
+""",
+    }
+
+    def test_is_run_watched_and_stopped(self, tmp_path):
+        for name, text in self.FILES.items():
+            file = tmp_path / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(text)
+
+        def run(*arguments):
+            return subprocess.run(
+                [sys.executable, "manage.py", *arguments],
+                cwd=tmp_path,
+                env={"PATH": os.environ["PATH"]},
+                capture_output=True,
+                text=True,
+                timeout=300,
+                check=False,
+            )
+
+        assert run("migrate").returncode == 0
+        done = run("smoke", "--timeout=120")
+        assert re.match(r"worker, loop: ready after [\d.]+ seconds; stopped ", done.stdout), done
+        # SIGTERM let the command end.
+        assert (tmp_path / "ended").exists()
+        checks = json.loads(run("doctor", "--json").stdout)["checks"]
+        assert checks["loop"] == {
+            "status": "error",
+            "message": "no heartbeat",
+            "next": "python manage.py prodserver loop",
+        }
+        assert "beat" not in checks
+        assert run("heartbeat", "loop").returncode == 1

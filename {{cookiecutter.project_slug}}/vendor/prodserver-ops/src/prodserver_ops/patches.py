@@ -196,6 +196,8 @@ PATCHES = (
             "base.Celery.start": "(self, argv=...) 431773f8",
             "base.Celery.Beat": "(self, **kwargs) ff2d9e6b",
             "base.Celery.task_cls": "",
+            "base.Celery.on_init": "(self)",
+            "base.Celery.on_after_configure": "",
             "base.Celery.subclass_with_self": "(self, Class, name=..., attribute=..., reverse=..., keep_red... dda5181f",
             "task.Task.retry": "(self, args=..., kwargs=..., exc=..., throw=..., eta=..., co... be678e39",
             "amqp.Queues.new_missing": "(self, name) 4d7f7fd5",
@@ -221,6 +223,16 @@ PATCHES = (
         "worker.consumer",
         "Find the queue that a message came from.",
         {"_active_tags": ""},
+    ),
+    Patch(
+        "celery.app",
+        USES,
+        "scheduling.queues",
+        "The queue of a task, without a connection: ``check`` compares it with those of processes.",
+        {
+            "task.Task._get_exec_options": "(self)",
+            "routes.Router.lookup_route": "(self, name, args=..., kwargs=..., options=..., task_type=..... 6f58b605",
+        },
     ),
     Patch(
         "celery.contrib.django.task.DjangoTask",

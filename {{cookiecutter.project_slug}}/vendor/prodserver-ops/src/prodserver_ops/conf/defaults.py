@@ -122,12 +122,16 @@ class ProcessDefaults(BaseSettings):  # type: ignore[misc]
         """The name of the e-mail queue."""
         return f"{self.PACKAGE}.mail"
 
+    # More queues of the service. A worker consumes all queues, unless its process names them
+    QUEUES: list[str] = []
+
     # Existing queues that workers also consume, such as those of an earlier service
     EXTRA_QUEUES = env("", cast=or_empty(queue_names, []))
 
     def CELERY_TASK_QUEUES(self) -> list[Queue]:
         extra = [Queue(name, routing_key=name, no_declare=True) for name in self.EXTRA_QUEUES]
-        return [self.make_queue(self.PACKAGE), self.make_queue(self.mail_queue), *extra]
+        names = dict.fromkeys([self.PACKAGE, self.mail_queue, *self.QUEUES])
+        return [*map(self.make_queue, names), *extra]
 
     def make_queue(self, name: str) -> Queue:
         """Return a queue on the service's exchange."""
@@ -135,9 +139,9 @@ class ProcessDefaults(BaseSettings):  # type: ignore[misc]
         arguments = {"x-queue-type": self.CELERY_TASK_DEFAULT_QUEUE_TYPE}
         return Queue(name, exchange, routing_key=name, queue_arguments=arguments)
 
+    # Routes of the service. Those of the library follow them; see worker/app.py
     def CELERY_TASK_ROUTES(self) -> dict[str, Any]:
-        mail = {"queue": self.mail_queue}
-        return {"ops.send_digest_chunk": mail, "ops.send_notification": mail}
+        return {}
 
     @property
     def CELERY_TASK_DEFAULT_QUEUE_TYPE(self) -> str:

@@ -86,6 +86,15 @@ def beat(settings: Any, **arguments: Any) -> dict[str, Any]:
     }
 
 
+def command(settings: Any, name: str, **arguments: Any) -> dict[str, Any]:
+    """Return a process that runs a management command, such as a consumer or a loop."""
+    return {
+        "BACKEND": "prodserver_ops.worker.command.Command",
+        "COMMAND": name,
+        "ARGS": _to_options(arguments),
+    }
+
+
 def get_default(settings: Any) -> dict[str, Any]:
     """Return web with gunicorn, worker and beat."""
     return {"web": gunicorn(settings), "worker": worker(settings), "beat": beat(settings)}

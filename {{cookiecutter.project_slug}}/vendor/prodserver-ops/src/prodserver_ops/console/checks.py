@@ -16,6 +16,7 @@ from django.urls import get_resolver
 from ..api import schema
 from ..conf import verification
 from ..core.database import find_pooler
+from ..scheduling import queues
 from ..scheduling.operations import (
     REQUIRED_MIGRATION,
     CreateSchedule,
@@ -92,6 +93,20 @@ def check_schedules(app_configs: Any = None, **kwargs: Any) -> Messages:
             )
         messages += [checks.Error(text, obj=name, id="schedules.E001") for text in problems]
     return messages
+
+
+@checks.register
+def check_queues(app_configs: Any = None, **kwargs: Any) -> Messages:
+    """Report tasks and routes with a queue that no process consumes."""
+    return [
+        checks.Error(
+            f"No process in PRODUCTION_PROCESSES consumes the queue {name!r} of {', '.join(users)}.",
+            hint=f'Write QUEUES = ["{name}"] in the settings, or another queue there; a worker '
+            "with the argument queues consumes only those.",
+            id="queues.E001",
+        )
+        for name, users in queues.find_unconsumed().items()
+    ]
 
 
 @checks.register
@@ -202,7 +217,7 @@ def check_migrations(
 
 @checks.register
 def check_processes(app_configs: Any = None, **kwargs: Any) -> Messages:
-    """Report the processes that cannot start."""
+    """Report the processes that cannot start, or that a file of the platform does not start."""
     from . import processes
 
     messages: Messages = []
@@ -227,4 +242,8 @@ def check_processes(app_configs: Any = None, **kwargs: Any) -> Messages:
                 hint = processes.find_hint(process)
                 messages.append(checks.Error(problem, hint=hint, id=id_))
                 break
+    messages += [
+        checks.Error(problem, hint=f"Write {line}", id="processes.E005")
+        for problem, line in processes.find_file_problems()
+    ]
     return messages

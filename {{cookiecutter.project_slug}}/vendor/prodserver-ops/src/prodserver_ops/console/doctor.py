@@ -27,7 +27,7 @@ from ..core.database import find_pooler
 from ..core.logs import redact
 from ..mail import transport
 from ..models import HEARTBEAT_AGE, Attempt
-from ..scheduling import heartbeats, timing, validation
+from ..scheduling import heartbeats, queues, timing, validation
 from ..scheduling.timing import InvalidSchedule
 from ..web import health
 from ..worker import delayed
@@ -103,16 +103,18 @@ def check_broker() -> Result:
 
 
 def check_queue() -> Result:
-    """Count the failed tasks."""
+    """Count the failed tasks, and the messages that no process consumes."""
     name = get_failed_queue()
-    count = broker.count_messages(current_app, [name], REPLY_TIMEOUT)[name]
-    if not count:
-        return Result("no task was given up")
-    return failed(
-        "queue",
-        f"{count} tasks were given up: they killed workers, or no worker knows them; they are in "
-        f"the queue {name}",
-    )
+    counts = broker.count_messages(current_app, [*queues.get_known(), name], REPLY_TIMEOUT)
+    if count := counts.pop(name):
+        return failed(
+            "queue",
+            f"{count} tasks were given up: they killed workers, or no worker knows them; they are "
+            f"in the queue {name}",
+        )
+    if problem := "; ".join(queues.describe_unconsumed(counts).values()):
+        return Result(problem, ERROR, get_next_command("settings"))
+    return Result("no task was given up, and each queue is consumed")
 
 
 def check_delayed() -> Result:
@@ -146,8 +148,9 @@ def check_schedules() -> Result:
     rows = rows.select_related(*timing.RELATIONS)
     schedules = [describe_schedule(row) for row in rows.filter(enabled=True)]
     disabled = rows.filter(enabled=False).count()
+    note = "" if heartbeats.get_beats() else "; PRODUCTION_PROCESSES has no beat, which runs them"
     return Result(
-        f"{len(schedules)} enabled, {disabled} disabled; times in {settings.TIME_ZONE}",
+        f"{len(schedules)} enabled, {disabled} disabled; times in {settings.TIME_ZONE}{note}",
         ERROR if any(schedule["problem"] for schedule in schedules) else OK,
         schedules=schedules,
     )

@@ -26,7 +26,7 @@ from kombu.utils.json import loads
 from .. import broker
 from ..core import concurrently
 from ..models import DelayedTask, Heartbeat, ResumableRun, TaskRun
-from ..scheduling import heartbeats, timing
+from ..scheduling import heartbeats, queues, timing
 from ..worker import continuations, delayed
 from ..worker.app import get_failed_queue
 from . import alerts, doctor
@@ -115,7 +115,7 @@ def get_delayed() -> tuple[int, list[DelayedTask]]:
 
 def get_queues() -> tuple[dict[str, int], str]:
     """Return the number of messages by queue, and an error message or an empty string."""
-    names = [*(queue.name for queue in settings.CELERY_TASK_QUEUES), get_failed_queue()]
+    names = [*queues.get_known(), get_failed_queue()]
     count = partial(broker.count_messages, current_app, names, TIMEOUT)
     match concurrently.run({"": count}, TIMEOUT).get(""):
         case None:
@@ -181,7 +181,7 @@ class OperationsAdmin(LargeTableAdmin):
     def operations_view(self, request: HttpRequest) -> HttpResponse:
         """Show the page."""
         require(request, VIEW_PERMISSION)
-        queues, problem = get_queues()
+        counts, problem = get_queues()
         number_delayed, next_delayed = get_delayed()
         context = {
             **self.admin_site.each_context(request),
@@ -192,7 +192,10 @@ class OperationsAdmin(LargeTableAdmin):
             "failures": get_failures(),
             "running": get_running(),
             "resumable": get_resumable(),
-            "queues": queues,
+            "queues": counts,
+            "unconsumed": queues.describe_unconsumed(
+                {name: count for name, count in counts.items() if name != get_failed_queue()}
+            ),
             "queues_problem": problem,
             "number_delayed": number_delayed,
             "next_delayed": next_delayed,

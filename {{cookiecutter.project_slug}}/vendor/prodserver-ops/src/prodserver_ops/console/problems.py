@@ -12,7 +12,6 @@ from itertools import pairwise
 from threading import Thread
 
 from celery import current_app
-from django.conf import settings
 from django.db.models import Exists, F, OuterRef, Q, Subquery
 from django.db.models.functions import Now
 from django.utils import timezone
@@ -23,7 +22,7 @@ from ..core import concurrently
 from ..core.limits import entries, get_key
 from ..mail import transport
 from ..models import Alert, ScheduleRun, TaskRun
-from ..scheduling import heartbeats, validation
+from ..scheduling import heartbeats, queues, validation
 from ..scheduling.timing import RELATIONS
 from ..worker.app import get_failed_queue
 
@@ -61,8 +60,11 @@ def find_missing(known: Known) -> Found:
 
 
 def find_queues(known: Known) -> Found:
-    """Return the queues that grow or have tasks that were given up, and a broker that is away."""
-    names, failed = [queue.name for queue in settings.CELERY_TASK_QUEUES], get_failed_queue()
+    """Return the queues that grow, that no process consumes or that have tasks that were given up.
+
+    A broker that is away has no name.
+    """
+    names, failed = queues.get_known(), get_failed_queue()
     count = partial(broker.count_messages, current_app, [*names, failed], TIMEOUT)
     counts = concurrently.run({"": count}, TIMEOUT, _running).get("", TimeoutError())
     if isinstance(counts, Exception):
@@ -71,8 +73,11 @@ def find_queues(known: Known) -> Found:
     found = {}
     if counts[failed]:
         found[failed] = f"Tasks were given up; they are in the queue {failed}: {counts[failed]}"
+    unconsumed = queues.describe_unconsumed({name: counts[name] for name in names})
     for name in names:
-        if counts[name] > QUEUE_LENGTH:
+        if name in unconsumed:
+            found[name] = f"Messages wait for ever: {unconsumed[name]}"
+        elif counts[name] > QUEUE_LENGTH:
             key = get_key("queue-lengths", name)
             lengths = [*entries.get(key, []), counts[name]][-GROWING - 1 :]
             entries.set(key, lengths, KEEP_LENGTHS)

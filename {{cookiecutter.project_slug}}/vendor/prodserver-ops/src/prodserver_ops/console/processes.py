@@ -1,16 +1,25 @@
 """Check that the processes in ``PRODUCTION_PROCESSES`` can start: backends and arguments."""
 
+import json
+import re
+from collections.abc import Iterator
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from celery import Celery
 from click import ClickException
 from django.apps import apps
+from django.conf import settings
 from django.utils.module_loading import import_string
 from django_prodserver.backends.base import BaseProcessBackend
 from django_prodserver.backends.workers.celery import CeleryBeat, CeleryWorker
 
+from ..scheduling import heartbeats
 from ..worker.app import get_command
+
+#: A line of a Procfile that starts a process of ``PRODUCTION_PROCESSES``.
+LINE = re.compile(r"^(?P<type>[\w-]+):.*\bmanage\.py (prodserver|server|worker) (?P<name>[\w-]+)")
 
 
 def check_backend(process: dict[str, Any]) -> None:
@@ -74,3 +83,47 @@ def parse_celery_arguments(backend: CeleryWorker, arguments: list[str]) -> None:
         command.make_context(name, arguments, obj=context)
     except ClickException as error:
         raise ValueError(error.format_message()) from error
+
+
+def find_file_problems() -> Iterator[tuple[str, str]]:
+    """Return where Procfile and app.json differ from ``PRODUCTION_PROCESSES``, and what to write."""
+    base = Path(settings.BASE_DIR)
+    names = settings.PRODUCTION_PROCESSES
+    for file in ("Procfile", "Procfile.dev"):
+        text = (base / file).read_text() if (base / file).exists() else ""
+        lines = [match for match in map(LINE.match, text.splitlines()) if match]
+        started = {line["name"] for line in lines}
+        types = {line.partition(":")[0] for line in text.splitlines()}
+        for name in names if lines else ():
+            if name not in started | types:
+                line = f"{name}: python manage.py prodserver {name}"
+                yield f"{file} does not start the process {name!r} of PRODUCTION_PROCESSES.", line
+        for name in started - set(names):
+            problem = f"{file} starts {name!r}, which PRODUCTION_PROCESSES does not name."
+            yield problem, f"{name!r} there, or remove the line from {file}"
+    yield from _find_app_problems(base / "app.json")
+
+
+def _find_app_problems(path: Path) -> Iterator[tuple[str, str]]:
+    try:
+        app = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return
+    # Dokku's files have both; those of other platforms may have neither.
+    checks, formation = app.get("healthchecks"), app.get("formation")
+    for name in settings.PRODUCTION_PROCESSES:
+        if formation and name not in formation:
+            line = f'{{"{name}": {{"quantity": 1}}}} in formation'
+            yield f"app.json does not start the process {name!r} of PRODUCTION_PROCESSES.", line
+        if checks and name not in checks and name in heartbeats.get_processes():
+            command = ["/exec", "python", "manage.py", "heartbeat", name]
+            check = {"type": "startup", "name": f"{name} runs", "command": command}
+            line = json.dumps({name: [check | {"attempts": 5, "wait": 5, "timeout": 30}]})
+            yield (
+                f"app.json has no health check of the process {name!r}.",
+                f"{line} in healthchecks",
+            )
+    for part in ("formation", "healthchecks"):
+        for name in (app.get(part) or {}).keys() - settings.PRODUCTION_PROCESSES.keys():
+            problem = f"app.json has {name!r} in {part}, which PRODUCTION_PROCESSES does not name."
+            yield problem, f"{name!r} there, or remove it from {part} in app.json"

@@ -1,4 +1,4 @@
-"""Heartbeats: web, worker and beat record in the database that they are running.
+"""Heartbeats: all processes record in the database that they are running.
 
 Heartbeats work with every broker, and show whether a process hangs: a worker sends them from the
 loop that receives tasks, and beat from each pass over the schedules. A web process sends them even
@@ -22,6 +22,7 @@ from django.db import DatabaseError, InterfaceError, connections
 from django.db.models import ExpressionWrapper, F, fields
 from django.db.models.functions import Now
 from django.utils.module_loading import import_string
+from django_prodserver.backends.base import BaseWorkerBackend
 from django_prodserver.backends.workers.celery import CeleryBeat, CeleryWorker
 
 from ..core import logs
@@ -35,30 +36,57 @@ INTERVAL = 10
 #: How long a worker's loop may be silent, in seconds. It sends an event every two seconds.
 LOOP_AGE = 20
 
+#: The modules with the backends of servers.
+SERVERS = ("prodserver_ops.web.", "django_prodserver.backends.servers.")
+
 _recorded_at: float | None = None
 _loop_at: float = 0
 
 
 def get_workers() -> list[str]:
     """Return the names of the workers in ``PRODUCTION_PROCESSES``."""
-    return [name for name, process in settings.PRODUCTION_PROCESSES.items() if is_worker(process)]
+    return _get_names(lambda backend: _is_worker(backend) and not _is_beat(backend))
+
+
+def get_beats() -> list[str]:
+    """Return the names of the processes in ``PRODUCTION_PROCESSES`` that are beat."""
+    return _get_names(_is_beat)
+
+
+def get_others() -> list[str]:
+    """Return the names of the processes that are neither web servers nor Celery's."""
+    return _get_names(lambda backend: not _is_worker(backend))
 
 
 def get_processes() -> list[str]:
-    """Return the names of the workers and of beat, whose heartbeats are checked."""
-    return [*get_workers(), "beat"]
+    """Return the names of the processes whose heartbeats are checked: all but web servers."""
+    return [*get_workers(), *get_beats(), *get_others()]
 
 
-def is_worker(process: dict[str, Any]) -> bool:
-    """Return whether a process is a worker; False if it is invalid, which ``check`` reports."""
-    # Only Celery's processes have an app; avoid importing other backends.
-    if "APP" not in process:
-        return False
+def _get_names(matches: Callable[[type], bool]) -> list[str]:
+    processes = settings.PRODUCTION_PROCESSES.items()
+    backends = {name: _find_backend(process) for name, process in processes}
+    return [name for name, backend in backends.items() if backend and matches(backend)]
+
+
+def _find_backend(process: dict[str, Any]) -> type | None:
+    """Return the backend; None for that of a server, and an invalid one, which ``check`` reports."""
+    path = str(process.get("BACKEND"))
+    if path.startswith(SERVERS):
+        return None  # Importing it would load the server.
     try:
-        backend = import_string(process["BACKEND"])
-        return issubclass(backend, CeleryWorker) and not issubclass(backend, CeleryBeat)
-    except (KeyError, ImportError, TypeError):
-        return False
+        backend: type = import_string(path)
+        return backend if issubclass(backend, BaseWorkerBackend) else None
+    except (ImportError, TypeError):
+        return None
+
+
+def _is_worker(backend: type) -> bool:
+    return issubclass(backend, CeleryWorker)
+
+
+def _is_beat(backend: type) -> bool:
+    return issubclass(backend, CeleryBeat)
 
 
 def record(process: str) -> None:
@@ -70,6 +98,12 @@ def record(process: str) -> None:
         process=process, host=socket.gethostname(), pid=os.getpid(), defaults={"seen_at": Now()}
     )
     _recorded_at = time.monotonic()
+
+
+def record_beat() -> None:
+    """Record that this beat is running, under the name of its process."""
+    name = logs.get_process()  # Celery's own command does not set it.
+    record(name if name in get_beats() else "beat")
 
 
 def forget() -> None:
@@ -131,12 +165,26 @@ def start_web_heartbeat() -> None:
     atexit.register(forget)
 
 
+# Other processes
+
+
+def start_heartbeat(process: str) -> None:
+    """Start the thread that records the heartbeats of a process that is not Celery's.
+
+    They show that it is running. If it also calls ``note_loop()``, they show that it does so at
+    least every ``LOOP_AGE`` seconds.
+    """
+    works = lambda: not _loop_at or loop_runs()  # noqa: E731
+    threading.Thread(target=record_forever, args=[process, works], daemon=True).start()
+    atexit.register(forget)
+
+
 # Workers
 
 
 @signals.heartbeat_sent.connect
 def note_loop(**kwargs: Any) -> None:
-    """Note that the worker's loop is running."""
+    """Note that the loop of this process is running."""
     global _loop_at
     _loop_at = time.monotonic()
 

@@ -84,7 +84,7 @@ class Scheduler(beat.Scheduler):
         if time.monotonic() >= self.next_pass:
             try:
                 close_old_connections()
-                heartbeats.record("beat")
+                heartbeats.record_beat()
                 wait = self.run_pass()
                 self.away.discard("database")
             except (DatabaseError, InterfaceError) as error:
@@ -223,7 +223,7 @@ class Scheduler(beat.Scheduler):
         """Publish claimed runs together; return whether the broker has accepted them."""
         if not runs:
             return True
-        heartbeats.record("beat")
+        heartbeats.record_beat()
         published, faulty = [], []
         try:
             with broker.open_batch(settings.CELERY_BROKER_URL, self.app) as producer:

@@ -10,6 +10,7 @@ from django.utils import timezone
 from django_celery_beat.models import PeriodicTask
 from kombu.utils.json import loads
 
+from .queues import get_consumed
 from .timing import KINDS, InvalidSchedule, get_due, get_next
 
 #: The fields with JSON, the type of their values, and an example.
@@ -86,10 +87,10 @@ def _find_argument_problem(row: PeriodicTask) -> Iterator[tuple[str, str]]:
 
 def _find_queue_problems(row: PeriodicTask) -> Iterator[tuple[str, str]]:
     """Compare with the queues that workers consume: a message for another one is lost."""
-    queues = {queue.name: queue for queue in settings.CELERY_TASK_QUEUES}
-    queue = queues.get(row.queue)
-    if row.queue and queue is None:
-        yield "queue", f"is read by no worker; the queues are: {', '.join(queues)}"
+    names = get_consumed()
+    if row.queue and row.queue not in names:
+        yield "queue", f"is read by no worker; the queues are: {', '.join(names)}"
+    queue = {queue.name: queue for queue in settings.CELERY_TASK_QUEUES}.get(row.queue)
     own = {"exchange": queue.exchange.name, "routing_key": queue.routing_key} if queue else {}
     for field in ("exchange", "routing_key"):
         value = getattr(row, field)

@@ -2,8 +2,9 @@
 
 ``GET /health/live`` returns 200 while the process responds. ``GET /health/ready`` returns
 200 if the database and the broker are available, otherwise 503, and the result of each check in
-JSON. ``GET /health/ready?deep`` also requires recent heartbeats of each worker and of beat. A check
-takes at most about ``READY_TIMEOUT``, even if a server does not respond.
+JSON. ``GET /health/ready?deep`` also requires recent heartbeats of each worker and of beat, and that
+no messages wait in a queue that no process consumes. A check takes at most about ``READY_TIMEOUT``,
+even if a server does not respond.
 """
 
 import logging
@@ -16,8 +17,9 @@ from celery import current_app
 from django.db import connection
 from django.http import HttpRequest, HttpResponse, JsonResponse
 
+from ..broker import count_messages
 from ..core import concurrently
-from ..scheduling import heartbeats
+from ..scheduling import heartbeats, queues
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +48,18 @@ def check_heartbeat(process: str) -> None:
         raise NoHeartbeat
 
 
+def check_queues() -> None:
+    """Raise an exception if messages wait in a queue that no process consumes."""
+    counts = count_messages(current_app, queues.get_known(), BROKER_TIMEOUT)
+    if problem := "; ".join(queues.describe_unconsumed(counts).values()):
+        logger.warning(problem)
+        raise NotConsumed
+
+
+class NotConsumed(Exception):
+    """Messages wait for ever."""
+
+
 class NoHeartbeat(Exception):
     """A process hangs or is not running."""
 
@@ -56,7 +70,8 @@ CHECKS: dict[str, Callable[[], None]] = {"database": check_database, "broker": c
 def get_deep_checks() -> dict[str, Callable[[], None]]:
     """Return the checks of ``/health/ready?deep`` by name."""
     processes = heartbeats.get_processes()
-    return CHECKS | {name: partial(check_heartbeat, name) for name in processes}
+    beats = {name: partial(check_heartbeat, name) for name in processes}
+    return {**CHECKS, **beats, "queues": check_queues}
 
 
 #: The threads of running checks, by name. A check that hangs is not started again.

@@ -201,12 +201,19 @@ def detect_quorum_queues(app: Celery, driver_type: str) -> tuple[bool, str]:
 # Celery calls it for each message that has a delay.
 celery.app.base.detect_quorum_queues = detect_quorum_queues  # type: ignore[attr-defined]
 
+#: Tasks with e-mail, which have their own queue unless the service has a route for them.
+MAIL_TASKS = ("ops.send_digest_chunk", "ops.send_notification")
+
 
 class CeleryApp(Celery):
     """A Celery app with the task class, the transports and the beat of this package."""
 
     task_cls: Any = Task
     control_cls: Any = Control
+
+    def on_init(self) -> None:
+        """Complete the settings once they have been read."""
+        self.on_after_configure.connect(add_routes)
 
     @cached_property
     def Beat(self) -> Any:
@@ -248,6 +255,14 @@ class CeleryApp(Celery):
         status = command.main(arguments, prog_name=name, obj=context, standalone_mode=False)
         if status:
             sys.exit(status)
+
+
+def add_routes(sender: Celery, **kwargs: Any) -> None:
+    """Add the routes of this package after those of the service; Celery uses the first that fits."""
+    routes = sender.conf.task_routes or []
+    mail = {"queue": f"{settings.PACKAGE}.mail"}
+    is_list = isinstance(routes, list | tuple)
+    sender.conf.task_routes = [*(routes if is_list else [routes]), dict.fromkeys(MAIL_TASKS, mail)]
 
 
 @signals.beat_init.connect

@@ -27,6 +27,7 @@ from ...conf.verification import verify_module
 from ...core import logs
 from ...core.commands import get_script
 from ...core.database import find_pooler
+from ...scheduling import heartbeats
 from ...web.servers import port_in_use
 
 try:
@@ -113,6 +114,10 @@ class Command(BaseProcessCommand):
         self.stdout = OutputWrapper(sys.stdout)
         if process_name == "web" and settings.DEBUG:
             self.stdout.write(f"Open http://127.0.0.1:{settings.PORT}/")
+        if process_name in heartbeats.get_others():
+            heartbeats.start_heartbeat(process_name)
+            if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+                signal.signal(signal.SIGTERM, lambda *_: sys.exit())
         super().start_process(process_name, **options)
 
     def run_with_reload(self, name: str) -> None:

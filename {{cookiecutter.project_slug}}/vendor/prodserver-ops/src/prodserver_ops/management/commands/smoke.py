@@ -10,7 +10,7 @@ import time
 import urllib.request
 from argparse import ArgumentParser
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import IO, Any
 
@@ -23,6 +23,7 @@ from django_prodserver.backends.base import BaseWorkerBackend as Worker
 
 from ...core.commands import get_script
 from ...models import Heartbeat, ScheduleRun
+from ...scheduling import heartbeats
 
 #: The lines of a process's output that are shown if it fails.
 SHOWN_LINES = 20
@@ -31,8 +32,8 @@ SHOWN_LINES = 20
 class Command(BaseCommand):
     """Start all processes of ``PRODUCTION_PROCESSES`` and stop them again.
 
-    In between, web must become ready, worker and beat must record heartbeats, and a temporary
-    schedule must be dispatched and run. If this takes too long or a process fails, prints the
+    In between, web must become ready, the others must record heartbeats, and a temporary schedule
+    must be dispatched and run, if there are a worker and beat. If this takes too long or a process fails, prints the
     output of that process, and exits with status 1.
     """
 
@@ -53,7 +54,10 @@ class Command(BaseCommand):
         start, timeout = time.monotonic(), options["timeout"]
         # SIGTERM ends this command as Ctrl-C does, with its processes.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
-        with tempfile.TemporaryDirectory() as folder, temporary_schedule() as schedule:
+        # Without these, nothing runs a schedule.
+        runs = heartbeats.get_beats() and heartbeats.get_workers()
+        create = temporary_schedule if runs else nullcontext
+        with tempfile.TemporaryDirectory() as folder, create() as schedule:
             processes = Processes(folder)
             try:
                 processes.wait_until_ready(schedule, start + timeout)
@@ -63,7 +67,7 @@ class Command(BaseCommand):
                 processes.kill()
         names = ", ".join(settings.PRODUCTION_PROCESSES)
         self.stdout.write(
-            f"{names}: ready, and a schedule was run, after {ready:.1f} seconds;"
+            f"{names}: ready{', and a schedule was run,' if runs else ''} after {ready:.1f} seconds;"
             f" stopped after {time.monotonic() - start - ready:.1f} more"
         )
 
@@ -119,12 +123,13 @@ class Processes:
             )
             self.running[name] = process, output
 
-    def wait_until_ready(self, schedule: PeriodicTask, deadline: float) -> None:
+    def wait_until_ready(self, schedule: PeriodicTask | None, deadline: float) -> None:
         """Wait until all processes work; raise CommandError after the deadline."""
-        runs = ScheduleRun.objects.filter(schedule=schedule).exclude(started_at=None)
         waiting: dict[str, Callable[[], bool]]
         waiting = {name: partial(self.is_ready, name) for name in self.running}
-        waiting["the run of a schedule"] = runs.exists
+        if schedule is not None:
+            runs = ScheduleRun.objects.filter(schedule=schedule).exclude(started_at=None)
+            waiting["the run of a schedule"] = runs.exists
         while waiting:
             waiting = {name: check for name, check in waiting.items() if not check()}
             for name, (process, _) in self.running.items():
