@@ -207,7 +207,7 @@ class TestFiles:
         assert problems(Procfile=self.PROCFILE) == [
             (
                 "Procfile does not start the process 'loop' of PRODUCTION_PROCESSES.",
-                "loop: python manage.py prodserver loop",
+                "Write loop: python manage.py prodserver loop",
             )
         ]
         assert problems(Procfile=f"{self.PROCFILE}loop: ./loop.sh\n") == []
@@ -217,7 +217,7 @@ class TestFiles:
         assert problems(Procfile=self.PROCFILE + more) == [
             (
                 "Procfile starts 'beat', which PRODUCTION_PROCESSES does not name.",
-                "'beat' there, or remove the line from Procfile",
+                "Name 'beat' there, or remove the line from Procfile.",
             )
         ]
 

@@ -72,9 +72,9 @@ class TestCheck:
 
     def test_queue_of_a_route(self, set_routes, make_task):
         make_task()
-        set_routes({"test.*": {"queue": "a"}, "other": "b"})
+        set_routes({"test.queue*": {"queue": "a"}, "other": "b"})
         assert queues.find_unconsumed() == {
-            "a": ["the task test.queues", "the route 'test.*' in CELERY_TASK_ROUTES"],
+            "a": ["the task test.queues", "the route 'test.queue*' in CELERY_TASK_ROUTES"],
             "b": ["the route 'other' in CELERY_TASK_ROUTES"],
         }
 

@@ -243,7 +243,7 @@ def check_processes(app_configs: Any = None, **kwargs: Any) -> Messages:
                 messages.append(checks.Error(problem, hint=hint, id=id_))
                 break
     messages += [
-        checks.Error(problem, hint=f"Write {line}", id="processes.E005")
-        for problem, line in processes.find_file_problems()
+        checks.Error(problem, hint=hint, id="processes.E005")
+        for problem, hint in processes.find_file_problems()
     ]
     return messages

@@ -96,11 +96,11 @@ def find_file_problems() -> Iterator[tuple[str, str]]:
         types = {line.partition(":")[0] for line in text.splitlines()}
         for name in names if lines else ():
             if name not in started | types:
-                line = f"{name}: python manage.py prodserver {name}"
+                line = f"Write {name}: python manage.py prodserver {name}"
                 yield f"{file} does not start the process {name!r} of PRODUCTION_PROCESSES.", line
         for name in started - set(names):
             problem = f"{file} starts {name!r}, which PRODUCTION_PROCESSES does not name."
-            yield problem, f"{name!r} there, or remove the line from {file}"
+            yield problem, f"Name {name!r} there, or remove the line from {file}."
     yield from _find_app_problems(base / "app.json")
 
 
@@ -113,17 +113,15 @@ def _find_app_problems(path: Path) -> Iterator[tuple[str, str]]:
     checks, formation = app.get("healthchecks"), app.get("formation")
     for name in settings.PRODUCTION_PROCESSES:
         if formation and name not in formation:
-            line = f'{{"{name}": {{"quantity": 1}}}} in formation'
+            line = f'Write "{name}": {{"quantity": 1}} in formation.'
             yield f"app.json does not start the process {name!r} of PRODUCTION_PROCESSES.", line
         if checks and name not in checks and name in heartbeats.get_processes():
             command = ["/exec", "python", "manage.py", "heartbeat", name]
             check = {"type": "startup", "name": f"{name} runs", "command": command}
-            line = json.dumps({name: [check | {"attempts": 5, "wait": 5, "timeout": 30}]})
-            yield (
-                f"app.json has no health check of the process {name!r}.",
-                f"{line} in healthchecks",
-            )
+            line = json.dumps({name: [check | {"attempts": 5, "wait": 5, "timeout": 30}]})[1:-1]
+            hint = f"Write {line} in healthchecks."
+            yield f"app.json has no health check of the process {name!r}.", hint
     for part in ("formation", "healthchecks"):
         for name in (app.get(part) or {}).keys() - settings.PRODUCTION_PROCESSES.keys():
             problem = f"app.json has {name!r} in {part}, which PRODUCTION_PROCESSES does not name."
-            yield problem, f"{name!r} there, or remove it from {part} in app.json"
+            yield problem, f"Name {name!r} there, or remove it from {part} in app.json."
