@@ -125,6 +125,7 @@ class TestValidVariables:
             ("PORT", "5000", 5000),
             ("PORT", "", 8000),
             ("SITE_URL", "https://example.com:8443/", "https://example.com:8443"),
+            ("SITE_URL", "https://example.com/my-app/v1/", "https://example.com/my-app/v1"),
             ("WEB_CONCURRENCY", "8", 8),
         ],
     )
@@ -163,6 +164,8 @@ class TestValidVariables:
         ("PORT", "80a", 'got "80a", expected an integer from 1 to 65535'),
         ("PORT", "65536", 'got "65536", expected an integer from 1 to 65535'),
         ("SITE_URL", "example.com", None),
+        ("SITE_URL", "https://example.com/a b", None),
+        ("SITE_URL", "https://example.com/app?x=1", None),
         ("WEB_CONCURRENCY", "-1", 'got "-1", expected an integer from 1'),
         ("WEB_THREADS", "0", 'got "0", expected an integer from 1'),
         ("WORKER_CONCURRENCY", "two\nlines", 'got "two\\nlines", expected an integer from 1'),

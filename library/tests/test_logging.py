@@ -7,10 +7,13 @@ import logging.config
 import re
 import smtplib
 import sys
+import time
+from datetime import date
+from decimal import Decimal
 
 import pytest
 from celery import current_app
-from django.http import HttpResponse
+from django.http import HttpResponse, StreamingHttpResponse
 from django.urls import path
 
 from prodserver_ops.core import logs, sentry
@@ -20,7 +23,16 @@ def fail(request, token):
     raise RuntimeError("hunter2@example.com")
 
 
-urlpatterns = [path("secret/<token>/fail/", fail)]
+def stream(request):
+    def parts():
+        yield "a"
+        time.sleep(0.1)
+        yield "b"
+
+    return StreamingHttpResponse(parts())
+
+
+urlpatterns = [path("secret/<token>/fail/", fail), path("stream/", stream)]
 
 
 @pytest.fixture(autouse=True)
@@ -85,6 +97,38 @@ class TestEvent:
     @pytest.mark.parametrize("field", ["request", "data", "args_of_a_task"])
     def test_objects_that_a_library_passes_are_left_out(self, formatter, field):
         assert "hunter2" not in formatter.format(record(**{field: {"args": "hunter2"}}))
+
+
+class TestFields:
+    """What a service passes with ``extra``."""
+
+    def test_are_in_json(self):
+        extra = {"order": 7, "total": Decimal("1.50"), "paid": None, "day": date(2026, 1, 2)}
+        event = json.loads(logs.JsonFormatter().format(record(**extra)))
+        assert list(event) == [
+            *("time", "level", "process", "logger", "message"),
+            *("order", "total", "paid", "day"),
+        ]
+        assert [event[name] for name in extra] == [7, "1.50", None, "2026-01-02"]
+
+    def test_are_in_text(self):
+        text = logs.TextFormatter().format(record(order=7, shop="north"))
+        assert text.endswith(" test: Done order=7 shop=north")
+
+    def test_are_redacted(self, formatter):
+        text = formatter.format(record(sender="anna@example.com", url="https://a:hunter2@b/?x=1"))
+        assert "***@***" in text
+        assert not re.search("anna|hunter2|x=1", text)
+
+    def test_do_not_replace_those_of_the_event(self):
+        event = json.loads(logs.JsonFormatter().format(record(level="low", logger="other")))
+        assert (event["level"], event["logger"]) == ("INFO", "test")
+
+    @pytest.mark.parametrize("name", ["django.db.backends", "celery.app.trace", "uvicorn"])
+    def test_of_libraries_are_left_out(self, formatter, name):
+        event = record(sql="SELECT secret")
+        event.name = name
+        assert "secret" not in formatter.format(event)
 
 
 class TestAnyText:
@@ -179,6 +223,21 @@ class TestRequest:
     def test_invalid_id_is_replaced(self, client, sent):
         response = client.get("/health/live", headers={"X-Request-ID": sent})
         assert re.fullmatch("[0-9a-f]{32}", response.headers["X-Request-ID"])
+
+    def test_stream_is_logged_when_it_ends(self, client, lines):
+        response = client.get("/stream/")
+        assert lines() == []
+        assert list(response.streaming_content) == [b"a", b"b"]
+        (event,) = lines()
+        assert (event["path"], event["status"]) == ("/stream/", 200)
+        assert event["duration_ms"] >= 100
+        assert event["request_id"] == response.headers["X-Request-ID"]
+
+    def test_stream_is_logged_when_the_client_leaves(self, client, lines):
+        response = client.get("/stream/")
+        next(iter(response.streaming_content))
+        response.close()
+        assert [event["path"] for event in lines()] == ["/stream/"]
 
     def test_secret_in_the_path_is_redacted(self, client, caplog, lines):
         client.get("/secret/some-token/")

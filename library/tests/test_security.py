@@ -5,12 +5,22 @@ from html.parser import HTMLParser
 
 import pytest
 from django.contrib.staticfiles import finders
+from django.core.files.storage import InMemoryStorage
 from django.core.files.uploadedfile import SimpleUploadedFile
+from django.db import models
+from django.http import HttpResponse
 from django.test import Client
-from django.urls import reverse
+from django.test.utils import isolate_apps
+from django.urls import path, reverse
+from django.utils.decorators import method_decorator
+from django.views import View
+from django.views.decorators.csrf import csrf_exempt
 
+from prodserver_ops.console import checks
+from prodserver_ops.console.checks import check_media
 from prodserver_ops.mail import unsubscribe
 from prodserver_ops.mail.digests import Message, registry
+from prodserver_ops.web.uploads import limit_upload
 
 SECRET = "hunter2"
 
@@ -83,8 +93,8 @@ def test_pages_have_no_inline_scripts_or_styles(responses):
 
 def test_scripts_and_styles_of_pages_exist(responses, settings):
     for name, response in responses.items():
-        for path in re.findall(rf'(?:src|href)="{settings.STATIC_URL}([^"]+)"', response.text):
-            assert finders.find(path), f"{name}: {path}"
+        for file in re.findall(rf'(?:src|href)="{settings.STATIC_URL}([^"]+)"', response.text):
+            assert finders.find(file), f"{name}: {file}"
 
 
 class TestErrorPage:
@@ -137,10 +147,119 @@ def test_a_rejected_request_is_one_line(client, caplog, settings, mode):
     assert (record.levelname, record.exc_info) == ("WARNING", None)
 
 
-def test_uploads_are_limited(client, settings):
-    settings.UPLOAD_MAX_SIZE = 1000
-    file = SimpleUploadedFile("x.txt", b"x" * 2000)
-    response = client.post(reverse("admin:login"), {"file": file})
-    assert response.status_code in (400, 413)
-    small = SimpleUploadedFile("x.txt", b"x" * 100)
-    assert client.post(reverse("admin:login"), {"file": small}).status_code == 200
+class TestUploads:
+    """Files of a request, in views of this module."""
+
+    @pytest.fixture(autouse=True)
+    def urls(self, settings):
+        settings.ROOT_URLCONF, settings.UPLOAD_MAX_SIZE = __name__, 1000
+
+    @pytest.fixture
+    def upload(self):
+        """Return a function that uploads a file of this size; it returns the response."""
+
+        def upload(path, size, **options):
+            data = {"file": SimpleUploadedFile("x.txt", b"x" * size)}
+            return Client(enforce_csrf_checks=True, **options).post(path, data)
+
+        return upload
+
+    def test_small_one_is_accepted(self, upload):
+        assert upload("/default/", 100).text == "100"
+
+    @pytest.mark.parametrize("path", ["/default/", "/checked/"])
+    def test_large_one_is_a_413_with_a_message(self, upload, path):
+        response = upload(path, 2000)
+        assert (response.status_code, response["Content-Type"]) == (
+            413,
+            "text/plain; charset=utf-8",
+        )
+        assert response.text == "The upload has 2.1 kB; at most 1.0 kB are accepted."
+
+    def test_message_may_be_json(self, upload):
+        response = upload("/default/", 2 * 2**20, headers={"accept": "application/json"})
+        expected = "The upload has 2.0 MB; at most 1.0 kB are accepted."
+        assert (response.status_code, response.json()) == (413, {"detail": expected})
+
+    @pytest.mark.parametrize("path", ["/function/", "/class/"])
+    def test_view_may_have_its_own_limit(self, upload, path):
+        assert upload(path, 2500).text == "2500"
+        assert upload(path, 3500).status_code == 413
+        assert upload("/default/", 2500).status_code == 413
+
+    def test_without_the_middleware_it_is_rejected(self, upload, settings):
+        name = "prodserver_ops.web.uploads.UploadMiddleware"
+        settings.MIDDLEWARE = [each for each in settings.MIDDLEWARE if each != name]
+        assert upload("/default/", 2000).status_code in (400, 413)
+
+
+def save(request):
+    return HttpResponse(request.FILES["file"].size)
+
+
+@method_decorator([limit_upload(3000), csrf_exempt], name="dispatch")
+class SaveView(View):
+    def post(self, request):
+        return save(request)
+
+
+urlpatterns = [
+    path("default/", csrf_exempt(lambda request: save(request))),
+    path("checked/", save),
+    path("function/", limit_upload(3000)(csrf_exempt(lambda request: save(request)))),
+    path("class/", SaveView.as_view()),
+]
+
+
+class TestMedia:
+    """Files that a model of the service keeps."""
+
+    @pytest.fixture(autouse=True)
+    def model(self, monkeypatch, settings, tmp_path):
+        settings.MEDIA_ROOT = str(tmp_path)
+        with isolate_apps("dummy"):
+
+            class Document(models.Model):  # noqa: DJ008
+                file = models.FileField()
+
+                class Meta:
+                    app_label = "dummy"
+
+        monkeypatch.setattr(checks.apps, "get_models", lambda: [Document])
+        return Document
+
+    @pytest.mark.parametrize("container", [True, False])
+    def test_in_a_container_are_reported(self, monkeypatch, container, tmp_path):
+        monkeypatch.setattr(checks, "is_container", lambda: container)
+        messages = check_media()
+        assert [message.id for message in messages] == ["media.W001"] * container
+        if container:
+            assert messages[0].msg == (
+                f"MEDIA_ROOT is {tmp_path}, in a container: each deploy deletes the files of "
+                "dummy.Document.file."
+            )
+
+    def test_on_a_volume_are_kept(self, monkeypatch, tmp_path):
+        monkeypatch.setattr(checks, "is_container", lambda: True)
+        monkeypatch.setattr(checks.os.path, "ismount", lambda path: path == tmp_path.parent)
+        assert check_media() == []
+
+    def test_without_a_folder_are_reported(self, settings):
+        settings.MEDIA_ROOT = ""
+        assert [message.id for message in check_media()] == ["media.E001"]
+
+    def test_in_another_storage_are_kept(self, model, monkeypatch):
+        monkeypatch.setattr(checks, "is_container", lambda: True)
+        monkeypatch.setattr(model._meta.get_field("file"), "storage", InMemoryStorage())
+        assert check_media() == []
+
+    def test_service_without_files_has_no_problem(self, settings, monkeypatch):
+        settings.MEDIA_ROOT = ""
+        monkeypatch.setattr(checks.apps, "get_models", list)
+        assert check_media() == []
+
+    def test_platforms_are_recognized(self, monkeypatch):
+        monkeypatch.setattr(checks.os.path, "exists", lambda path: False)
+        assert not checks.is_container()
+        monkeypatch.setenv("DYNO", "web.1")
+        assert checks.is_container()

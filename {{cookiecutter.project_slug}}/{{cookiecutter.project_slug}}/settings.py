@@ -47,6 +47,7 @@ class Settings({{ cookiecutter.__modules.split(", ") | select | each("{0}.Defaul
         "whitenoise.middleware.WhiteNoiseMiddleware",
         "django.contrib.sessions.middleware.SessionMiddleware",
         "django.middleware.common.CommonMiddleware",
+        "prodserver_ops.web.uploads.UploadMiddleware",
         "django.middleware.csrf.CsrfViewMiddleware",
         "django.contrib.auth.middleware.AuthenticationMiddleware",
         "django.contrib.messages.middleware.MessageMiddleware",

@@ -230,10 +230,11 @@ def path(text: str) -> str:
     return f"{text.strip('/')}/"
 
 
-@expects("the start of a URL, such as https://api.example.com")
+@expects("the start of a URL, such as https://api.example.com or https://example.com/app")
 def site_url(text: str) -> str:
-    """Accept a scheme, a host and optionally a port; strip a trailing slash."""
-    if not re.fullmatch(rf"https?://({HOST}|{IPV6})(:[0-9]+)?/?", text, re.IGNORECASE):
+    """Accept a scheme, a host, and optionally a port and a path; strip a trailing slash."""
+    path = r"(/[\w.~-]+)*/?"
+    if not re.fullmatch(rf"https?://({HOST}|{IPV6})(:[0-9]+)?{path}", text, re.I | re.A):
         raise ValueError
     return text.rstrip("/")
 

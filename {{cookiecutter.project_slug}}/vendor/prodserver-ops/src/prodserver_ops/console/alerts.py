@@ -32,6 +32,7 @@ from django.utils import timezone
 from ..core import concurrently
 from ..core.limits import Limit
 from ..core.logs import redact
+from ..core.urls import make_absolute
 from ..mail import transport
 from ..mail.digests import email_of
 from ..models import Alert
@@ -260,7 +261,7 @@ def compose(new: list[Alert], over: list[Alert]) -> tuple[str, str]:
 def get_url() -> str:
     """Return the address of the page *Operations*, or of the service if it has no admin."""
     try:
-        return f"{settings.SITE_URL}{reverse('admin:ops_operations')}"
+        return make_absolute(reverse("admin:ops_operations"))
     except Exception:
         return str(settings.SITE_URL)
 

@@ -1,15 +1,20 @@
 """System checks for problems that would otherwise appear only at run time."""
 
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from celery import current_app
+from django.apps import apps
 from django.conf import settings
 from django.core import checks, mail
 from django.core.exceptions import ImproperlyConfigured
+from django.core.files.storage import FileSystemStorage
 from django.db import connections
 from django.db.migrations.exceptions import CircularDependencyError, NodeNotFoundError
 from django.db.migrations.loader import MigrationLoader
+from django.db.models import FileField
 from django.db.utils import OperationalError
 from django.urls import get_resolver
 
@@ -165,6 +170,39 @@ def check_tasks(app_configs: Any = None, **kwargs: Any) -> Messages:
         for name, fault in faults.items()
         if backend.get("BACKEND", "").startswith(f"django.tasks.backends.{name}.")
     ]
+
+
+@checks.register(deploy=True)
+def check_media(app_configs: Any = None, **kwargs: Any) -> Messages:
+    """Report uploaded files that are lost with their container, or have no folder."""
+    fields = [
+        str(field)
+        for model in apps.get_models()
+        for field in model._meta.concrete_fields
+        if isinstance(field, FileField) and isinstance(field.storage, FileSystemStorage)
+    ]
+    if not fields:
+        return []
+    root = Path(settings.MEDIA_ROOT or settings.BASE_DIR)
+    if not settings.MEDIA_ROOT:
+        problem = f"MEDIA_ROOT is empty, so {fields[0]} writes files to the working directory."
+        hint = 'Write MEDIA_ROOT = "/srv/media" in the settings, the path of a volume.'
+        return [checks.Error(problem, hint=hint, id="media.E001")]
+    if is_container() and not any(map(os.path.ismount, [root, *root.parents][:-1])):
+        problem = f"MEDIA_ROOT is {root}, in a container: each deploy deletes the files of "
+        hint = (
+            "Mount a volume there, or write a STORAGES in the settings whose default is not the "
+            "disk, such as S3; see docs/recipes.md."
+        )
+        return [checks.Warning(f"{problem}{', '.join(fields)}.", hint=hint, id="media.W001")]
+    return []
+
+
+def is_container() -> bool:
+    """Return whether this process runs in a container whose files are lost when it is replaced."""
+    files = ("/.dockerenv", "/run/.containerenv")
+    variables = ("KUBERNETES_SERVICE_HOST", "DYNO")
+    return any(map(os.path.exists, files)) or any(name in os.environ for name in variables)
 
 
 @checks.register(deploy=True)

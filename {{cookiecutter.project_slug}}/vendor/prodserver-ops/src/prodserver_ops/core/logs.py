@@ -12,10 +12,12 @@ import sys
 import time
 from collections.abc import Callable
 from contextvars import ContextVar
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime, timedelta
+from decimal import Decimal
 from io import TextIOWrapper
 from types import TracebackType
 from typing import Any, TextIO
+from uuid import UUID
 
 from celery import current_task
 from celery.utils.log import LoggingProxy
@@ -26,6 +28,7 @@ from django.utils.log import configure_logging
 
 from .clients import current_request, get_address
 from .text import fit, make_storable, shorten
+from .urls import get_path
 
 logger = logging.getLogger(__name__)
 access = logging.getLogger(f"{__package__}.access")
@@ -63,9 +66,15 @@ SUSPICIOUS = re.compile(r"[@?]|%40|ip=|=\(|contains \(")
 #: Maximum length of an event, in bytes. Longer ones lose the middle of their message and traceback.
 MAX_EVENT = 16_000
 
-#: The fields passed with ``extra`` that JSON events contain. Libraries pass whole requests
-#: and task arguments in other fields.
-FIELDS = ("method", "path", "status", "duration_ms", "client")
+#: The attributes of every event. Others were passed with ``extra``.
+STANDARD = {*vars(logging.makeLogRecord({})), "message", "asctime", "context"}
+
+#: Loggers whose ``extra`` is not shown, such as SQL and colors of a terminal.
+NO_FIELDS = re.compile(r"(django|celery|kombu|uvicorn|granian|_granian|gunicorn)(\.|$)")
+
+#: Types of fields that are shown. Libraries pass whole requests and task arguments in others.
+JSON_TYPES = (int, float, bool, type(None))
+TEXT_TYPES = (str, Decimal, UUID, date, timedelta)
 
 #: Returns an object as JSON.
 encode = json.JSONEncoder(default=str).encode
@@ -140,6 +149,17 @@ def get_context(record: logging.LogRecord) -> dict[str, str | None]:
     return context
 
 
+def get_fields(record: logging.LogRecord) -> dict[str, Any]:
+    """Return the simple values that were passed with ``extra``, redacted."""
+    if NO_FIELDS.match(record.name):
+        return {}
+    return {
+        name: value if isinstance(value, JSON_TYPES) else redact(str(value))
+        for name, value in vars(record).items()
+        if name not in STANDARD and isinstance(value, JSON_TYPES + TEXT_TYPES)
+    }
+
+
 class TextFormatter(logging.Formatter):
     """Formats an event for people, with any traceback on the lines below it."""
 
@@ -156,8 +176,10 @@ class TextFormatter(logging.Formatter):
         return super().format(record)
 
     def formatMessage(self, record: logging.LogRecord) -> str:
-        """Return the line of the event."""
-        return self.limit(super().formatMessage(record))
+        """Return the line of the event, with the fields that its message does not contain."""
+        fields = {} if record.name == access.name else get_fields(record)
+        shown = "".join(f" {name}={value}" for name, value in fields.items())
+        return self.limit(super().formatMessage(record) + shown)
 
     def formatException(self, ei: Any) -> str:
         """Return the lines of the traceback."""
@@ -186,9 +208,7 @@ class JsonFormatter(logging.Formatter):
             "logger": record.name,
             "message": redact(record.getMessage()),
         }
-        for field in FIELDS:
-            if hasattr(record, field):
-                event[field] = getattr(record, field)
+        event |= {name: value for name, value in get_fields(record).items() if name not in event}
         if record.exc_info:
             event["exception"] = redact(self.formatException(record.exc_info))
         return fit(
@@ -234,18 +254,42 @@ class RequestLogMiddleware:
         start = time.perf_counter()
         try:
             response = self.get_response(request)
-            self.log(request, response, round((time.perf_counter() - start) * 1000))
+            if response.streaming:
+                self.log_at_close(request, response, start, current_id)
+            else:
+                self.log(request, response, start)
         finally:
             request_id.reset(token)
             current_request.reset(request_token)
         response.headers["X-Request-ID"] = current_id
         return response
 
-    def log(self, request: HttpRequest, response: HttpResponse, duration: int) -> None:
-        """Log a request that took ``duration`` milliseconds."""
+    def log_at_close(
+        self, request: HttpRequest, response: HttpResponse, start: float, id_: str
+    ) -> None:
+        """Log a request when its stream ends, or when the client leaves."""
+        close, closed = response.close, False
+
+        def close_and_log() -> None:
+            nonlocal closed
+            # The response may be closed again, also while it closes its parts.
+            was_closed, closed = closed, True
+            token = request_id.set(id_)
+            try:
+                close()
+            finally:
+                if not was_closed:
+                    self.log(request, response, start)
+                request_id.reset(token)
+
+        response.close = close_and_log  # type: ignore[method-assign]
+
+    def log(self, request: HttpRequest, response: HttpResponse, start: float) -> None:
+        """Log a request that was received at ``start``, and how long it took since then."""
+        duration = round((time.perf_counter() - start) * 1000)
         path = redact(escape_uri_path(request.path))
         # Load balancers check every few seconds.
-        quiet = path.startswith("/health/") and response.status_code < 400
+        quiet = get_path(request.path_info).startswith("/health/") and response.status_code < 400
         access.log(
             logging.DEBUG if quiet else logging.INFO,
             "%s %s %s %s ms",

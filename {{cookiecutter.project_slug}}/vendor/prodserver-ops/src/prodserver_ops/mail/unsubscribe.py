@@ -13,6 +13,7 @@ from django.urls import reverse
 from django.views.decorators.csrf import csrf_exempt
 from django.views.decorators.http import require_http_methods
 
+from ..core.urls import make_absolute
 from .digests import Message, email_of, registry
 
 signer = Signer(salt="unsubscribe")
@@ -21,7 +22,7 @@ signer = Signer(salt="unsubscribe")
 def link(recipient: Any, message: Message) -> str:
     """Return the absolute URL that unsubscribes the recipient from this message."""
     token = signer.sign(f"{recipient.pk}:{message.name}")
-    return f"{settings.SITE_URL}{_path()}".replace("TOKEN", token)
+    return make_absolute(_path()).replace("TOKEN", token)
 
 
 @cache

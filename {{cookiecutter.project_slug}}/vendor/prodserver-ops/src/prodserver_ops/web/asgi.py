@@ -13,6 +13,7 @@ from django.conf import settings
 from django.db import connections
 
 from ..core import logs
+from ..core.urls import get_path
 from ..scheduling.heartbeats import start_web_heartbeat
 
 # WhiteNoise sends files with synchronous iterators; the files are small.
@@ -33,7 +34,7 @@ class LimitedApplication:
 
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
         """Handle a connection."""
-        if scope["type"] != "http" or scope["path"].startswith("/health/"):
+        if scope["type"] != "http" or get_path(scope["path"]).startswith("/health/"):
             await self.application(scope, receive, send)
             return
         async with self.free:

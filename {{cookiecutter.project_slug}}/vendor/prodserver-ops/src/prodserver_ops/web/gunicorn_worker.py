@@ -20,6 +20,7 @@ from typing import Any
 from django.urls import get_resolver
 from gunicorn.workers.gthread import TConn, ThreadWorker
 
+from ..core.urls import get_prefix
 from ..scheduling.heartbeats import start_web_heartbeat
 
 #: How long a new connection may be silent, in seconds.
@@ -31,7 +32,7 @@ PEEK_SIZE = 4096
 #: The signals with which the main process stops a worker.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
 
-HEALTH_CHECKS = (b"GET /health/live", b"GET /health/ready")
+HEALTH_CHECKS = ("/health/live", "/health/ready")
 
 
 class HealthWorker(ThreadWorker):
@@ -50,7 +51,7 @@ class HealthWorker(ThreadWorker):
 
     def init_process(self) -> None:
         """Create the threads for health checks, and run."""
-        self.health_pools = {name: ThreadPoolExecutor(max_workers=1) for name in HEALTH_CHECKS}
+        self.health_pools = make_health_pools()
         super().init_process()
 
     def init_signals(self) -> None:
@@ -126,3 +127,13 @@ class HealthWorker(ThreadWorker):
                     return health_pool
         pool: ThreadPoolExecutor = self.tpool
         return pool
+
+
+def make_health_pools() -> dict[bytes, ThreadPoolExecutor]:
+    """Return the thread for each health check, by how its requests start."""
+    pools = {path: ThreadPoolExecutor(max_workers=1) for path in HEALTH_CHECKS}
+    return {
+        f"GET {prefix}{path}".encode(): pool
+        for path, pool in pools.items()
+        for prefix in ("", get_prefix())
+    }

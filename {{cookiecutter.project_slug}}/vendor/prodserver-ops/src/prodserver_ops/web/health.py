@@ -19,6 +19,7 @@ from django.http import HttpRequest, HttpResponse, JsonResponse
 
 from ..broker import count_messages
 from ..core import concurrently
+from ..core.urls import get_path
 from ..scheduling import heartbeats, queues
 
 logger = logging.getLogger(__name__)
@@ -98,9 +99,10 @@ class HealthMiddleware:
 
     def __call__(self, request: HttpRequest) -> HttpResponse:
         """Respond to a health check, or pass the request on."""
-        if request.path == "/health/live":
+        path = get_path(request.path_info)
+        if path == "/health/live":
             return JsonResponse({"status": "ok"})
-        if request.path == "/health/ready":
+        if path == "/health/ready":
             results = get_readiness(get_deep_checks() if "deep" in request.GET else CHECKS)
             ready = set(results.values()) == {"ok"}
             return JsonResponse(
