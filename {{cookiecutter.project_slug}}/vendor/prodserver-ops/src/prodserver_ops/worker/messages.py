@@ -27,6 +27,10 @@ def _is_id(value: Any) -> bool:
     return isinstance(value, str) and 0 < len(value) <= MAX_ID and value.isprintable()
 
 
+def _is_name(value: Any) -> bool:
+    return value == "" or _is_id(value)
+
+
 def _is_list(value: Any) -> bool:
     return isinstance(value, list | tuple)
 
@@ -71,15 +75,25 @@ def _is_list_of_signatures(value: Any) -> bool:
     return _is_list(value) and all(map(_is_signature, value))
 
 
-#: The fields of a task whose type Celery relies on. They may also be missing or null.
-FIELDS: dict[str, Callable[[Any], bool]] = {
+Rules = dict[str, Callable[[Any], bool]]
+
+#: The fields of what follows a task. They may also be missing or null.
+FOLLOWING: Rules = {
+    "callbacks": _is_list_of_signatures,
+    "errbacks": _is_list_of_signatures,
+    "chain": _is_list_of_signatures,
+    "chord": _is_signature,
+}
+
+#: The fields of a task whose type Celery relies on.
+FIELDS: Rules = {
     "task": _is_text,
     "id": _is_id,
     "root_id": _is_id,
     "parent_id": _is_id,
     "group": _is_id,
     "group_index": _is_integer,
-    "shadow": _is_text,
+    "shadow": _is_name,
     "origin": _is_text,
     "argsrepr": _is_text,
     "kwargsrepr": _is_text,
@@ -91,18 +105,13 @@ FIELDS: dict[str, Callable[[Any], bool]] = {
     "stamped_headers": _is_list_of_texts,
     "stamps": _is_object,
     "headers": _is_object,
-}
-
-#: The fields of what follows a task.
-FOLLOWING: dict[str, Callable[[Any], bool]] = {
-    "callbacks": _is_list_of_signatures,
-    "errbacks": _is_list_of_signatures,
-    "chain": _is_list_of_signatures,
-    "chord": _is_signature,
+    **FOLLOWING,
+    # Headers become attributes of the task's request, whose methods they would replace.
+    **{name: lambda value: False for name in dir(Context) if callable(getattr(Context, name))},
 }
 
 #: The properties of a message whose type Celery relies on.
-PROPERTIES: dict[str, Callable[[Any], bool]] = {
+PROPERTIES: Rules = {
     "correlation_id": _is_text,
     "reply_to": _is_text,
     "priority": _is_integer,
@@ -131,17 +140,18 @@ def find_problem(message: Message) -> str:
     for name in ("task", "id"):
         if fields.get(name) is None:
             return f"no {name}"
-    for rules, values in (
-        (FIELDS, fields),
-        (FOLLOWING, headers),
-        (FOLLOWING, following or {}),
-        (PROPERTIES, message.properties),
-    ):
-        for name, is_valid in rules.items():
-            value = values.get(name)
-            if value is not None and not is_valid(value):
-                return f"invalid {name}"
-    # Headers become attributes of the task's request.
-    if any(name.startswith("_") or callable(getattr(Context, name, None)) for name in headers):
-        return "invalid name of a header"
+    return (
+        find_invalid(FIELDS, fields)
+        or (find_invalid(FOLLOWING, following) if following else "")
+        or find_invalid(PROPERTIES, message.properties)
+    )
+
+
+def find_invalid(rules: Rules, values: dict[str, Any]) -> str:
+    """Return the name of the first value that is invalid, as an error message, or ""."""
+    for name, value in values.items():
+        if value is not None and name in rules and not rules[name](value):
+            return f"invalid {name}"
+        if name.startswith("_"):
+            return "invalid name"
     return ""

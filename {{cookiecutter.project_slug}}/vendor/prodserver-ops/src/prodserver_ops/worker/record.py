@@ -248,8 +248,7 @@ class Recorder:
 
 def describe(error: BaseException) -> str:
     """Return an exception as the text of a row."""
-    is_rejected = isinstance(error, Reject)
-    text = str(error.args[0]) if is_rejected else f"{type(error).__name__}: {error}"
+    text = str(error.args[0]) if isinstance(error, Reject) else f"{type(error).__name__}: {error}"
     return make_storable(redact(text))[:MAX_ERROR]
 
 
