@@ -1,11 +1,13 @@
 """The brokers that are servers: a worker runs what was queued, on each of them."""
 
 import json
+import sys
 import time
 from queue import Empty, Queue
 from types import SimpleNamespace
 from uuid import uuid4
 
+import amqp
 import malformed
 import pytest
 import services
@@ -116,6 +118,32 @@ def test_queue_may_contain_any_json(app, note, run_worker):
             assert time.monotonic() < deadline
             time.sleep(0.05)
     assert count(app, get_failed_queue()) >= [len(malformed.ENVELOPES)]
+
+
+@pytest.mark.parametrize("app", [services.RABBITMQ], indirect=True)
+def test_headers_that_the_client_cannot_read_end_no_worker(app, note, run_worker):
+    queue = app.amqp.queues[app.conf.task_default_queue]
+    deep = {}
+    for _ in range(2000):
+        deep = {"a": deep}
+    limit = sys.getrecursionlimit()
+    with app.connection_for_write() as connection:
+        channel = connection.default_channel
+        queue(channel).declare()
+        for properties in (
+            {"application_headers": {"task": note.name, "id": "deep", "deep": deep}},
+            {"content_type": b"\xff"},
+        ):
+            message = amqp.Message(b"[[5], {}, {}]", **properties)
+            sys.setrecursionlimit(100_000)
+            try:
+                channel.basic_publish(message, queue.exchange.name, queue.routing_key)
+            finally:
+                sys.setrecursionlimit(limit)
+    note.delay(1)
+    with run_worker(app):
+        assert get_all(note.done, 1) == [1]
+    assert count(app, queue.name, get_failed_queue()) == [0, 2]
 
 
 def test_task_belongs_to_the_request_of_the_task_that_queued_it(app, run_worker):

@@ -11,8 +11,7 @@ from contextlib import contextmanager
 from io import BytesIO
 from typing import Any
 
-from amqp import PreconditionFailed, RecoverableConnectionError
-from amqp.method_framing import frame_writer
+from amqp import PreconditionFailed, RecoverableConnectionError, basic_message, method_framing
 from celery import Celery
 from kombu import Producer
 from kombu.exceptions import OperationalError
@@ -30,6 +29,24 @@ class NoReply(RecoverableConnectionError):
 
 class TaskTooLong(RecoverableConnectionError):
     """RabbitMQ has closed a channel, because a message was not acknowledged in time."""
+
+
+class Message(basic_message.Message):
+    """A received message. py-amqp cannot read all headers that RabbitMQ accepts.
+
+    Deeply nested tables, timestamps after the year 9999 and names that are not UTF-8 raise an exception
+    for the connection. Such a message has no headers, so that it is not taken for a task.
+    """
+
+    def _load_properties(self, class_id: int, buf: bytes, offset: int) -> Any:
+        try:
+            return super()._load_properties(class_id, buf, offset)  # type: ignore[misc]
+        except Exception:
+            self.properties = {}
+            return offset
+
+
+method_framing.Message = Message  # type: ignore[misc]
 
 
 class ReplyLimit:
@@ -148,7 +165,7 @@ class BatchProducer(Producer):
         self.unconfirmed: set[int] = set()
         self.declared: set[str] = set()
         self.buffer = BytesIO()
-        self.write_frame = frame_writer(channel.connection, self.buffer)
+        self.write_frame = method_framing.frame_writer(channel.connection, self.buffer)
         channel.confirm_select()
         channel.events["basic_ack"].add(self.confirm)
         channel.events["basic_nack"].add(self.refuse)
