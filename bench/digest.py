@@ -71,7 +71,7 @@ class Service:
             "DJANGO_MODE": "prod",
             "SECRET_KEY": "a-key-for-this-benchmark-alone-of-more-than-fifty-characters",
             "DATABASE_URL": f"{SERVER}/{self.database_name}",
-            "RABBITMQ_URL": "amqp://guest:guest@127.0.0.1:5672//",
+            "RABBITMQ_URL": os.environ.get("RABBITMQ_URL", "amqp://guest:guest@127.0.0.1:5672//"),
             "PYTHONPATH": project,
             "LOG_LEVEL": "WARNING",
         }
