@@ -40,6 +40,9 @@ GAP = 5
 #: How long a round takes, in seconds.
 ROUND = (0.2, 1.2)
 
+#: How often a round begins although no other beat is at work, and how long others wait, in seconds.
+ALL_AWAY, PATIENCE = 0.1, 30
+
 #: How long a beat may be cut off after its connections work again, in seconds: the servers wait too.
 RECONNECT = 30
 
@@ -283,6 +286,8 @@ def play(service, rounds, rng, number_of_beats):
             name = "pause"
         if name in LONG:
             beat.long_until = now + LONG[name]
+        if rng.random() > ALL_AWAY:
+            wait_for_another(service, beats, beat)
         beat.check_runs()
         getattr(beat, name)(rng)
         played[name] += 1
@@ -299,6 +304,18 @@ def play(service, rounds, rng, number_of_beats):
     time.sleep(REST)
     assert worker.popen.poll() is None
     return played, beats, start, time.time()
+
+
+def wait_for_another(service, beats, beat):
+    """Wait until a beat is at work beside the one that is disturbed next."""
+    deadline = time.monotonic() + PATIENCE
+    while not any(other.undisturbed_from for other in beats if other is not beat):
+        if time.monotonic() > deadline:
+            return
+        time.sleep(0.2)
+        service.run_timers()
+        for each in beats:
+            each.check_runs()
 
 
 def compare(notes, beats, start, end):
