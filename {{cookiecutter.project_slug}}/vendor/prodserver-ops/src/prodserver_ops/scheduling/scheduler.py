@@ -20,7 +20,7 @@ from celery import beat
 from django.conf import settings
 from django.db import DatabaseError, InterfaceError, close_old_connections, connections
 from django.db.models import Case, DateTimeField, F, Q, When
-from django.db.models.functions import Now
+from django.db.models.functions import Least, Now
 from django.utils import timezone
 from django_celery_beat.models import PeriodicTask
 from django_celery_beat.schedulers import DatabaseScheduler
@@ -56,6 +56,9 @@ RETRY_INTERVAL = 1
 
 #: How soon beat notices that it has to stop, in seconds.
 STOP_INTERVAL = 0.2
+
+#: The number of runs from which they are no longer counted: the database stores no larger one.
+MAX_COUNT = 2**31 - 2
 
 #: The fields of a schedule that are options of a message.
 OPTIONS = ("queue", "exchange", "routing_key", "priority")
@@ -168,7 +171,7 @@ class Scheduler(beat.Scheduler):
             last_run = [When(pk__in=pks, then=due) for due, pks in by_due.items()]
             PeriodicTask.objects.filter(pk__in=unchanged).update(
                 last_run_at=Case(*last_run, output_field=DateTimeField()),
-                total_run_count=F("total_run_count") + 1,
+                total_run_count=Least("total_run_count", MAX_COUNT) + 1,
                 enabled=Case(When(one_off=True, then=False), default=True),
             )
             claimed = earlier.filter(published_at=None, claimed_at=now).order_by("due_at")
