@@ -1,6 +1,7 @@
 """Schedules that cannot run: the form refuses them at the field, beat marks them once."""
 
 from datetime import timedelta
+from importlib.util import find_spec
 
 import pytest
 import random_rows
@@ -10,6 +11,7 @@ from django.utils import timezone
 from django_celery_beat.models import (
     IntervalSchedule,
     PeriodicTask,
+    SolarSchedule,
 )
 from kombu import Exchange, Queue
 
@@ -117,6 +119,18 @@ def test_arguments_of_a_digest_are_those_of_its_function(post):
     error = "Does not fit the task: too many positional arguments."
     assert post(regtask=send_sample.name, args='["daily", 2]') == {"args": [error]}
     assert post(regtask=send_sample.name) == {}
+
+
+def test_solar_schedule_without_its_package_is_refused(post):
+    solar = SolarSchedule.objects.create(event="sunset", latitude=52, longitude=4)
+    assert find_spec("ephem") is None
+    (error,) = post(interval="", solar=solar.pk).pop("solar")
+    assert error.startswith("Cannot be used: You need to install the ephem library")
+
+
+def test_json_that_names_a_type_is_refused_if_the_value_does_not_fit(post):
+    document = '{"a": {"__type__": "decimal", "__value__": "x"}}'
+    assert list(post(headers=document)) == ["headers"]
 
 
 def test_task_that_no_code_has_is_refused(post):

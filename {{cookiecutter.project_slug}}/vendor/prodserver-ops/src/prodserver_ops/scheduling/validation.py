@@ -108,8 +108,9 @@ def _find_timing_problem(row: PeriodicTask, now: datetime) -> str:
         get_next(row, now, now + timedelta(days=1))
     except InvalidSchedule as error:
         return str(error)
-    except (ValueError, OverflowError, TypeError) as error:
-        return f"cannot be used: {error}"
+    except Exception as error:
+        # Any field may be out of range, and solar schedules need a package.
+        return f"cannot be used: {str(error).partition('\n')[0]}"
     return ""
 
 
