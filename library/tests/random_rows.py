@@ -98,7 +98,7 @@ def make_odd_rows(task):
     queues = st.one_of(st.none(), st.sampled_from(["", "nowhere", "x" * 200]), texts)
     rows = st.fixed_dictionaries(
         {
-            "name": texts.map(lambda text: f"odd {text}"[:180]),
+            "name": texts.map(lambda text: f"any {text}"[:180]),
             "task": st.one_of(st.just(task), st.sampled_from(["", "no.such.task"]), texts),
             "args": documents,
             "kwargs": documents,
@@ -152,32 +152,6 @@ def make_rows(count, number, task, args="[]"):
     for position in range(0, count, 3):
         rows[position] = {"name": "good", "task": task, "args": args, "crontab": {"minute": "*"}}
     return [row | {"name": f"{row['name']} {number}"} for number, row in enumerate(rows[:count])]
-
-
-def create(rows):
-    """Create schedules from such rows, as a program could, and not the form."""
-    from django_celery_beat import models
-
-    kinds = {
-        "crontab": models.CrontabSchedule,
-        "interval": models.IntervalSchedule,
-        "solar": models.SolarSchedule,
-        "clocked": models.ClockedSchedule,
-    }
-    made = [dict(row) for row in rows]
-    dates = [row.pop("date_changed", None) for row in made]
-    for kind, model in kinds.items():
-        values = {json.dumps(row[kind]): model(**row[kind]) for row in made if kind in row}
-        model.objects.bulk_create(values.values())
-        for row in made:
-            if kind in row:
-                row[kind] = values[json.dumps(row[kind])]
-    created = models.PeriodicTask.objects.bulk_create(models.PeriodicTask(**row) for row in made)
-    for row, date in zip(created, dates, strict=True):
-        if date is not None:
-            row.date_changed = date
-    models.PeriodicTask.objects.bulk_update(created, ["date_changed"], batch_size=500)
-    return created
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from datetime import timedelta
 from importlib.util import find_spec
 
+import create_rows
 import pytest
 import random_rows
 from celery import current_app, shared_task
@@ -164,7 +165,7 @@ def test_rows_with_any_value_in_any_field_do_not_stop_beat(monkeypatch, caplog):
     PeriodicTask.objects.all().delete()
     monkeypatch.setattr(heartbeats, "record", lambda process: None)
     caplog.set_level("ERROR")
-    random_rows.create(random_rows.make_rows(ROWS, SEED, report.name, '["daily"]'))
+    create_rows.create(random_rows.make_rows(ROWS, SEED, report.name, '["daily"]'))
     good = PeriodicTask.objects.filter(name__startswith="good")
     due = timezone.now() - timedelta(minutes=2)
     good.update(date_changed=due, last_run_at=due)
