@@ -41,7 +41,7 @@ GAP = 5
 ROUND = (0.2, 1.2)
 
 #: How often a round begins although no other beat is at work, and how long others wait, in seconds.
-ALL_AWAY, PATIENCE = 0.1, 30
+ALL_AWAY, PATIENCE = 0.2, 4
 
 #: How long a beat may be cut off after its connections work again, in seconds: the servers wait too.
 RECONNECT = 30
@@ -354,6 +354,8 @@ def find_longest(gaps, spans):
 
 def main(rounds=ROUNDS, seed=SEED, beats=BEATS):
     """Play, print what was found, and return whether all is well."""
+    # Ended early, it stops its processes too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     with make_service() as service:
         played, disturbed, start, end = play(service, rounds, random.Random(seed), beats)
         result = compare(service.get_notes(), disturbed, start, end)
