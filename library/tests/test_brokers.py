@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+from contextlib import suppress
 from queue import Empty, Queue
 from types import SimpleNamespace
 from uuid import uuid4
@@ -13,14 +14,18 @@ import pytest
 import services
 from celery import current_app
 from celery.exceptions import Reject
+from django.db import OperationalError
 from dummy.settings import TestSettings
+from kombu import Exchange
+from kombu import Queue as KombuQueue
 from kombu.transport import resolve_transport
 
 from prodserver_ops import broker
 from prodserver_ops.broker import publishing, renewal
 from prodserver_ops.conf.environment import evaluate
 from prodserver_ops.core.logs import request_id
-from prodserver_ops.worker import failed
+from prodserver_ops.models import DelayedTask
+from prodserver_ops.worker import delayed, failed
 from prodserver_ops.worker.app import CeleryApp, get_failed_queue, make_failed_queue
 
 pytestmark = pytest.mark.django_db(transaction=True, serialized_rollback=True)
@@ -76,6 +81,17 @@ def get_all(done, count):
     with pytest.raises(Empty):
         done.get_nowait()
     return values
+
+
+def wait_for(condition):
+    deadline = time.monotonic() + 30
+    while True:
+        # A table of SQLite in memory is locked while another thread writes to it.
+        with suppress(OperationalError):
+            if condition():
+                return
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def count(app, *names):
@@ -175,6 +191,50 @@ def test_task_may_be_delayed(app, note, run_worker):
         with pytest.raises(Empty):
             note.done.get(timeout=0.5)
         assert get_all(note.done, 1) == [1]
+
+
+@pytest.fixture
+def short_delays(monkeypatch):
+    """Store what is due in half a second or later."""
+    monkeypatch.setattr(delayed, "HOLD", 0.5)
+    monkeypatch.setattr(delayed, "INTERVAL", 0.5)
+
+
+@pytest.mark.usefixtures("short_delays")
+def test_task_that_is_not_due_is_stored(app, note, run_worker):
+    # No worker has declared anything yet, and more tasks wait than a worker may hold.
+    for number in range(20):
+        note.apply_async([number], countdown=3600)
+    note.delay(-1)
+    with run_worker(app):
+        assert get_all(note.done, 1) == [-1]
+        wait_for(lambda: DelayedTask.objects.count() == 20)
+        wait_for(lambda: count(app, app.conf.task_default_queue) == [0])
+        note.apply_async([20], countdown=2)
+        assert get_all(note.done, 1) == [20]
+    assert DelayedTask.objects.filter(published_at=None).count() == 20
+    assert DelayedTask.objects.count() == 21
+
+
+@pytest.mark.usefixtures("short_delays")
+def test_queue_of_an_earlier_service_does_not_block_a_worker(app, note, run_worker):
+    name = f"{app.conf.task_default_queue}.old"
+    old = KombuQueue(name, Exchange(f"{name}.exchange"), routing_key=f"{name}.key")
+    with app.connection_for_write() as connection:
+        old(connection.default_channel).declare()
+        app.amqp.queues.select_add(KombuQueue(name, routing_key=name, no_declare=True))
+        try:
+            with run_worker(app):
+                for number in range(5):
+                    note.apply_async([number], countdown=4, queue=old)
+                wait_for(lambda: DelayedTask.objects.filter(queue=name).count() == 5)
+                note.delay(-1)
+                assert get_all(note.done, 1) == [-1]
+                assert get_all(note.done, 5) == [0, 1, 2, 3, 4]
+        finally:
+            connection.default_channel.queue_delete(name)
+            if broker.find(app.conf.broker_url).module == services.RABBITMQ:
+                connection.default_channel.exchange_delete(f"{name}.exchange")
 
 
 def test_rejected_message_is_delivered_again(app, run_worker):

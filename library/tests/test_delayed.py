@@ -8,6 +8,7 @@ from queue import Empty, Queue
 from types import SimpleNamespace
 
 import pytest
+import time_machine
 from celery import current_app
 from celery.app.task import Context
 from celery.exceptions import Reject
@@ -199,6 +200,15 @@ class TestWorker:
             wait_for(lambda: count_waiting() == 1)
             wait_for(lambda: count_messages() == 0)
         assert DelayedTask.objects.count() == 1
+
+    def test_runs_what_was_published_although_its_clock_is_late(self, task, run_worker):
+        row = make(-1)
+        delayed.publish_due(current_app)
+        late = timezone.now() - timedelta(seconds=2)
+        with time_machine.travel(late, tick=True), run_worker():
+            assert task.done.get(timeout=20) == (0, 0)
+        row.refresh_from_db()
+        assert row.attempts == 1
 
     def test_command_revoke_reaches_what_is_stored(self, task, run_worker):
         result = task.apply_async([1], countdown=1.5)

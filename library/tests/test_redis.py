@@ -2,6 +2,7 @@
 
 import time
 from types import SimpleNamespace
+from unittest.mock import Mock
 from uuid import uuid4
 
 import pytest
@@ -117,6 +118,20 @@ class TestHeldMessages:
         assert (channel.basic_get(own) is not None) == is_own
         assert old.client.hlen("unacked") == (0 if is_own else 1)
         old.qos._delivered.clear()
+
+    def test_loop_of_a_worker_checks_what_it_holds(self, connect):
+        package = f"sample_{uuid4().hex[:8]}"
+        channel = connect(package)
+        self.publish(channel, package)
+        assert channel.basic_get(package)
+        loop = Mock()
+        channel.connection.register_with_event_loop(channel.connection, loop)
+        calls = [call.args[1:] for call in loop.call_repeatedly.call_args_list]
+        ((check, *arguments),) = [call for call in calls if call[0] is renewal.check]
+        check(*arguments)
+        channel.qos.renewed_at -= renewal.LIMIT + 1
+        with pytest.raises(renewal.NotRenewed):
+            check(*arguments)
 
     @pytest.mark.parametrize("hours", [-3, 3])
     def test_clock_of_a_worker_may_be_wrong(self, connect, monkeypatch, hours):

@@ -116,7 +116,7 @@ class Transport(redis.Transport):
     def register_with_event_loop(self, connection: Any, loop: Any) -> None:
         """Let the loop of a worker check what the worker holds."""
         super().register_with_event_loop(connection, loop)
-        loop.call_repeatedly(renewal.CHECK_INTERVAL, renewal.check, [self.channels])
+        loop.call_repeatedly(renewal.CHECK_INTERVAL, renewal.check, self.channels)
 
 
 # The transport removes a message from its queue before it reads the JSON.

@@ -77,6 +77,9 @@ class Consumer(failed.Consumer):
             if headers["task"] not in self.app.tasks:
                 return False
             row = delayed.make_row(message, headers, due, self.find_queue(message))
+            if delayed.get_attempt(row.key, message.headers):
+                # It was published because it is due; the clock of this worker is late.
+                return False
         except Exception:
             # Celery logs what is wrong with the message.
             return False

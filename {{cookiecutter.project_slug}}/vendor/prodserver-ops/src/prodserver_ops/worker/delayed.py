@@ -48,6 +48,9 @@ CLAIM = timedelta(seconds=4)
 #: has stored are due; those of another worker wait so long if that worker is lost.
 INTERVAL = 5
 
+#: Minimum time between two looks at the table, unless there is something to store, in seconds.
+MIN_INTERVAL = 0.1
+
 #: Time between two attempts to reach the database or the broker, in seconds.
 RETRY_INTERVAL = 1
 
@@ -105,6 +108,18 @@ def clean(text: Any, length: int) -> str:
     return str(text).replace("\0", "").encode(errors="replace").decode()[:length]
 
 
+def get_attempt(key: str, headers: dict[str, Any]) -> int:
+    """Return the attempt at which a worker published a message; 0 if none did.
+
+    A retry inherits the header of its first message, with another key.
+    """
+    try:
+        published, attempt = headers[HEADER]
+        return int(attempt) if published == key else DelayedTask.DELIVERED
+    except (KeyError, TypeError, ValueError):
+        return DelayedTask.DELIVERED
+
+
 def claim(request: Context) -> bool:
     """Record that a worker runs a delayed task; return whether it may.
 
@@ -114,9 +129,7 @@ def claim(request: Context) -> bool:
     if not request.eta:
         return True
     key = get_key(request.id, request.eta)
-    published = (request.headers or {}).get(HEADER)
-    # A retry inherits the headers of its first message.
-    attempt = published[1] if published and published[0] == key else DelayedTask.DELIVERED
+    attempt = get_attempt(key, request.headers or {})
     rows = DelayedTask.objects.filter(key=key)
     try:
         startable = rows.filter(Q(started_by=None) | Q(started_by=attempt))
@@ -253,7 +266,8 @@ class Keeper:
         wait: float = INTERVAL
         if self.next_due is not None:
             until = (self.next_due - timezone.now()).total_seconds() - AHEAD
-            wait = min(max(until, 0), INTERVAL)
+            # The clock of the database may be late.
+            wait = min(max(until, MIN_INTERVAL), INTERVAL)
         if self.wake.wait(wait):
             self.wake.clear()
 
