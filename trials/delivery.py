@@ -7,8 +7,8 @@ part         what it shows
 ===========  ======================================================================================
 ``long``     a task of 430 seconds runs once, while another worker is idle
 ``lost``     the task of a worker that gets SIGKILL is back within a minute
-``delayed``  500 tasks with an ETA of an hour, and one of an hour in another queue: each is kept
-             once, no worker holds one, and other tasks run; those that are due run once
+``delayed``  500 tasks with an ETA of an hour are 500 rows after 12 minutes, no worker holds one,
+             and other tasks run; 20 that are due after 20 seconds run once
 ``starts``   30 starts of a worker leave the failed tasks alone (RabbitMQ)
 ===========  ======================================================================================
 
@@ -196,7 +196,51 @@ def play_starts(service, times):
     return result, set(result.values()) == {10}
 
 
-PARTS = {"long": play_long, "lost": play_lost, "starts": play_starts}
+def play_delayed(service, times):
+    """Return how many tasks wait for their time, and who holds them: the rows, and no worker."""
+    number, delay = times["messages"], times["delay"]
+    service.shell(
+        "from trial.tasks import work\n"
+        f"for n in range({number}): work.apply_async([f'late-{{n}}', 0], countdown={delay})"
+    )
+    service.start_workers()
+    service.queue("now", 0)
+    service.wait_for_note(("end", "now"), 60)
+    service.shell(
+        "from trial.tasks import work\n"
+        "for n in range(20): work.apply_async([f'soon-{n}', 0], countdown=20)"
+    )
+    time.sleep(times["wait"])
+    counts = service.shell(
+        "from celery import current_app as app\n"
+        "from prodserver_ops import broker\n"
+        "from prodserver_ops.worker import delayed\n"
+        "i = app.control.inspect(timeout=3)\n"
+        "held = [len(t) for f in (i.scheduled, i.reserved, i.active) for t in (f() or {}).values()]\n"
+        "print(delayed.WAITING.count(), broker.count_messages(app, ['trial'], 5)['trial'], *held)"
+    )
+    waiting, queued, *held = map(int, counts.splitlines()[-1].split())
+    starts = {
+        name: len(at) for (event, name), at in service.get_notes().items() if event == "start"
+    }
+    soon = [starts.get(f"soon-{n}") for n in range(20)]
+    result = {
+        "rows": waiting,
+        "messages": queued,
+        "workers asked": len(held) // 3,
+        "held by workers": sum(held),
+        "starts of 20 that were due": sum(filter(None, soon)),
+    }
+    good = [waiting, queued, len(held), sum(held), set(soon)] == [number, 0, 6, 0, {1}]
+    return result, good and not any(name.startswith("late") for name in starts)
+
+
+PARTS = {
+    "long": play_long,
+    "lost": play_lost,
+    "delayed": play_delayed,
+    "starts": play_starts,
+}
 
 
 def main():

@@ -167,6 +167,9 @@ class ProcessDefaults(BaseSettings):  # type: ignore[misc]
     CELERY_TASK_SOFT_TIME_LIMIT = 240
     CELERY_TASK_TIME_LIMIT = 300
 
+    # How long RabbitMQ lets a task take, in seconds: its consumer_timeout
+    RABBITMQ_CONSUMER_TIMEOUT = 1800
+
     # Serialization: only JSON, which cannot execute code. Results expire after a week
     CELERY_ACCEPT_CONTENT = ["json"]
     CELERY_RESULT_BACKEND: str | None = None

@@ -206,6 +206,14 @@ def is_container() -> bool:
 
 
 @checks.register(deploy=True)
+def check_task_limits(app_configs: Any = None, **kwargs: Any) -> Messages:
+    """Report tasks that RabbitMQ or a deploy ends before their time limit."""
+    from . import task_limits
+
+    return task_limits.find_messages()
+
+
+@checks.register(deploy=True)
 def check_schema(app_configs: Any = None, **kwargs: Any) -> Messages:
     """Report that the file with the OpenAPI schema is missing."""
     path = schema.get_path()

@@ -1,0 +1,69 @@
+"""A task whose time limit is longer than what RabbitMQ or a deploy allows is reported."""
+
+import pytest
+from celery import current_app
+from django.conf import settings as django_settings
+
+from prodserver_ops.console import task_limits
+
+COMPOSE = """
+services:
+  worker:
+    # Longer than the time limit of tasks, CELERY_TASK_TIME_LIMIT.
+    stop_grace_period: 310s
+  worker_high:
+    stop_grace_period: 1000s
+"""
+
+
+@pytest.fixture
+def folder(settings, tmp_path):
+    settings.BASE_DIR = tmp_path
+    settings.CELERY_BROKER_URL = "amqp://mq.example.com"
+    return tmp_path
+
+
+@pytest.fixture
+def limit():
+    """A function that registers a task with a time limit."""
+
+    def limit(seconds):
+        @current_app.task(name="tests.long", shared=False, time_limit=seconds)
+        def long():
+            pass
+
+    yield limit
+    current_app.tasks.pop("tests.long", None)
+
+
+def find():
+    return [message.id for message in task_limits.find_messages()]
+
+
+def test_usual_limits_fit(folder):
+    (folder / "compose.yaml").write_text(COMPOSE)
+    (folder / "shop-worker.service").write_text("[Service]\nTimeoutStopSec=310\n")
+    assert task_limits.get_longest()[0] == django_settings.CELERY_TASK_TIME_LIMIT
+    assert find() == []
+
+
+def test_task_that_takes_longer_than_rabbitmq_allows(folder, limit, settings):
+    limit(3600)
+    (message,) = task_limits.find_messages()
+    assert message.msg.startswith("The task tests.long may take 3600 s, but RabbitMQ ends it after")
+    settings.RABBITMQ_CONSUMER_TIMEOUT = 7200
+    assert find() == []
+    settings.RABBITMQ_CONSUMER_TIMEOUT = 1800
+    settings.CELERY_BROKER_URL = "redis://redis.example.com"
+    assert find() == []
+
+
+def test_task_that_takes_longer_than_a_worker_may_take_to_stop(folder, limit):
+    (folder / "compose.yaml").write_text(COMPOSE)
+    for name in ("web", "worker", "worker-high"):
+        (folder / f"shop-{name}.service").write_text("[Service]\nTimeoutStopSec=310\n")
+    limit(900)
+    messages = task_limits.find_messages()
+    assert [message.id for message in messages] == ["tasks.W002"] * 3
+    assert "compose.yaml lets a worker that stops take only 310 s" in messages[0].msg
+    assert {message.hint for message in messages} == {"Raise it to 910 s."}

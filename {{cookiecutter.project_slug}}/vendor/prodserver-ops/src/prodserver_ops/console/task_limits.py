@@ -1,0 +1,54 @@
+"""Compare the longest time limit of a task with what ends it earlier: RabbitMQ, and a deploy."""
+
+import re
+from pathlib import Path
+
+from celery import current_app
+from django.conf import settings
+from django.core import checks
+
+from .. import broker
+
+#: The files that say how long a worker may take to stop, and the lines that say it, in seconds.
+STOP_TIMES = {
+    "compose.yaml": r"^ +stop_grace_period: *(\d+)s$",
+    "*-worker*.service": r"^TimeoutStopSec=(\d+)$",
+}
+
+
+def get_longest() -> tuple[float, str]:
+    """Return the longest time limit of a task in seconds, and the task."""
+    current_app.loader.import_default_modules()
+    default = settings.CELERY_TASK_TIME_LIMIT
+    limits = {name: task.time_limit or default for name, task in current_app.tasks.items()}
+    return max((limit, name) for name, limit in limits.items())
+
+
+def find_messages() -> list[checks.CheckMessage]:
+    """Return what ends a task before its time limit."""
+    longest, name = get_longest()
+    messages: list[checks.CheckMessage] = []
+    allowed = settings.RABBITMQ_CONSUMER_TIMEOUT
+    if broker.find(settings.CELERY_BROKER_URL).module == "rabbitmq" and longest >= allowed:
+        messages.append(
+            checks.Warning(
+                f"The task {name} may take {longest:g} s, but RabbitMQ ends it after {allowed:g} s "
+                "and delivers it again.",
+                hint="Make it resumable, or raise consumer_timeout in rabbitmq.conf (milliseconds) "
+                "and set RABBITMQ_CONSUMER_TIMEOUT to the same seconds.",
+                id="tasks.W001",
+            )
+        )
+    for pattern, line in STOP_TIMES.items():
+        for path in sorted(Path(settings.BASE_DIR).glob(pattern)):
+            seconds = [int(found) for found in re.findall(line, path.read_text(), re.M)]
+            if seconds and min(seconds) <= longest:
+                messages.append(
+                    checks.Warning(
+                        f"The task {name} may take {longest:g} s, but {path.name} lets a worker "
+                        f"that stops take only {min(seconds)} s.",
+                        hint=f"Raise it to {longest + 10:g} s.",
+                        id="tasks.W002",
+                    )
+                )
+    return messages
