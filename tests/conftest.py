@@ -30,12 +30,20 @@ from tests.servers import PATIENCE, PostgreSQL, RabbitMQ, free_port, reachable, 
 
 ROOT = Path(__file__).parent.parent
 
-#: The PostgreSQL server of this machine.
-POSTGRES_SERVER = "postgres://postgres@127.0.0.1:5432"
+#: The servers of this machine. ``TEST_POSTGRESQL_URL``, ``TEST_RABBITMQ_URL`` and ``TEST_REDIS_URL``
+#: name others, such as those of another version.
+POSTGRES_SERVER = os.environ.get(
+    "TEST_POSTGRESQL_URL", "postgres://postgres@127.0.0.1:5432/postgres"
+).rpartition("/")[0]
+REDIS_SERVER = os.environ.get("TEST_REDIS_URL", "redis://127.0.0.1:6379")
 
-#: The RabbitMQ server of this machine. Each service uses the queue named after its slug, so
-#: test runs at the same time need a virtual host each: set ``RABBITMQ_URL``.
-RABBITMQ_URL = os.environ.get("RABBITMQ_URL", "amqp://guest:guest@127.0.0.1:5672//")
+#: Each service uses the queue named after its slug, so test runs at the same time need a virtual
+#: host each.
+RABBITMQ_URL = (
+    os.environ.get("TEST_RABBITMQ_URL")
+    or os.environ.get("RABBITMQ_URL")
+    or "amqp://guest:guest@127.0.0.1:5672//"
+)
 
 #: A secret key that passes the deployment checks.
 SECRET_KEY = "a-key-for-this-test-alone-of-more-than-fifty-characters"
@@ -276,7 +284,7 @@ def postgres_url(request):
     require_server(
         request,
         "PostgreSQL",
-        5432,
+        urlsplit(POSTGRES_SERVER).port,
         "docker run -d -p 5432:5432 -e POSTGRES_HOST_AUTH_METHOD=trust postgres:16",
     )
     name = f"prodserver_{uuid.uuid4().hex[:12]}"
@@ -289,18 +297,28 @@ def postgres_url(request):
 @pytest.fixture
 def rabbitmq_url(request):
     """The URL of this machine's RabbitMQ server."""
-    require_server(request, "RabbitMQ", 5672, "docker run -d -p 5672:5672 rabbitmq:4")
+    port = urlsplit(RABBITMQ_URL).port
+    require_server(request, "RabbitMQ", port, "docker run -d -p 5672:5672 rabbitmq:4")
     return RABBITMQ_URL
 
 
 @pytest.fixture
 def redis_url(request, worker_id):
     """The URL of an empty database of this machine's Redis server."""
-    require_server(request, "Redis", 6379, "docker run -d -p 6379:6379 redis:7")
+    port = urlsplit(REDIS_SERVER).port
+    require_server(request, "Redis", port, "docker run -d -p 6379:6379 redis:7")
     number = 2 + int(worker_id.removeprefix("gw")) if worker_id != "master" else 1
-    with redis.Redis(db=number) as client:
+    url = f"{REDIS_SERVER}/{number}"
+    with redis.Redis.from_url(url) as client:
         client.flushdb()
-    return f"redis://127.0.0.1:6379/{number}"
+    return url
+
+
+def connect_to_rabbitmq():
+    """Return a connection to this machine's RabbitMQ."""
+    url = urlsplit(RABBITMQ_URL)
+    host = f"{url.hostname}:{url.port}"
+    return amqp.Connection(host, url.username, url.password, virtual_host=url.path[1:])
 
 
 def run_dedicated_server(server_class):
@@ -510,8 +528,7 @@ class Service:
     def delete_queue(self):
         """Delete the service's queue on this machine's RabbitMQ, with its messages."""
         if self.uses_rabbitmq():
-            virtual_host = urlsplit(RABBITMQ_URL).path.removeprefix("/")
-            with amqp.Connection("127.0.0.1:5672", virtual_host=virtual_host) as connection:
+            with connect_to_rabbitmq() as connection:
                 for queue in (
                     self.folder.name,
                     f"{self.folder.name}.mail",

@@ -2,12 +2,10 @@
 
 import re
 import subprocess
-from urllib.parse import urlsplit
 
-import amqp
 import pytest
 
-from tests.conftest import RABBITMQ_URL, production_variables
+from tests.conftest import connect_to_rabbitmq, production_variables
 from tests.servers import wait_for
 
 pytestmark = pytest.mark.slow
@@ -246,7 +244,7 @@ def test_old_service_moves_here_and_back(
         **production_variables(postgres_url, rabbitmq_url),
     )
     service.install()
-    with amqp.Connection("127.0.0.1:5672", virtual_host=urlsplit(RABBITMQ_URL).path[1:]) as broker:
+    with connect_to_rabbitmq() as broker:
         broker.channel().queue_delete(queue)
     old = tmp_path / "old"
     write_old_project(old, app, custom_user, queue)

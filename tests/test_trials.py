@@ -40,3 +40,10 @@ def test_ten_years_in_one_time_zone(uv):
 def test_an_aged_service_is_updated_and_an_unedited_one_equals_a_new_one(request, uv):
     require_server(request, "PostgreSQL", 5432, "docker run -d -p 5432:5432 postgres:16")
     run_trial(uv, "time_travel", "--short")
+
+
+@pytest.mark.parametrize("part", ["lost", "delayed"])
+def test_tasks_of_a_lost_worker_and_delayed_tasks(request, uv, part):
+    require_server(request, "PostgreSQL", 5432, "docker run -d -p 5432:5432 postgres:16")
+    require_server(request, "Redis", 6379, "docker run -d -p 6379:6379 redis:7")
+    run_trial(uv, "delivery", part, "--short", "--broker", "redis")

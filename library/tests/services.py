@@ -1,6 +1,7 @@
 """The servers of this machine: a virtual host, a number or a database for each test process."""
 
 import os
+import shlex
 import shutil
 import socket
 import subprocess
@@ -113,8 +114,8 @@ def _execute(url, sql):
 
 
 def _run_rabbitmqctl(*arguments):
-    program = shutil.which("rabbitmqctl")
-    if program is None:
-        raise Unavailable("rabbitmqctl is not installed; it creates the virtual hosts")
-    command = [program, "--quiet", *arguments]
+    program = shlex.split(os.environ.get("TEST_RABBITMQCTL", "rabbitmqctl"))
+    if shutil.which(program[0]) is None:
+        raise Unavailable(f"{program[0]} is not installed; it creates the virtual hosts")
+    command = [*program, "--quiet", *arguments]
     subprocess.run(command, check=True, stdin=subprocess.DEVNULL, timeout=60)
