@@ -9,6 +9,8 @@ part         what it shows
 ``lost``     the task of a worker that gets SIGKILL is back within a minute
 ``delayed``  500 tasks with an ETA of an hour are 500 rows after 12 minutes, no worker holds one,
              and other tasks run; 20 that are due after 20 seconds run once
+``killed``   200 delayed tasks while workers get SIGKILL for a minute: none is lost, and only
+             those run again that were at work
 ``starts``   30 starts of a worker leave the failed tasks alone (RabbitMQ)
 ===========  ======================================================================================
 
@@ -43,8 +45,8 @@ POSTGRESQL = os.environ.get("TEST_POSTGRESQL_URL", "postgres://postgres@127.0.0.
 
 #: Seconds of work, delay of tasks, wait after they were queued, number of starts; and those of
 #: the short form. A message is delivered again after 40 seconds without a renewal.
-FULL = {"work": 430, "delay": 3600, "wait": 720, "starts": 30, "messages": 500}
-SHORT = {"work": 75, "delay": 3600, "wait": 60, "starts": 22, "messages": 100}
+FULL = {"work": 430, "delay": 3600, "wait": 720, "starts": 30, "messages": 500, "settle": 60}
+SHORT = {"work": 75, "delay": 3600, "wait": 60, "starts": 22, "messages": 100, "settle": 10}
 
 TASKS = """
 from celery import shared_task
@@ -235,10 +237,41 @@ def play_delayed(service, times):
     return result, good and not any(name.startswith("late") for name in starts)
 
 
+def play_killed(service, times):
+    """Return how many delayed tasks were lost, or ran again for another reason than a kill."""
+    number = 200
+    workers = service.start_workers()
+    service.shell(
+        "from trial.tasks import work\n"
+        f"for n in range({number}): work.apply_async([f'k-{{n}}', 0], countdown=8 + n / 5)"
+    )
+    kills = 0
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        time.sleep(kills % 4 / 2)
+        workers[kills % 2].kill_all()
+        workers[kills % 2] = service.start("worker")
+        workers[kills % 2].wait_for_text("ready", 60)
+        kills += 1
+    for index in range(number):
+        service.wait_for_note(("end", f"k-{index}"), 150)
+    time.sleep(times["settle"])
+    starts = [len(service.get_notes()["start", f"k-{index}"]) for index in range(number)]
+    result = {
+        "delayed tasks": number,
+        "kills": kills,
+        "lost": starts.count(0),
+        "run again": sum(starts) - number,
+    }
+    # A worker runs two tasks at the same time.
+    return result, 0 not in starts and sum(starts) - number <= 2 * kills
+
+
 PARTS = {
     "long": play_long,
     "lost": play_lost,
     "delayed": play_delayed,
+    "killed": play_killed,
     "starts": play_starts,
 }
 

@@ -71,6 +71,8 @@ class Consumer(failed.Consumer):
         """Store a message whose task is not due; return whether it is, or will be."""
         try:
             headers = message.headers if "task" in message.headers else message.decode()
+            if not headers.get("eta"):
+                return False
             due = delayed.get_due(headers)
             if due is None or due < timezone.now() + timedelta(seconds=delayed.HOLD):
                 return False
