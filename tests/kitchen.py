@@ -5,11 +5,15 @@ database. Processes run with the embedded broker, so that several services can r
 """
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
 import uuid
+from urllib.parse import urlsplit
+from urllib.request import urlopen
 
+import amqp
 import psycopg
 from cookiecutter.main import cookiecutter
 
@@ -19,7 +23,10 @@ from tests.recipes import get_path, read_recipes
 from tests.servers import free_port
 
 #: The package of the services, and so the prefix of their queues.
-SLUG = "recipes"
+SLUG = "kitchen"
+
+#: Their domain.
+DOMAIN = "kitchen.example.com"
 
 #: What follows may use a client behind a proxy with HTTPS, and a user.
 PRELUDE = """
@@ -63,12 +70,13 @@ class Kitchen:
         """Generate, install and migrate the service."""
         self.folder.mkdir(exist_ok=True)
         os.environ["COOKIECUTTER_CONFIG"] = os.devnull
-        context = {"setup": False, "project_slug": SLUG}
+        context = {"setup": False, "project_slug": SLUG, "domain_name": DOMAIN}
         cookiecutter(
             str(get_template()), no_input=True, extra_context=context, output_dir=self.folder
         )
         self.recipes = read_recipes(get_path(self.project))
-        wanted = {each for recipe in self.recipes.values() for each in recipe.requirements}
+        recipes = self.recipes.values()
+        wanted = {each for recipe in recipes for each in recipe.requirements}
         dish = Dish(self.project, self)
         pyproject = dish.folder / "pyproject.toml"
         text = pyproject.read_text()
@@ -79,13 +87,14 @@ class Kitchen:
         create_database(self.database)
         dish.run("python manage.py collectstatic --noinput", **dish.production)
         dish.run("python manage.py migrate --noinput", **dish.production)
+        dish.run("python manage.py migrate --noinput")
 
     def serve(self, folder, *titles):
         """Return a copy of the service with these recipes applied, and a database of its own."""
         shutil.copytree(
             self.project,
             folder,
-            ignore=shutil.ignore_patterns(".venv", "staticfiles", "var", "__pycache__"),
+            ignore=shutil.ignore_patterns(".venv", "staticfiles", "__pycache__"),
         )
         (folder / ".venv").symlink_to(self.project / ".venv")
         shutil.copytree(self.project / "staticfiles", folder / "staticfiles", copy_function=os.link)
@@ -124,11 +133,10 @@ class Dish:
 
     def run_unless_installed(self, command):
         """Run a command of a recipe; its packages are installed."""
-        if command[:2] == ["uv", "run"]:
-            script = ["python"] if command[2].endswith(".py") else []
-            self.run([*script, *command[2:]])
-        elif command[:2] != ["uv", "add"]:
-            self.run(command)
+        if command.startswith("uv run "):
+            command = re.sub(r"^uv run (?=\S+\.py)", "python ", command)
+        if not command.startswith(("uv add ", "uv remove ")):
+            self.run(["sh", "-c", command])
 
     def run(self, command, **variables):
         """Run a command in the folder; return its output, or raise CommandFailed."""
@@ -151,8 +159,23 @@ class Dish:
         """Run the checks for a deploy, and then code, in production mode; return the output."""
         return self.run(["python", "-c", PRELUDE + code], **self.production | variables)
 
-    def start(self, name, *, variables=None):
-        """Start a process of the Procfile, in development mode."""
+    def is_ready(self, path="/health/ready"):
+        """Return whether the web process responds to a health check with 200."""
+        try:
+            with urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=10):
+                return True
+        except OSError:
+            return False
+
+    def delete_queues(self, url):
+        """Delete the queues on a RabbitMQ, with their messages."""
+        virtual_host = urlsplit(url).path.removeprefix("/")
+        with amqp.Connection("127.0.0.1:5672", virtual_host=virtual_host) as connection:
+            for suffix in ("", ".mail", ".failed", ".reports"):
+                connection.channel().queue_delete(SLUG + suffix)
+
+    def start(self, name, variables=None):
+        """Start a process of the Procfile, in development mode unless the variables say more."""
         command = shlex.split(read_procfile(self.folder / "Procfile")[name])
         log = self.folder.parent / f"{self.folder.name}-{name}-{len(self.processes)}.log"
         process = Process(command, self.folder, self.environment | (variables or {}), log)

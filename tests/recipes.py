@@ -44,8 +44,8 @@ class Step:
 
     @property
     def commands(self):
-        """The commands of the block, each a list of arguments."""
-        return [shlex.split(line) for line in self.text.replace("\\\n", " ").splitlines() if line]
+        """The lines for a shell, without those that only continue another one."""
+        return self.text.replace("\\\n", " ").splitlines()
 
 
 @dataclass
@@ -58,18 +58,14 @@ class Recipe:
 
     @property
     def commands(self):
-        """The commands to run, each a list of arguments."""
+        """The commands to run, each for a shell."""
         return [command for step in self.steps if step.kind == "run" for command in step.commands]
 
     @property
     def requirements(self):
         """The packages that it adds."""
-        return [
-            word
-            for command in self.commands
-            if command[:2] == ["uv", "add"]
-            for word in command[2:]
-        ]
+        words = [shlex.split(command) for command in self.commands]
+        return [word for each in words if each[:2] == ["uv", "add"] for word in each[2:]]
 
     def apply(self, folder, run=lambda command: None):
         """Change the files of a service, and call ``run`` with each command."""
@@ -194,7 +190,9 @@ def define(path, class_name, name, chunk):
 
 
 def get_name(node):
-    """Return the name that a statement defines, or None."""
+    """Return the name that a statement defines, or None if it only extends a value."""
+    if isinstance(node, ast.AugAssign):
+        return None
     if isinstance(node, ast.FunctionDef | ast.ClassDef):
         return node.name
     target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)

@@ -4,19 +4,27 @@ The long form also installs the packages with the recipe's own command, lints, r
 service and ``smoke``.
 """
 
+import contextlib
+import http.client
 import os
 import shlex
 import shutil
+import sqlite3
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.request import urlopen
 
+import kubernetes_validate
 import pytest
+import yaml
 
-from tests.conftest import made_once, require_server
+from tests.conftest import made_once, read_procfile, require_server
 from tests.generate import TEMPLATE
-from tests.kitchen import SLUG, Kitchen, create_database, drop_database
+from tests.kitchen import DOMAIN, SLUG, CommandFailed, Kitchen, create_database, drop_database
 from tests.recipes import get_path, read_recipes
+from tests.servers import PATIENCE, wait_for
 from tests.test_output import ANSWERS
 
 RECIPES = read_recipes(get_path(TEMPLATE))
@@ -27,12 +35,13 @@ PROMISES = {}
 slow = pytest.mark.slow
 
 
-def promise(title):
-    """Mark the test of what a recipe promises."""
+def promise(title, *others):
+    """Mark the test of what a recipe promises, perhaps on top of others."""
 
     def mark(test):
         assert PROMISES.setdefault(title, test) is test
-        return pytest.mark.slow(pytest.mark.parametrize("titles", [(title,)], ids=[title])(test))
+        titles = [(*others, title)]
+        return pytest.mark.slow(pytest.mark.parametrize("titles", titles, ids=[title])(test))
 
     return mark
 
@@ -77,16 +86,18 @@ def test_each_recipe_applies_to_services_with_other_choices(bake, tmp_path, answ
 @pytest.mark.slow
 @pytest.mark.long
 @pytest.mark.parametrize("title", RECIPES)
-def test_service_with_the_recipe_passes_its_tests_and_works(bake, make_service, title):
+def test_service_with_the_recipe_passes_its_tests_and_works(bake, make_service, uv, title):
     service = make_service(bake(project_slug=SLUG))
     recipe = read_recipes(get_path(service.folder))[title]
 
-    def run(command):
-        service.run(shlex.join([service.uv, *command[1:]] if command[0] == "uv" else command))
+    path = f"{Path(uv).parent}{os.pathsep}{service.environment['PATH']}"
 
-    run(["uv", "sync", "--quiet"])
+    def run(command):
+        service.run(shlex.join(["sh", "-c", command]), PATH=path)
+
+    run("uv sync --quiet")
     recipe.apply(service.folder, run)
-    run(["uv", "sync", "--quiet"])
+    run("uv sync --quiet")
     for command in (
         *("ruff check --fix", "ruff format", "ruff check", "mypy", "pytest -q"),
         *("python manage.py makemigrations --check", "python manage.py migrate"),
@@ -316,3 +327,355 @@ for path in ("/api/submissions/", "/api/submissions/mine/", "/api/none/"):
     assert response["access-control-allow-origin"] == APP, (path, response.status_code)
 """
     )
+
+
+@promise("A second factor for staff")
+def test_staff_log_in_with_a_code_and_are_limited(dish):
+    dish.run("python manage.py migrate --noinput", **dish.production)
+    dish.ask(
+        GUARD
+        + """
+from io import StringIO
+def make_code():
+    output = StringIO()
+    call_command("addstatictoken", "anna", stdout=output)
+    return output.getvalue().strip()
+def log_in(client, password, code=None):
+    form = {"username": "anna", "password": password, "otp_token": code or make_code()}
+    return client.post("/admin/login/", form).status_code
+page = client.get("/admin/login/")
+assert b"otp_token" in page.content and b"<script>" not in page.content
+assert log_in(client, PASSWORD, "wrong") == 200
+assert client.get("/admin/").status_code == 302
+assert log_in(client, PASSWORD) == 302
+assert client.get("/admin/").status_code == 200
+assert client.get("/admin/otp_totp/totpdevice/add/").status_code == 200
+plain = make_client()
+plain.force_login(anna)
+assert plain.get("/admin/").status_code == 302
+assert is_guarded(log_in, 302)
+"""
+    )
+
+
+@promise("Password reset")
+def test_link_by_e_mail_sets_a_password_once_and_is_not_logged(dish):
+    output = dish.ask(
+        """
+import re
+from django.core import mail
+from prodserver_ops.api.tokens import create_token
+token, _ = create_token(anna)
+def read():
+    return client.get("/api/submissions/mine/", headers={"authorization": f"Token {token}"}).status_code
+assert read() == 200
+assert client.get("/reset/").status_code == 200
+def ask_for_link():
+    return client.post("/reset/", {"email": "anna@example.com"}).status_code
+assert ask_for_link() == 302
+path = re.search(r"https://[^/]+(/reset/link/\\S+)", mail.outbox[0].body)[1]
+form = client.get(path, follow=True).redirect_chain[-1][0]
+new = "another-long-password-2"
+assert client.post(form, {"new_password1": new, "new_password2": new}).status_code == 302
+anna.refresh_from_db()
+assert anna.check_password(new)
+assert read() == 401
+assert b"new_password1" not in make_client().get(path, follow=True).content
+assert [ask_for_link() for _ in range(5)] == [302] * 4 + [429]
+print("PATH", path)
+"""
+    )
+    path = next(line.split()[1] for line in output.splitlines() if line.startswith("PATH"))
+    token = path.strip("/").rpartition(":")[2]
+    assert "/reset/link/" in output
+    assert output.count(token) == 1, output
+
+
+@promise("A queue with its own worker")
+def test_task_is_run_by_the_worker_of_its_queue_alone(dish):
+    names = ("worker", "reports")
+    worker, reports = (dish.start(name) for name in names)
+    for process in (worker, reports):
+        process.wait_for_text(" ready.", seconds=60)
+    dish.run(
+        [
+            *("python", "manage.py", "shell", "-v0", "-c"),
+            f"from {SLUG}.tasks import send_user_digest, write_report\n"
+            "write_report.delay('all')\nsend_user_digest.delay('daily')",
+        ]
+    )
+    reports.wait_for_text(f"Task {SLUG}.tasks.write_report")
+    reports.wait_for_text(" succeeded")
+    worker.wait_for_text(f"Task {SLUG}.tasks.send_user_digest")
+    assert "write_report" not in worker.text()
+    assert "send_user_digest" not in reports.text()
+    dish.run("python manage.py heartbeat reports")
+    assert [process.stop() for process in (worker, reports)] == [0, 0]
+    dish.ask("")
+
+
+@promise("Results and a chord")
+def test_chord_returns_the_result_of_its_last_task(dish):
+    dish.run("python manage.py migrate --noinput")
+    worker = dish.start("worker")
+    worker.wait_for_text(" ready.", seconds=60)
+    output = dish.run(
+        [
+            *("python", "manage.py", "shell", "-v0", "-c"),
+            f"from {SLUG}.tasks import count_all_words\n"
+            "print('words:', count_all_words(['the large hall', 'at two']).get(timeout=30))",
+        ]
+    )
+    assert "words: 5" in output
+    assert worker.stop() == 0
+    dish.ask("")
+
+
+@promise("A process of your own")
+def test_process_of_the_service_runs_is_watched_and_stops(dish):
+    listener = dish.start("listener")
+    listener.wait_for_text("Listener ready", seconds=60)
+    wait_for(lambda: "listener" in dish.run("python manage.py heartbeat listener"), 20)
+    assert listener.stop() == 0
+    with pytest.raises(CommandFailed):
+        dish.run("python manage.py heartbeat listener")
+    dish.ask("")
+
+
+@promise("Server-sent events")
+def test_streams_do_not_take_the_place_of_other_requests(dish):
+    web = dish.start("web")
+    wait_for(lambda: dish.is_ready(), 60, web.text)
+    streams = []
+    for _ in range(12):
+        stream = http.client.HTTPConnection("127.0.0.1", dish.port, timeout=10)
+        stream.request("GET", "/events/")
+        response = stream.getresponse()
+        assert response.status == 200
+        assert response.getheader("Content-Type") == "text/event-stream"
+        assert response.readline().startswith(b"data: ")
+        streams.append((stream, response))
+    for path in ("/", "/api/submissions/", "/health/ready"):
+        start = time.monotonic()
+        with urlopen(f"http://127.0.0.1:{dish.port}{path}", timeout=10) as response:
+            assert response.status == 200
+        assert time.monotonic() - start < 5 * PATIENCE
+    # Each stream goes on.
+    assert all(response.readline() == b"\n" for _, response in streams)
+    for stream, _ in streams:
+        stream.close()
+    assert web.stop(seconds=30) == 0
+    dish.ask("")
+
+
+@promise("Files from a CDN")
+def test_pages_may_load_files_of_the_cdn_and_nothing_else(dish):
+    dish.ask(
+        """
+policy = dict(
+    part.strip().split(" ", 1) for part in client.get("/")["content-security-policy"].split(";")
+)
+cdn = f"https://cdn.{settings.DOMAIN}"
+for name in ("script-src", "style-src", "font-src", "img-src"):
+    assert cdn in policy[name].split() and "'self'" in policy[name], policy
+assert policy["frame-ancestors"] == "'none'" and policy["object-src"] == "'none'"
+assert "unsafe" not in str(policy)
+"""
+    )
+
+
+@promise("Another language and time zone")
+def test_pages_and_schedules_follow(dish):
+    (command,) = dish.kitchen.recipes["Another language and time zone"].shown
+    output = dish.run(["sh", "-c", command.text], **dish.production)
+    assert "Traceback" not in output
+    dish.ask(
+        """
+from django_celery_beat.models import CrontabSchedule, PeriodicTask
+assert "Passwort" in client.get("/admin/login/").content.decode()
+assert '<html lang="de">' in client.get("/").content.decode()
+assert {str(row.timezone) for row in CrontabSchedule.objects.all()} == {"Europe/Berlin"}
+from prodserver_ops.console import schedule_list
+(row,) = [row for row in PeriodicTask.objects.filter(name="user-digest-daily")]
+assert str(row.crontab.timezone) == "Europe/Berlin"
+"""
+    )
+
+
+@promise("Heroku")
+def test_processes_run_with_the_variables_of_heroku_and_stop_in_time(dish, rabbitmq_url):
+    variables = dish.production | {
+        "CLOUDAMQP_URL": rabbitmq_url,
+        "DYNO": "web.1",
+        "GUNICORN_CMD_ARGS": "--access-logfile -",
+        "WEB_CONCURRENCY": "2",
+    }
+    del variables["RABBITMQ_URL"]
+    commands = read_procfile(dish.folder / "Procfile")
+    dish.run(["sh", "-c", commands["release"]], **variables)
+    processes = [dish.start(name, variables) for name in ("web", "worker", "beat")]
+    try:
+        wait_for(lambda: dish.is_ready("/health/ready?deep"), 60, processes[0].text)
+        for process in processes:
+            process.popen.terminate()
+        assert [process.stop(seconds=30) for process in processes] == [0, 0, 0]
+    finally:
+        dish.delete_queues(rabbitmq_url)
+
+
+@promise("Kubernetes")
+def test_manifests_are_valid_and_run_the_processes(dish):
+    folder = dish.folder / "kubernetes"
+    (job,) = yaml.safe_load_all((folder / "migrate.yaml").read_text())
+    processes = list(yaml.safe_load_all((folder / "processes.yaml").read_text()))
+    for document in (job, *processes):
+        for version in ("1.29", "1.34"):
+            kubernetes_validate.validate(document, version, strict=True)
+    commands = read_procfile(dish.folder / "Procfile")
+    (migrate,) = job["spec"]["template"]["spec"]["containers"]
+    assert shlex.join(migrate["command"]).endswith(commands.pop("release").removeprefix("./"))
+    service, *deployments = processes
+    containers = {}
+    for deployment in deployments:
+        template = deployment["spec"]["template"]
+        (container,) = template["spec"]["containers"]
+        containers[container["name"]] = template, container
+        assert shlex.join(container["command"]) == commands[container["name"]]
+    assert containers.keys() == commands.keys()
+    template, web = containers["web"]
+    assert service["spec"]["selector"] == template["metadata"]["labels"]
+    # A pod stops within its time: the pause, and then the requests.
+    assert template["spec"]["terminationGracePeriodSeconds"] >= 10 + 25
+    dish.ask(
+        "for path in ('/health/live', '/health/ready'):\n"
+        "    response = Client(headers={'host': '10.0.0.1'}).get(path)\n"
+        "    assert response.status_code in {200, 503} and b'database' in response.content or path"
+    )
+    for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+        assert web[probe]["httpGet"]["path"] in {"/health/live", "/health/ready"}
+    worker = dish.start("worker")
+    worker.wait_for_text(" ready.", seconds=60)
+    for probe in ("startupProbe", "livenessProbe"):
+        command = containers["worker"][1][probe]["exec"]["command"]
+        wait_for(lambda command=command: dish.run(command), 20)
+    assert worker.stop() == 0
+
+
+@promise("Under a sub-path")
+def test_links_and_cookies_have_the_prefix_and_health_checks_do_not(dish):
+    dish.ask(
+        """
+from django.templatetags.static import static
+from django.urls import reverse
+from prodserver_ops.web import health
+health.CHECKS = {}
+assert reverse("home") == "/rooms/"
+assert static("site.css").startswith("/rooms/static/site.")
+assert client.get(static("site.css").removeprefix("/rooms")).status_code == 200
+for path in ("/", "/health/live", "/health/ready", "/api/submissions/"):
+    assert client.get(path).status_code == 200, path
+assert client.get("/admin/")["Location"].startswith("/rooms/admin/login/")
+log = {"username": "anna", "password": PASSWORD}
+response = client.post("/admin/login/?next=/rooms/admin/", log)
+assert response["Location"] == "/rooms/admin/"
+assert response.cookies["sessionid"]["path"] == "/rooms/"
+from prodserver_ops.mail import unsubscribe
+from prodserver_ops.mail.digests import registry
+url = unsubscribe.link(anna, registry["weekly"])
+assert url.startswith(f"https://{settings.DOMAIN}/rooms/unsubscribe/"), url
+assert client.get("/" + url.partition("/rooms/")[2]).status_code == 200
+""",
+        SITE_URL=f"https://{DOMAIN}/rooms",
+    )
+
+
+@promise("Without the API")
+def test_service_without_api_has_its_pages(dish):
+    dish.ask(
+        """
+import sys
+assert client.get("/").status_code == 200
+for path in ("/api/", "/api/token/", "/api/schema/", "/api/docs/"):
+    assert client.get(path).status_code == 404
+client.force_login(anna)
+page = client.get("/admin/")
+assert page.status_code == 200 and "API token" not in page.content.decode()
+assert client.get("/admin/operations/").status_code in {200, 404}
+"""
+    )
+
+
+@promise("Without beat")
+def test_nothing_waits_for_beat(dish):
+    web, worker = dish.start("web"), dish.start("worker")
+    worker.wait_for_text(" ready.", seconds=60)
+    wait_for(lambda: dish.is_ready("/health/ready?deep"), 30, web.text)
+    output = dish.run("python manage.py doctor")
+    assert "beat" not in output.lower(), output
+    assert [process.stop() for process in (web, worker)] == [0, 0]
+    dish.ask("")
+
+
+@promise("Without e-mail")
+def test_messages_are_discarded(dish):
+    dish.ask("from prodserver_ops.console import alerts; assert not alerts.get_channels()")
+    dish.run(
+        [
+            *("python", "manage.py", "shell", "-v0", "-c"),
+            "from django.core.mail import send_mail; from prodserver_ops.console import alerts\n"
+            "send_mail('a', 'b', None, ['anna@example.com'])\n"
+            "assert not alerts.has_email()",
+        ],
+        **dish.production,
+    )
+
+
+@promise("Another name of the package")
+def test_renamed_service_keeps_its_data_and_schedules(dish):
+    name = "DJANGO_SETTINGS_MODULE"
+    shell = ["python", "manage.py", "shell", "-v0", "-c", "User.objects.create_user('berta')"]
+    dish.run(shell, **dish.production | {name: "rooms.settings"})
+    dish.production[name] = "rooms.settings"
+    assert not (dish.folder / SLUG).exists()
+    (command,) = dish.kitchen.recipes["Another name of the package"].shown
+    dish.run(["sh", "-c", command.text], **dish.production)
+    dish.ask(
+        """
+from celery import current_app
+from django_celery_beat.models import PeriodicTask
+assert User.objects.filter(username="berta").exists()
+assert User.__module__ == "rooms.models"
+call_command("makemigrations", check=True, dry_run=True)
+call_command("migrate", check_unapplied=True)
+current_app.loader.import_default_modules()
+names = [row.task for row in PeriodicTask.objects.all()]
+assert "rooms.tasks.send_user_digest" in names
+assert set(names) <= set(current_app.tasks), names
+from prodserver_ops.console import schedule_list
+"""
+    )
+
+
+@promise("Forget one person", "Results and a chord")
+def test_commands_forget_a_person(dish):
+    dish.run("python manage.py migrate --noinput")
+    dish.run(
+        [
+            *("python", "manage.py", "shell", "-v0", "-c"),
+            "from django_celery_results.models import TaskResult\n"
+            "from django.utils import timezone\n"
+            "from prodserver_ops.models import TaskRun\n"
+            "user = User.objects.create_user('zqmark', 'zqmark@example.com')\n"
+            "Submission.objects.create(author=user, body='A room')\n"
+            "TaskResult.objects.create(task_id='1', task_args='zqmark@example.com')\n"
+            "TaskRun.objects.create(task_id='1', name='a', started_at=timezone.now(), "
+            "arguments='[[\"zqmark\"], {}]')",
+        ]
+    )
+    dry, delete = (step.text for step in dish.kitchen.recipes["Forget one person"].shown)
+    output = dish.run(["sh", "-c", dry.replace("NAME", "zqmark")])
+    assert f"{SLUG}.Submission.author: 1" in output
+    with contextlib.closing(sqlite3.connect(dish.folder / "var" / "db.sqlite3")) as database:
+        assert "zqmark" in "\n".join(database.iterdump())
+        dish.run(["sh", "-c", delete.replace("NAME", "zqmark")])
+        assert "zqmark" not in "\n".join(database.iterdump())
