@@ -155,6 +155,14 @@ class Dish:
             raise CommandFailed(f"{name} exited with status {done.returncode}:\n{done.stdout}")
         return done.stdout
 
+    def succeeds(self, command):
+        """Return whether a command exits with status 0."""
+        try:
+            self.run(command)
+        except CommandFailed:
+            return False
+        return True
+
     def ask(self, code, **variables):
         """Run the checks for a deploy, and then code, in production mode; return the output."""
         return self.run(["python", "-c", PRELUDE + code], **self.production | variables)
@@ -167,12 +175,12 @@ class Dish:
         except OSError:
             return False
 
-    def delete_queues(self, url):
+    def delete_queues(self, url, package=SLUG):
         """Delete the queues on a RabbitMQ, with their messages."""
         virtual_host = urlsplit(url).path.removeprefix("/")
         with amqp.Connection("127.0.0.1:5672", virtual_host=virtual_host) as connection:
             for suffix in ("", ".mail", ".failed", ".reports"):
-                connection.channel().queue_delete(SLUG + suffix)
+                connection.channel().queue_delete(package + suffix)
 
     def start(self, name, variables=None):
         """Start a process of the Procfile, in development mode unless the variables say more."""

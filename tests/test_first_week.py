@@ -145,7 +145,7 @@ def run_failing(service, command):
 
 def add_what_the_readme_shows(service):
     """Add the README's schedule and digest: the snippets exactly as they stand there."""
-    package = service.folder / SLUG
+    package = service.folder / service.folder.name
     readme = service.folder / "README.md"
     task, migration, digest, digest_task = python_blocks(readme)
     append(package / "tasks.py", task)
@@ -160,7 +160,7 @@ def add_what_the_readme_shows(service):
 
 def change_settings(service):
     """Change what a team changes first: time zone, throttle rate, a second worker."""
-    settings = service.folder / SLUG / "settings.py"
+    settings = service.folder / service.folder.name / "settings.py"
     replace(settings, 'TIME_ZONE = "UTC"', 'TIME_ZONE = "Europe/Berlin"')
     replace(settings, '"anon": "60/min", "user": "120/min"', '"anon": "7/min", "user": "9/min"')
     beat = '            "beat": processes.beat(self),\n'
@@ -182,17 +182,30 @@ def add_an_app(service):
     folder = service.folder / "rooms"
     for name, text in APP.items():
         (folder / name).write_text(text)
-    name = f'        "{SLUG}",\n'
-    replace(service.folder / SLUG / "settings.py", name, f'{name}        "rooms",\n')
+    slug = service.folder.name
+    name = f'        "{slug}",\n'
+    replace(service.folder / slug / "settings.py", name, f'{name}        "rooms",\n')
     service.run("python manage.py makemigrations rooms")
 
     migration = folder / "migrations" / "0002_clean_rooms.py"
-    migration.write_text(APP_SCHEDULE.format(slug=SLUG, dependency=""))
+    migration.write_text(APP_SCHEDULE.format(dependency=""))
     output = run_failing(service, "python manage.py check")
     assert "System check identified 1 issue " in output
     assert "rooms.0002_clean_rooms" in output
     assert DEPENDENCY.strip(" \n,") in output
-    migration.write_text(APP_SCHEDULE.format(slug=SLUG, dependency=DEPENDENCY))
+    migration.write_text(APP_SCHEDULE.format(dependency=DEPENDENCY))
+
+
+def add_a_field(service):
+    """Add a field to a model."""
+    slug = service.folder.name
+    replace(
+        service.folder / slug / "models.py",
+        "    body = models.TextField(max_length=5000)\n",
+        "    body = models.TextField(max_length=5000)\n"
+        "    category = models.CharField(max_length=40, blank=True)\n",
+    )
+    service.run(f"python manage.py makemigrations {slug}")
 
 
 @pytest.fixture
@@ -208,13 +221,7 @@ def test_first_edits_leave_tests_and_checks_green(service):
     add_what_the_readme_shows(service)
     change_settings(service)
     add_an_app(service)
-    replace(
-        package / "models.py",
-        "    body = models.TextField(max_length=5000)\n",
-        "    body = models.TextField(max_length=5000)\n"
-        "    category = models.CharField(max_length=40, blank=True)\n",
-    )
-    service.run(f"python manage.py makemigrations {SLUG}")
+    add_a_field(service)
     assert len(list((package / "migrations").glob("0005_*category*.py"))) == 1
 
     service.run("python manage.py makemigrations --check --dry-run")
