@@ -3,6 +3,7 @@
 import json
 from datetime import timedelta
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from celery import current_app
@@ -26,7 +27,7 @@ from prodserver_ops.mail import attempts, deliveries, tasks
 from prodserver_ops.mail.digests import DailyDigest, Notification, registry
 from prodserver_ops.models import Alert, Attempt, DigestDelivery, DigestRun, Lease, TaskRun, Token
 from prodserver_ops.web import logins
-from prodserver_ops.worker import failed
+from prodserver_ops.worker import delayed, failed
 from prodserver_ops.worker.app import make_failed_queue
 
 MARK = "zqmark"
@@ -110,6 +111,18 @@ def add_run(**fields):
     return TaskRun.objects.create(**values | fields)
 
 
+def add_delayed(key, arguments):
+    """Store a task for later, as a worker does."""
+    message = Mock(
+        body=json.dumps([arguments, {}, {}]),
+        content_type="application/json",
+        content_encoding="utf-8",
+        headers={"id": key, "task": "dummy.report", "eta": NOW.isoformat()},
+        properties={},
+    )
+    delayed.make_row(message, message.headers, NOW, "dummy").save()
+
+
 def add_history(user, about, **fields):
     values = {
         "content_type": ContentType.objects.get_for_model(about),
@@ -179,6 +192,9 @@ def plant(anna, berta, client):
         lambda: add_run(error=f"ValueError: no room for {MARK}", status="failed"),
         lambda: add_run(error=f"KeyError: '{MARK}'", status="retried"),
         lambda: add_run(name=f"dummy.report-for {MARK}"),
+        # Tasks that are not due yet
+        lambda: add_delayed("1", [MARK]),
+        lambda: add_delayed("2", [{"to": ADDRESS, "text": f"Dear\n{MARK}"}]),
         # Failed tasks
         lambda: fail([MARK]),
         lambda: fail([{"email": ADDRESS}]),
@@ -261,6 +277,7 @@ def test_nothing_is_found_in_any_place(people, client, failed_queue, capsys):
         "unsent notifications given up: 1",
         "deliveries of digests deleted: 1",
         "task runs blanked: 7",
+        "delayed tasks deleted: 2",
         "failed tasks deleted: 3",
         "dummy.User deleted: 1",
     ):

@@ -52,8 +52,9 @@ class Person:
         self.user = user
         self.locks = ExitStack()
         self.words = sorted({word.strip() for word in words if word.strip()}, key=str.lower)
-        # Arguments of tasks are JSON, which may escape letters.
-        self.forms = sorted({*self.words, *(json.dumps(word)[1:-1] for word in self.words)})
+        # Arguments of tasks are JSON, which may escape letters; delayed tasks are JSON within JSON.
+        escaped = {json.dumps(word)[1:-1] for word in self.words}
+        self.forms = sorted({*self.words, *escaped, *(json.dumps(each)[1:-1] for each in escaped)})
         forms = "|".join(map(re.escape, self.forms))
         self.pattern = re.compile(rf"(?<![\w@.+-])(?:{forms})(?![\w@+-])", re.IGNORECASE)
 
