@@ -20,7 +20,8 @@ import uuid
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "library" / "tests")]
+sys.path.insert(0, str(ROOT / "library" / "tests"))
+sys.path.insert(0, str(ROOT))
 
 import malformed
 import psycopg
