@@ -110,6 +110,7 @@ ALL_OK = dict.fromkeys(
         "migrations",
         "broker",
         "queue",
+        "delayed",
         "worker",
         "beat",
         "schedules",
