@@ -114,6 +114,7 @@ ALL_OK = dict.fromkeys(
         "worker",
         "beat",
         "schedules",
+        "pile-ups",
         "e-mail",
         "deliveries",
         "template",

@@ -16,11 +16,13 @@ def create(rows):
     made = [dict(row) for row in rows]
     dates = [row.pop("date_changed", None) for row in made]
     for kind, model in kinds.items():
-        values = {json.dumps(row[kind]): model(**row[kind]) for row in made if kind in row}
+        values = {
+            json.dumps(row[kind], sort_keys=True): model(**row[kind]) for row in made if kind in row
+        }
         model.objects.bulk_create(values.values())
         for row in made:
             if kind in row:
-                row[kind] = values[json.dumps(row[kind])]
+                row[kind] = values[json.dumps(row[kind], sort_keys=True)]
     created = models.PeriodicTask.objects.bulk_create(models.PeriodicTask(**row) for row in made)
     for row, date in zip(created, dates, strict=True):
         if date is not None:

@@ -67,6 +67,7 @@ class TestCommand:
                 "worker",
                 "beat",
                 "schedules",
+                "pile-ups",
                 "e-mail",
                 "deliveries",
             )

@@ -6,6 +6,7 @@ import signal
 from datetime import timedelta
 
 import pytest
+import time_machine
 from celery import shared_task
 from celery.exceptions import TimeLimitExceeded
 from django.contrib.admin.models import LogEntry
@@ -16,8 +17,8 @@ from django.urls import reverse
 from django.utils import timezone
 from django_celery_beat.models import IntervalSchedule, PeriodicTask
 
-from prodserver_ops.console import operations
-from prodserver_ops.models import Heartbeat, TaskRun
+from prodserver_ops.console import doctor, operations, problems
+from prodserver_ops.models import Heartbeat, ScheduleRun, TaskRun
 from prodserver_ops.tasks import delete_records
 from prodserver_ops.worker import record
 from prodserver_ops.worker.app import Task
@@ -25,6 +26,8 @@ from prodserver_ops.worker.app import Task
 pytestmark = pytest.mark.django_db
 
 PAGE = "admin:ops_operations"
+
+NOW = timezone.now()
 
 
 @shared_task(name="test.operations")
@@ -269,6 +272,54 @@ class TestPage:
         assert "KeyError: &#x27;x&#x27;" in text
         assert "slow.task" in text
         assert "lost.task" not in text
+
+    def test_shows_runs_that_pile_up(self, page, schedule):
+        now = timezone.now()
+        for minutes in (1, 2, 3):
+            moment = now - timedelta(minutes=minutes)
+            ScheduleRun.objects.create(schedule=schedule, due_at=moment, published_at=moment)
+        TaskRun.objects.create(
+            name=sample.name, schedule=schedule, started_at=now - timedelta(minutes=4), host="a"
+        )
+        text = "its runs pile up: 3 waiting, 1 at work"
+        assert text in page()
+        result = doctor.check_pile_ups()
+        assert (result.status, result.message) == ("error", f"{schedule.name}: {text}")
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"published_at": None},
+            {"started_at": NOW},
+            {"due_at": NOW - timedelta(days=2)},
+        ],
+    )
+    @time_machine.travel(NOW, tick=False)
+    def test_run_that_is_alone_is_no_pile_up(self, page, schedule, change):
+        for seconds in (70, 80):
+            moment = NOW - timedelta(seconds=seconds)
+            ScheduleRun.objects.create(schedule=schedule, due_at=moment, published_at=moment)
+        assert set(problems.find_pile_ups()) == {schedule.pk}
+        # The earlier one does not count either once the last one was started.
+        last = ScheduleRun.objects.order_by("due_at").last()
+        ScheduleRun.objects.filter(pk=last.pk).update(**change)
+        assert problems.find_pile_ups() == {}
+        assert "pile up" not in page()
+        assert doctor.check_pile_ups().status == "ok"
+
+    @time_machine.travel(NOW, tick=False)
+    def test_runs_that_wait_for_a_moment_are_no_pile_up(self, schedule):
+        for seconds in (30, 40):
+            moment = NOW - timedelta(seconds=seconds)
+            ScheduleRun.objects.create(schedule=schedule, due_at=moment, published_at=moment)
+        assert problems.find_pile_ups() == {}
+
+    def test_messages_that_expire_are_no_pile_up(self, schedule):
+        for minutes in (1, 2, 3):
+            moment = NOW - timedelta(minutes=minutes)
+            ScheduleRun.objects.create(schedule=schedule, due_at=moment, published_at=moment)
+        PeriodicTask.objects.update(expire_seconds=30)
+        assert problems.find_pile_ups() == {}
 
     def test_shows_the_version_of_the_template_if_it_is_known(self, page, settings, tmp_path):
         settings.BASE_DIR = tmp_path

@@ -32,6 +32,7 @@ from ..scheduling.timing import InvalidSchedule
 from ..web import health
 from ..worker import delayed
 from ..worker.app import get_failed_queue
+from . import problems
 
 #: Time limit of the checks that run at the same time, in seconds.
 CHECK_TIMEOUT = 6
@@ -156,6 +157,16 @@ def check_schedules() -> Result:
     )
 
 
+def check_pile_ups() -> Result:
+    """Look for schedules whose runs start more often than they end."""
+    piles = problems.find_pile_ups()
+    if not piles:
+        return Result("no runs of a schedule pile up")
+    rows = PeriodicTask.objects.filter(pk__in=piles).order_by("name")
+    first, *rest = [f"{row.name}: {piles[row.pk]}" for row in rows] or ["a deleted schedule"]
+    return failed("pile-ups", f"{first}{f', and {len(rest)} more' if rest else ''}")
+
+
 def check_email() -> Result:
     """Connect and log in to the mail server."""
     backend = settings.EMAIL_BACKEND.split(".")[-2]
@@ -204,6 +215,7 @@ def get_checks() -> dict[str, Callable[[], Result]]:
         "delayed": check_delayed,
         **{name: partial(check_heartbeat, name) for name in heartbeats.get_processes()},
         "schedules": check_schedules,
+        "pile-ups": check_pile_ups,
         "e-mail": check_email,
         "deliveries": check_deliveries,
         **({"template": check_template} if get_record().exists() else {}),
@@ -215,6 +227,7 @@ def get_requirements() -> dict[str, str]:
     return {
         "migrations": "database",
         "schedules": "database",
+        "pile-ups": "database",
         "queue": "broker",
         "delayed": "database",
         **dict.fromkeys(heartbeats.get_processes(), "database"),
@@ -270,6 +283,8 @@ def get_next_command(name: str) -> str | None:
             return "python manage.py requeue"
         case "delayed":
             return f"python manage.py prodserver {heartbeats.get_workers()[0]}"
+        case "pile-ups":
+            return "python manage.py schedules --simulate 7"
         case _ if name in heartbeats.get_processes():
             return f"python manage.py prodserver {name}"
         case "e-mail" | "deliveries":

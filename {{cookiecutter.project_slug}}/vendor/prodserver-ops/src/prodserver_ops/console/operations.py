@@ -29,7 +29,7 @@ from ..models import DelayedTask, Heartbeat, ResumableRun, TaskRun
 from ..scheduling import heartbeats, queues, timing
 from ..worker import continuations, delayed
 from ..worker.app import get_failed_queue
-from . import alerts, doctor
+from . import alerts, doctor, problems
 from .large_tables import LargeTableAdmin
 
 #: How long the page waits for the broker, in seconds.
@@ -69,11 +69,14 @@ def get_schedules() -> list[Schedule]:
     """Return all schedules with their latest runs, the newest first."""
     current_app.loader.import_default_modules()  # Registers all tasks.
     rows = PeriodicTask.objects.select_related(*timing.RELATIONS)
-    schedules = {}
+    schedules, piles = {}, problems.find_pile_ups()
     for row in rows.order_by("name")[:SHOWN_SCHEDULES]:
         state = doctor.describe_schedule(row) if row.enabled else {}
         schedules[row.pk] = Schedule(
-            row, describe_timing(row), state.get("next_run"), state.get("problem")
+            row,
+            describe_timing(row),
+            state.get("next_run"),
+            state.get("problem") or piles.get(row.pk),
         )
     number = Window(RowNumber(), partition_by="schedule_id", order_by=F("pk").desc())
     runs = TaskRun.objects.filter(schedule__in=list(schedules)).annotate(number=number)

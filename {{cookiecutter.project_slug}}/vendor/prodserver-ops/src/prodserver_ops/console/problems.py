@@ -5,6 +5,7 @@ too, and returns their messages again where it cannot know whether the problem i
 """
 
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from datetime import datetime, timedelta
 from functools import partial
@@ -12,7 +13,8 @@ from itertools import pairwise
 from threading import Thread
 
 from celery import current_app
-from django.db.models import Exists, F, OuterRef, Q, Subquery
+from django.conf import settings
+from django.db.models import Count, Exists, F, Min, OuterRef, Q, Subquery
 from django.db.models.functions import Now
 from django.utils import timezone
 from django_celery_beat.models import PeriodicTask
@@ -37,6 +39,9 @@ KEEP_LENGTHS = 600
 
 #: About how many schedules a check validates; of more, it takes the next part each minute.
 VALIDATED = 1000
+
+#: How long several runs of a schedule may wait or be at work, and how long ago they were due at most.
+PILE_UP, PILE_UP_AGE = timedelta(minutes=1), timedelta(days=1)
 
 #: How long the broker may take, in seconds.
 TIMEOUT = 10
@@ -151,6 +156,35 @@ def find_failed(known: Known) -> Found:
     for row in rest.filter(~Exists(finished)):
         found[str(row.pk)] = known[str(row.pk)].message
     return found
+
+
+def find_pile_ups() -> dict[int, str]:
+    """Return the schedules of which several runs have waited or been at work for a minute."""
+    now = timezone.now()
+    runs = ScheduleRun.objects.filter(due_at__gt=now - PILE_UP_AGE).order_by()
+    # A message from before the last run that was started may be lost, and others may expire.
+    later = runs.filter(
+        schedule=OuterRef("schedule"), due_at__gt=OuterRef("due_at"), started_at__isnull=False
+    )
+    waiting = runs.filter(published_at__isnull=False, started_at=None)
+    waiting = waiting.filter(~Exists(later), schedule__expire_seconds=None)
+    limit = timedelta(seconds=settings.CELERY_TASK_TIME_LIMIT)
+    at_work = TaskRun.objects.filter(
+        schedule__isnull=False, status=TaskRun.Status.RUNNING, started_at__gt=now - limit
+    )
+    counts: dict[int, list[tuple[int, str, datetime]]] = defaultdict(list)
+    for query, field, text in (
+        (waiting, "published_at", "waiting"),
+        (at_work, "started_at", "at work"),
+    ):
+        for pk, number, since in query.values_list("schedule").annotate(Count("pk"), Min(field)):
+            counts[pk].append((number, text, since))
+    return {
+        pk: "its runs pile up: " + ", ".join(f"{number} {text}" for number, text, _ in parts)
+        for pk, parts in counts.items()
+        if sum(number for number, _, _ in parts) > 1
+        and min(since for _, _, since in parts) < now - PILE_UP
+    }
 
 
 FINDERS: dict[str, Callable[[Known], Found]] = {
