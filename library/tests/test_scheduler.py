@@ -8,6 +8,7 @@ import time_machine
 from celery import current_app, shared_task
 from django.db import InterfaceError, OperationalError
 from django.db.models import F
+from django.urls import reverse
 from django.utils import timezone
 from django_celery_beat.models import (
     ClockedSchedule,
@@ -383,6 +384,122 @@ class TestChanges:
         clock.now = NOW + 6 * MINUTE
         scheduler.run_pass()
         assert [headers["queued_at"] for _, headers in published] == [NOW.isoformat()]
+
+
+class TestTableOfChanges:
+    """The table in the README of a service says what each change does to the next run."""
+
+    @pytest.fixture
+    def row(self, scheduler):
+        """A schedule of every ten minutes that ran five minutes ago."""
+        row = make(last_run_at=NOW - 5 * MINUTE)
+        scheduler.run_pass()
+        return row
+
+    @pytest.fixture
+    def edit(self, clock, admin_client):
+        """A function that changes a schedule in a way, at the time of the clock."""
+
+        def post(row, fields):
+            data = {
+                **{name: getattr(row, name) for name in ("name", "args", "kwargs", "headers")},
+                "regtask": row.task,
+                "interval": row.interval_id,
+                "enabled": row.enabled,
+            }
+            for name, value in fields.items():
+                if name in ("start_time", "expires"):
+                    local = timezone.localtime(value)
+                    data |= {f"{name}_0": f"{local:%Y-%m-%d}", f"{name}_1": f"{local:%H:%M:%S}"}
+                else:
+                    data[name] = getattr(value, "pk", value)
+            data = {name: value for name, value in data.items() if value is not False}
+            url = reverse("admin:django_celery_beat_periodictask_change", args=[row.pk])
+            response = admin_client.post(url, data)
+            assert response.status_code == 302, response.context["adminform"].errors
+
+        def save(row, fields):
+            for name, value in fields.items():
+                setattr(row, name, value)
+            row.save()
+
+        ways = {
+            "form": post,
+            "save": save,
+            "update": lambda row, fields: PeriodicTask.objects.filter(pk=row.pk).update(**fields),
+            "update_or_create": lambda row, fields: PeriodicTask.objects.update_or_create(
+                name=row.name, defaults=fields
+            ),
+        }
+
+        def edit(way, pk, **fields):
+            row = PeriodicTask.objects.get(pk=pk)
+            before = row.date_changed
+            ways[way](row, fields)
+            # Where the change has set the date, it is that of the clock.
+            PeriodicTask.objects.filter(pk=pk).exclude(date_changed=before).update(
+                date_changed=clock.now
+            )
+
+        return edit
+
+    def find_next(self, scheduler, clock):
+        scheduler.run_pass()
+        return [timing.get_next(row, clock.now) for row in scheduler.get_rows()]
+
+    @pytest.mark.parametrize("way", ["form", "save", "update", "update_or_create"])
+    def test_says_what_happens(self, row, scheduler, clock, published, edit, way):
+        kept = NOW + 5 * MINUTE
+        for fields in (
+            {"description": "x"},
+            {"args": "[]", "kwargs": "{}", "headers": '{"a": 1}'},
+            {"queue": "dummy"},
+            {"priority": 5},
+        ):
+            edit(way, row.pk, **fields)
+            assert self.find_next(scheduler, clock) == [kept]
+        hourly = IntervalSchedule.objects.create(every=1, period="hours")
+        edit(way, row.pk, interval=hourly)
+        assert self.find_next(scheduler, clock) == [NOW + HOUR]
+        clock.now += MINUTE
+        edit(way, row.pk, one_off=True)
+        assert self.find_next(scheduler, clock) == [clock.now + HOUR]
+        edit(way, row.pk, start_time=NOW + 3 * HOUR)
+        assert self.find_next(scheduler, clock) == [NOW + 3 * HOUR]
+        edit(way, row.pk, start_time=NOW - 3 * HOUR)
+        edit(way, row.pk, enabled=False)
+        assert self.find_next(scheduler, clock) == []
+        clock.now += 100 * HOUR
+        edit(way, row.pk, enabled=True)
+        assert self.find_next(scheduler, clock) == [clock.now + HOUR]
+        edit(way, row.pk, expires=timezone.now() - HOUR)
+        assert self.find_next(scheduler, clock) == []
+        assert published == []
+
+    def test_actions_of_the_list_and_deletion(self, row, scheduler, clock, published, admin_client):
+        def act(name):
+            url = reverse("admin:django_celery_beat_periodictask_changelist")
+            data = {"action": name, "_selected_action": [row.pk]}
+            assert admin_client.post(url, data).status_code == 302
+
+        act("disable_tasks")
+        assert self.find_next(scheduler, clock) == []
+        clock.now += 30 * 24 * HOUR
+        act("enable_tasks")
+        assert self.find_next(scheduler, clock) == [clock.now + 10 * MINUTE]
+        PeriodicTask.objects.get().delete()
+        assert self.find_next(scheduler, clock) == []
+        assert published == []
+
+    def test_two_administrators_at_once(self, row, scheduler, clock):
+        """The form that is saved last wins, and counts as one change."""
+        hourly = IntervalSchedule.objects.create(every=1, period="hours")
+        first, second = (PeriodicTask.objects.get(pk=row.pk) for _ in range(2))
+        first.interval = hourly
+        first.save()
+        second.description = "saved with the interval of before"
+        second.save()
+        assert self.find_next(scheduler, clock) == [NOW + 5 * MINUTE]
 
 
 class TestPublishing:
