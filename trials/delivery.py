@@ -123,17 +123,22 @@ def make_service(broker):
             DATABASE_URL=f"{server}/{database}",
             CELERY_BROKER_URL=SERVERS.get(broker, f"{server}/{database}"),
         )
-        with psycopg.connect(POSTGRESQL, autocommit=True) as connection:
-            connection.execute(f"CREATE DATABASE {database}")
-            try:
-                service.install("--no-dev")
-                service.run(service.procfile()["release"])
-                empty(service)
-                yield service
-            finally:
-                service.close()
-                empty(service)
-                connection.execute(f"DROP DATABASE {database} WITH (FORCE)")
+        execute(f"CREATE DATABASE {database}")
+        try:
+            service.install("--no-dev")
+            service.run(service.procfile()["release"])
+            empty(service)
+            yield service
+        finally:
+            service.close()
+            empty(service)
+            execute(f"DROP DATABASE {database} WITH (FORCE)")
+
+
+def execute(sql):
+    """Run a statement of PostgreSQL."""
+    with psycopg.connect(POSTGRESQL, autocommit=True) as connection:
+        connection.execute(sql)
 
 
 def empty(service):

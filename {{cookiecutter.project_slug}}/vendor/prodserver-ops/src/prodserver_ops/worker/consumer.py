@@ -95,8 +95,10 @@ class Consumer(failed.Consumer):
 
     def end_storing(self, entry: "Entry", stored: bool) -> None:
         """Acknowledge a message; first return it to its queue if it could not be stored."""
-        message, entry.message = entry.message, None
-        if message is None:
+        try:
+            # The timer and the thread may both call this.
+            message = entry.messages.pop()
+        except IndexError:
             return
         entry.timer.cancel()
         if entry.is_extra:
@@ -150,12 +152,12 @@ class Consumer(failed.Consumer):
 
 
 class Entry:
-    """A message that is being stored; None when that has ended."""
+    """A message that is being stored; ``messages`` is empty when that has ended."""
 
     timer: Any
 
     def __init__(self, message: Message, is_extra: bool) -> None:
-        self.message: Message | None = message
+        self.messages = [message]
         self.is_extra = is_extra
 
 
