@@ -4,6 +4,7 @@ import json
 import sys
 import time
 from contextlib import suppress
+from datetime import timedelta
 from queue import Empty, Queue
 from types import SimpleNamespace
 from uuid import uuid4
@@ -15,9 +16,11 @@ import services
 from celery import current_app
 from celery.exceptions import Reject
 from django.db import OperationalError
+from django.utils import timezone
 from dummy.settings import TestSettings
 from kombu import Exchange
 from kombu import Queue as KombuQueue
+from kombu.transport import native_delayed_delivery as native
 from kombu.transport import resolve_transport
 
 from prodserver_ops import broker
@@ -235,6 +238,33 @@ def test_queue_of_an_earlier_service_does_not_block_a_worker(app, note, run_work
             connection.default_channel.queue_delete(name)
             if broker.find(app.conf.broker_url).module == services.RABBITMQ:
                 connection.default_channel.exchange_delete(f"{name}.exchange")
+
+
+def test_messages_that_rabbitmq_delays_for_earlier_releases_arrive(app, note, run_worker):
+    if broker.find(app.conf.broker_url).module != services.RABBITMQ:
+        pytest.skip("only RabbitMQ delayed messages")
+    queue, prefix = app.amqp.queues[app.conf.task_default_queue], app.main
+    with app.connection_for_write() as connection:
+        queue(connection.default_channel).declare()
+        native.declare_native_delayed_delivery_exchanges_and_queues(connection, "quorum", prefix)
+        native.bind_queue_to_native_delayed_delivery_exchange(connection, queue, prefix)
+        delayed_exchange = Exchange(native.level_name(native.MAX_LEVEL, prefix), type="topic")
+        try:
+            note.apply_async(
+                [1],
+                exchange=delayed_exchange,
+                routing_key=native.calculate_routing_key(2, queue.routing_key),
+                headers={"eta": (timezone.now() + timedelta(seconds=2)).isoformat()},
+            )
+            with run_worker(app):
+                assert get_all(note.done, 1) == [1]
+        finally:
+            channel = connection.default_channel
+            for level in range(native.MAX_LEVEL + 1):
+                channel.queue_delete(native.level_name(level, prefix))
+                channel.exchange_delete(native.level_name(level, prefix))
+            channel.exchange_delete(f"{prefix}_{native.CELERY_DELAYED_DELIVERY_EXCHANGE}")
+    assert not DelayedTask.objects.exists()
 
 
 def test_rejected_message_is_delivered_again(app, run_worker):
