@@ -258,8 +258,12 @@ def play_killed(service, times):
         workers[kills % 2] = service.start("worker")
         workers[kills % 2].wait_for_text("ready", 60)
         kills += 1
-    for index in range(number):
-        service.wait_for_note(("end", f"k-{index}"), 150)
+    deadline = time.monotonic() + 150
+    while time.monotonic() < deadline:
+        notes = service.get_notes()
+        if all(notes["end", f"k-{index}"] for index in range(number)):
+            break
+        time.sleep(1)
     time.sleep(times["settle"])
     starts = [len(service.get_notes()["start", f"k-{index}"]) for index in range(number)]
     result = {

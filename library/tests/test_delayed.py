@@ -11,7 +11,7 @@ import pytest
 import time_machine
 from celery import current_app
 from celery.app.task import Context
-from celery.exceptions import Reject
+from celery.exceptions import Ignore
 from celery.worker import state
 from django.contrib.admin.models import LogEntry
 from django.db import OperationalError
@@ -338,7 +338,7 @@ class TestClaim:
         eta = delayed.loads(row.message)["headers"]["eta"]
         task.request_stack.push(Context(id=row.task_id, eta=eta))
         try:
-            with pytest.raises(Reject):
+            with pytest.raises(Ignore):
                 task.before_start(row.task_id, [], {})
         finally:
             task.request_stack.pop()

@@ -64,6 +64,7 @@ class TestCommand:
                 "migrations",
                 "broker",
                 "queue",
+                "delayed",
                 "worker",
                 "beat",
                 "schedules",
@@ -79,7 +80,7 @@ class TestCommand:
 
     def test_next_command_follows_a_problem(self, run):
         _, output = run(worker=Result("no reply", ERROR, "python manage.py prodserver worker"))
-        assert [line.split(maxsplit=2) for line in output.splitlines()[5:7]] == [
+        assert [line.split(maxsplit=2) for line in output.splitlines()[6:8]] == [
             ["worker", "error", "no reply"],
             ["run", "python", "manage.py prodserver worker"],
         ]
