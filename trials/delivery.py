@@ -222,8 +222,9 @@ def play_delayed(service, times):
         "from celery import current_app as app\n"
         "from prodserver_ops import broker\n"
         "from prodserver_ops.worker import delayed\n"
-        "i = app.control.inspect(timeout=3)\n"
-        "held = [len(t) for f in (i.scheduled, i.reserved, i.active) for t in (f() or {}).values()]\n"
+        "held = [len(tasks) for name in ('scheduled', 'reserved', 'active')\n"
+        "  for reply in app.control.broadcast(name, reply=True, timeout=5)\n"
+        "  for tasks in reply.values()]\n"
         "print(delayed.WAITING.count(), broker.count_messages(app, ['trial'], 5)['trial'], *held)"
     )
     waiting, queued, *held = map(int, counts.splitlines()[-1].split())
