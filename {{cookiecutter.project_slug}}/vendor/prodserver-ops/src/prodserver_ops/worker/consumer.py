@@ -53,17 +53,12 @@ class Consumer(failed.Consumer):
         finally:
             self.keeper.stop()
 
-    def create_task_handler(self, *args: Any, **kwargs: Any) -> Callable[[Message], Any]:
-        """Return the function that is called for each message."""
-        handle = super().create_task_handler(*args, **kwargs)
-
-        def on_task_received(message: Message) -> None:
-            if get_deliveries(message) >= MAX_DELIVERIES:
-                self.give_up_task(message)
-            elif not self.store(message):
-                handle(message)
-
-        return on_task_received
+    def divert(self, message: Message) -> bool:
+        """Take a message that was delivered too often, or whose task is not due."""
+        if get_deliveries(message) >= MAX_DELIVERIES:
+            self.give_up_task(message)
+            return True
+        return self.store(message)
 
     # Tasks that are not due
 

@@ -59,7 +59,7 @@ class Consumer(CeleryConsumer):
             try:
                 if problem := find_problem(message):
                     self.give_up(message, problem)
-                else:
+                elif not self.divert(message):
                     handle(message)
             except broker_errors:
                 raise
@@ -69,6 +69,10 @@ class Consumer(CeleryConsumer):
                 request_id.reset(token)
 
         return on_task_received
+
+    def divert(self, message: Message) -> bool:
+        """Return whether a valid message is not for Celery; a subclass may take it."""
+        return False
 
     def on_decode_error(self, message: Message, exc: Exception) -> None:
         """Give up a message whose body cannot be decompressed or decoded."""

@@ -6,10 +6,12 @@ https://docs.celeryq.dev/en/stable/internals/protocol.html
 """
 
 from collections.abc import Callable
+from datetime import UTC
 from typing import Any
 
 from celery.app.task import Context
 from celery.canvas import Signature
+from celery.utils.time import maybe_iso8601
 from kombu.message import Message
 
 #: Maximum length of an id, as in the tables of django-celery-results.
@@ -29,6 +31,14 @@ def _is_id(value: Any) -> bool:
 
 def _is_name(value: Any) -> bool:
     return value == "" or _is_id(value)
+
+
+def _is_time(value: Any) -> bool:
+    try:
+        time = maybe_iso8601(value) if isinstance(value, str) else None
+        return time is not None and time.astimezone(UTC) is not None
+    except (ValueError, OverflowError):
+        return False
 
 
 def _is_list(value: Any) -> bool:
@@ -97,8 +107,8 @@ FIELDS: Rules = {
     "origin": _is_text,
     "argsrepr": _is_text,
     "kwargsrepr": _is_text,
-    "eta": _is_text,
-    "expires": _is_text,
+    "eta": _is_time,
+    "expires": _is_time,
     "retries": _is_integer,
     "timelimit": _is_timelimit,
     "replaced_task_nesting": _is_integer,
