@@ -66,11 +66,12 @@ def test_schema_is_installed_once():
 def test_trigger_that_another_process_creates_at_the_same_time_is_no_error(monkeypatch):
     errors = [DuplicateObject("trigger already exists")]
 
-    def enable(channel, queue):
+    def enable(channel, queue, name):
         if errors:
             raise errors.pop()
 
     monkeypatch.setattr(pgmq.Channel, "_maybe_enable_notify", enable)
+    monkeypatch.setattr(postgresql.Channel, "_has_trigger", lambda channel, name: False)
     channel = object.__new__(postgresql.Channel)
-    channel._maybe_enable_notify("mail")
+    channel._maybe_enable_notify("mail", "mail")
     assert errors == []

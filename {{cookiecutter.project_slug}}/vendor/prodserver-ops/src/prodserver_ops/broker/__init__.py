@@ -13,6 +13,8 @@ transport that replaces kombu's own for its scheme:
     Prepare the broker after migrations.
 ``get_priority(priority)``
     The priority of a message.
+``joins_transaction(url)``
+    Whether a message that is published now belongs to the current transaction.
 ``explain(error)``
     What to do about an error of a channel that would end a worker, or None.
 """
@@ -136,6 +138,16 @@ def open_batch(url: str, app: Celery) -> AbstractContextManager[Producer]:
 def install(url: str) -> None:
     """Prepare the broker after migrations."""
     getattr(find(url).load(), "install", lambda: None)()
+
+
+def joins_transaction(url: str) -> bool:
+    """Return whether a message that is published now belongs to the current transaction.
+
+    Then it is delivered if and only if the transaction is committed.
+    """
+    joins: Callable[[str], bool]
+    joins = getattr(find(url).load(), "joins_transaction", lambda url: False)
+    return joins(url)
 
 
 def get_priority(url: str, priority: int) -> int:

@@ -1,5 +1,8 @@
 """PostgreSQL as the broker: PGMQ's tables and functions in the database of the service.
 
+A message that is published in a transaction of this database belongs to it: it is delivered if and
+only if the transaction is committed.
+
 They are plain SQL and need no server extension. This module fixes defects of kombu's transport:
 ``celery inspect`` finds no workers, the address can come from the environment and has no TLS, and
 the connection pool keeps workers from stopping.
@@ -10,10 +13,14 @@ import hashlib
 import logging
 import warnings
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from django.db import connection, transaction
 from kombu.transport import pgmq, virtual
+from kombu.transport.pgmq import DEFAULT_PORT
+from kombu.utils.url import parse_url
 from pgmq import PGMQueue
 from pgmq.install import get_embedded_install_sql
 from psycopg import DatabaseError
@@ -22,13 +29,22 @@ from psycopg_pool import ConnectionPool
 
 from ..core.database import CONNECT_OPTIONS
 from ..core.text import make_storable, map_strings
-from . import envelopes, renewal
+from . import envelopes, publishing, renewal
 
 #: The maximum length of a queue name in PGMQ.
 NAME_LENGTH = 47
 
 #: Timeout for a connection from the pool, in seconds.
 TIMEOUT = 5
+
+
+#: The trigger that notifies workers.
+TRIGGER = "trigger_notify_queue_insert_listeners"
+
+HAS_TRIGGER = """
+    SELECT 1 FROM pg_trigger WHERE tgname = %s
+    AND tgrelid = to_regclass(format('pgmq.%%I', pgmq.format_table_name(%s, 'q')))
+"""
 
 
 # The pool warns about each thread that it does not wait for.
@@ -82,13 +98,56 @@ class Channel(pgmq.Channel):
             return [f"{routing_key}.{exchange}"]
         return list(super()._lookup(exchange, routing_key, default))
 
-    def _maybe_enable_notify(self, *args: Any, **kwargs: Any) -> None:
+    def _new_queue(self, queue: str, **kwargs: Any) -> None:
+        # The statements would wait for each transaction that has queued a task.
+        has_queue: Any = self._has_queue
+        if has_queue(queue):
+            self._maybe_enable_notify(queue)
+        else:
+            super()._new_queue(queue, **kwargs)  # type: ignore[no-untyped-call]
+
+    def _maybe_enable_notify(self, queue: str, queue_name: str | None = None) -> None:
+        name = queue_name or self._queue_name(queue)
+        if self._has_trigger(name):
+            transport: Any = self.connection
+            transport._register_notify_queue(name)
+            return
         enable: Any = super()._maybe_enable_notify
         try:
-            enable(*args, **kwargs)
+            enable(queue, queue_name)
         except DatabaseError:
             # If two processes create the trigger at the same time, one of them fails.
-            enable(*args, **kwargs)
+            enable(queue, queue_name)
+
+    def _has_trigger(self, name: str) -> bool:
+        pool: Any = self.pgmq.pool
+        with pool.connection() as raw:
+            return raw.execute(HAS_TRIGGER, [TRIGGER, name]).fetchone() is not None
+
+    def _put(self, queue: str, message: Any, **kwargs: Any) -> None:
+        with self._join() as raw:
+            self.pgmq.send(
+                self._queue_name(queue), message, **self._pgmq_send_kwargs(message), conn=raw
+            )
+
+    def _put_topic(self, exchange: str, message: Any, routing_key: str, **kwargs: Any) -> None:
+        key = self._topic_key(exchange, routing_key)
+        with self._join() as raw:
+            self.pgmq.send_topic(key, message, **self._pgmq_send_kwargs(message), conn=raw)
+
+    @contextmanager
+    def _join(self) -> Iterator[Any]:
+        """Yield the connection of the transaction that the message belongs to, or None."""
+        client: Any = self.connection.client
+        if not is_joined(client.hostname, client.port, client.userid, client.virtual_host):
+            yield None
+            return
+        # An error of this statement must not end the transaction.
+        with transaction.atomic():
+            with connection.cursor() as cursor:
+                # Other transactions that queue a task would wait for the end of this one.
+                cursor.execute(f"SET CONSTRAINTS pgmq.{TRIGGER} DEFERRED")
+            yield connection.connection
 
     def prepare_message(self, body: Any, *args: Any, **kwargs: Any) -> Any:
         """Return a message whose headers and properties PostgreSQL can store."""
@@ -159,6 +218,30 @@ class Transport(pgmq.Transport):
         super().close_connection(connection)
         if client is not None and client.pool is not None:
             client.pool.close(timeout=0)
+
+
+def joins_transaction(url: str) -> bool:
+    """Return whether a message that is published now belongs to the current transaction.
+
+    It does if the broker is the database of the transaction. Then it is delivered after the
+    commit, and a rollback deletes it.
+    """
+    if not connection.in_atomic_block:
+        return False
+    parts = parse_url(url)
+    return is_joined(parts["hostname"], parts["port"], parts["userid"], parts["virtual_host"])
+
+
+def is_joined(host: str | None, port: int | None, user: str | None, name: str | None) -> bool:
+    """Return whether the current transaction is one of this database."""
+    if not connection.in_atomic_block or connection.vendor != "postgresql":
+        return False
+    if publishing.request.is_separate:
+        return False
+    settings = connection.settings_dict
+    broker = host or "", int(port or DEFAULT_PORT), user or "", (name or "").strip("/")
+    own = settings["HOST"], int(settings["PORT"] or DEFAULT_PORT), settings["USER"]
+    return broker == (*own, settings["NAME"])
 
 
 def get_url(url: str) -> str:

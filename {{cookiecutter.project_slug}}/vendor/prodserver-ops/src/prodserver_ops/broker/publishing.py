@@ -8,9 +8,9 @@ in the database, where a schedule can find it again.
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import copy_context
 from functools import partial
 from queue import Full, Queue
@@ -33,9 +33,14 @@ EXIT_TIMEOUT = 2
 
 
 class Request(threading.local):
-    """The request of the current thread: ``left`` is how long it may still wait, or None."""
+    """The request of the current thread.
+
+    ``left`` is how long it may still wait, or None. ``is_separate`` is whether messages are
+    published at once, even if the broker is the database of the current transaction.
+    """
 
     left: float | None = None
+    is_separate = False
 
 
 request = Request()
@@ -49,6 +54,16 @@ def start_request(**kwargs: Any) -> None:
 def finish_request(**kwargs: Any) -> None:
     """Stop counting; a receiver of ``request_finished``."""
     request.left = None
+
+
+@contextmanager
+def separately() -> Iterator[None]:
+    """Publish messages at once during the block, whatever happens to the current transaction."""
+    request.is_separate, before = True, request.is_separate
+    try:
+        yield
+    finally:
+        request.is_separate = before
 
 
 class Publisher:

@@ -7,7 +7,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from datetime import datetime
 from functools import partial
 from typing import Any
@@ -28,7 +28,7 @@ from kombu import Queue
 from kombu.utils.objects import cached_property
 
 from .. import broker
-from ..broker.publishing import publish, try_to_publish
+from ..broker.publishing import publish, separately, try_to_publish
 from ..conf.verification import verify_module
 from ..core.database import TEMPORARY_ERRORS
 from ..core.headers import get_time
@@ -115,7 +115,7 @@ class Task(DjangoTask[Any, Any]):
         headers = options.pop("headers", None) or {}
         headers.setdefault("queued_at", timezone.now().isoformat())
         options |= {"args": args, "kwargs": kwargs, "headers": headers}
-        return publish(partial(super().apply_async, **options))
+        return publish_or_join(partial(super().apply_async, **options))
 
     def apply_many(self, arguments: Iterable[Any], **options: Any) -> None:
         """Queue the task once for each list of positional arguments, such as ``[(1,), (2,)]``.
@@ -132,16 +132,21 @@ class Task(DjangoTask[Any, Any]):
                     self.apply_async(args, producer=producer, **options)
 
         if rows:
-            publish(publish_all)
+            publish_or_join(publish_all)
 
     def delay_on_commit(  # type: ignore[override]
         self, *args: Any, **kwargs: Any
     ) -> None:
         """Queue the task once the transaction is committed.
 
-        If the broker is unavailable, an error is logged. Store data that must not be lost in the
+        If the broker is the database, the message belongs to the transaction. With other brokers
+        it is published after the commit: if the process is killed in between, the task is lost, and
+        if the broker is unavailable, an error is logged. Store data that must not be lost in the
         database, where a schedule can find it again.
         """
+        if broker.joins_transaction(settings.CELERY_BROKER_URL):
+            self.delay(*args, **kwargs)
+            return
 
         def queue() -> None:
             try_to_publish(self.name, partial(self.delay, *args, **kwargs))
@@ -154,9 +159,16 @@ class Task(DjangoTask[Any, Any]):
         Celery would drop the message.
         """
         try:
-            return super().retry(*args, **kwargs)
+            # The exception that it raises may end a transaction.
+            with separately():
+                return super().retry(*args, **kwargs)
         except Reject as error:
             raise Reject(error.args[0], requeue=True) from error
+
+    def replace(self, sig: Any) -> Any:
+        """Run another task in place of this one, as Celery does."""
+        with separately():
+            return super().replace(sig)
 
     @property
     def queued_at(self) -> datetime:
@@ -164,6 +176,12 @@ class Task(DjangoTask[Any, Any]):
         headers = self.request.headers or {}
         timestamp = self.request.get("queued_at") or headers.get("queued_at")
         return get_time(timestamp) or timezone.now()
+
+
+def publish_or_join(function: Callable[[], Any]) -> Any:
+    """Run a function that publishes messages, in the current transaction if they belong to it."""
+    joined = broker.joins_transaction(settings.CELERY_BROKER_URL)
+    return function() if joined else publish(function)
 
 
 class CoalescingTask(Task):

@@ -111,7 +111,9 @@ class Backend(BaseTaskBackend):
         get_signature(task).bind(*result.args, **result.kwargs)
         if self.supports_get_result:
             store_pending(result)
-        if self.on_commit and transaction.get_connection().in_atomic_block:
+        in_transaction = transaction.get_connection().in_atomic_block
+        joins = in_transaction and broker.joins_transaction(settings.CELERY_BROKER_URL)
+        if self.on_commit and in_transaction and not joins:
             transaction.on_commit(partial(self.try_to_publish, result), robust=True)
         else:
             self.publish(result)

@@ -1,0 +1,347 @@
+"""Kill and deploy the workers of resumable imports, and compare the rows with those of the files.
+
+    uv run --directory library python ../trials/resumable.py [KILLS] [DEPLOYS] [BROKER...]
+
+Runs two workers and a beat of a small project on PostgreSQL, with each of the brokers ``rabbitmq``,
+``redis`` and ``postgresql``, whose addresses are in library/tests/services.py. Several imports of
+10,000 rows are always at work. Processes of the pool, and now and then a whole worker, are killed,
+and workers are deployed: SIGTERM, and a new one. Then each import must have each row once, and each
+kill may have repeated at most one step, which a file notes. At the end, it compares the time of an
+import with that of a plain loop. Exits with status 1 if anything is wrong.
+"""
+
+import collections
+import contextlib
+import os
+import random
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+TESTS = Path(__file__).resolve().parent.parent / "library" / "tests"
+sys.path.insert(0, str(TESTS))
+
+import psycopg
+import services
+
+KILLS, DEPLOYS, ROWS, SEED = 1000, 50, 10_000, 20261130
+
+#: How many imports are at work, and how many processes run them.
+IMPORTS, WORKERS = 3, 2
+
+#: Seconds between two kills, and the part of them that is a whole worker.
+PAUSE, WHOLE = (0.1, 0.5), 0.03
+
+#: How long the imports may take after the last kill, in seconds.
+REST = 900
+
+SETTINGS = """
+from dummy import settings
+from prodserver_ops import conf
+
+class Settings(settings.Settings):
+    INSTALLED_APPS = [*settings.Settings.INSTALLED_APPS, "imports"]
+
+class ProdSettings(conf.ProductionDefaults, Settings):
+    pass
+
+__getattr__, __dir__ = conf.use(Settings)
+"""
+
+MODELS = """
+from django.db import models
+
+class Row(models.Model):
+    job = models.IntegerField()
+    number = models.IntegerField()
+    text = models.CharField(max_length=100)
+"""
+
+TASKS = """
+import os, time
+from celery import shared_task
+from django.db import transaction
+from prodserver_ops.worker.continuations import resumable_task, set_total
+from .models import Row
+
+def read(total, after=0):
+    for number in range(after + 1, total + 1):
+        yield number, f"row {number}"
+
+@resumable_task(interval=0)
+def import_steps(cursor, job, total):
+    set_total(total)
+    with open(os.environ["NOTES"], "a", buffering=1) as notes:
+        for number, text in read(total, after=cursor or 0):
+            notes.write(f"{job} {number}\\n")
+            Row.objects.create(job=job, number=number, text=text)
+            yield number
+
+@resumable_task
+def import_rows(cursor, job, total):
+    set_total(total)
+    for number, text in read(total, after=cursor or 0):
+        Row.objects.create(job=job, number=number, text=text)
+        time.sleep(0.002)
+        yield number
+
+@resumable_task
+def import_fast(cursor, job, total):
+    for number, text in read(total, after=cursor or 0):
+        Row.objects.create(job=job, number=number, text=text)
+        yield number
+
+def import_plainly(job, total):
+    with transaction.atomic():
+        for number, text in read(total):
+            Row.objects.create(job=job, number=number, text=text)
+"""
+
+#: Compares times in one process, in turns. A second is a common interval of commits.
+BENCHMARK = """
+import time
+from unittest.mock import patch
+from imports.models import Row
+from imports import tasks
+
+def resumable(job, total):
+    task = tasks.import_fast
+    task.push_request(id=f"benchmark {job}", args=[job, total], kwargs={}, headers={}, retries=0,
+        called_directly=False, is_eager=False, delivery_info={})
+    try:
+        task.run(job, total)
+    finally:
+        task.pop_request()
+
+times = {resumable: [], tasks.import_plainly: []}
+for job in range(-14, 0):
+    for function in times:
+        start = time.process_time(), time.perf_counter()
+        function(job, 10_000)
+        times[function].append((time.process_time() - start[0], time.perf_counter() - start[1]))
+        Row.objects.filter(job=job).delete()
+for part in (0, 1):
+    ours, plain = (min(pair[part] for pair in pairs) for pairs in times.values())
+    print(ours / plain)
+"""
+
+
+class Project:
+    """The project in a folder, its database and its processes."""
+
+    def __init__(self, folder, database, broker):
+        self.folder, self.database = Path(folder), database
+        package = self.folder / "imports"
+        package.mkdir()
+        for name, text in (
+            ("__init__", ""),
+            ("settings", SETTINGS),
+            ("models", MODELS),
+            ("tasks", TASKS),
+        ):
+            (package / f"{name}.py").write_text(text)
+        self.notes = self.folder / "notes"
+        self.notes.touch()
+        self.environment = os.environ | {
+            "DJANGO_MODE": "prod",
+            "DJANGO_SETTINGS_MODULE": "imports.settings",
+            "PYTHONPATH": os.pathsep.join([str(self.folder), str(TESTS)]),
+            "SECRET_KEY": secrets.token_urlsafe(50),
+            "DATABASE_URL": database,
+            "CELERY_BROKER_URL": broker,
+            "RABBITMQ_URL": broker,
+            "LOG_FORMAT": "text",
+            "NOTES": str(self.notes),
+        }
+        self.processes = []
+
+    def run(self, *arguments, **options):
+        """Run a command of Django; return what it prints."""
+        command = [sys.executable, "-m", "django", *arguments]
+        done = subprocess.run(
+            command,
+            env=self.environment,
+            cwd=self.folder,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=False,
+            **options,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    def shell(self, code):
+        return self.run("shell", "--no-imports", "-v0", "-c", code)
+
+    def start(self, name):
+        """Start a process in a group of its own."""
+        log = (self.folder / f"{name}.log").open("a")
+        process = subprocess.Popen(
+            [sys.executable, "-m", "django", "prodserver", name],
+            env=self.environment,
+            cwd=self.folder,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        self.processes.append(process)
+        return process
+
+    def close(self):
+        """Kill all processes."""
+        for process in self.processes:
+            # Another process may have the number of one that has ended.
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+
+    def query(self, sql):
+        """Return the rows of a query; wait while the server restarts."""
+        for attempt in range(60):
+            try:
+                with psycopg.connect(self.database) as connection:
+                    return connection.execute(sql).fetchall()
+            except psycopg.OperationalError:
+                if attempt == 59:
+                    raise
+                time.sleep(1)
+
+    def get_finished(self):
+        """Return the number of imports that have finished."""
+        sql = "SELECT count(*) FROM ops_resumablerun WHERE status = 'finished'"
+        return self.query(sql)[0][0]
+
+    def get_unfinished(self):
+        """Return the imports that have not finished."""
+        return self.query("SELECT * FROM ops_resumablerun WHERE status <> 'finished'")
+
+
+@contextlib.contextmanager
+def make_project(broker):
+    """Yield the project on a broker, with its database."""
+    database = services.create(services.POSTGRESQL, "resumable")
+    url = database
+    try:
+        if broker != services.POSTGRESQL:
+            url = services.create(broker, "resumable")
+        folder = tempfile.mkdtemp()
+        project = Project(folder, database, url)
+        try:
+            project.run("migrate", "--run-syncdb", "-v0")
+            yield project
+        finally:
+            project.close()
+            shutil.rmtree(folder)
+            if url != database:
+                services.delete(broker, url)
+    finally:
+        services.delete(services.POSTGRESQL, database)
+
+
+def get_children(process):
+    """Return the processes of a worker's pool."""
+    path = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    return [int(pid) for pid in path.read_text().split()] if path.exists() else []
+
+
+def play(project, kills, deploys, rows, rng):
+    """Disturb the imports; return the number of imports, of kills that met one, and the stops."""
+    workers = [project.start("worker") for _ in range(WORKERS)]
+    project.start("beat")
+    started, killed, stops, stopping = 0, 0, [], []
+    moments = set(rng.sample(range(kills), deploys)) if deploys <= kills else set(range(kills))
+    number = 0
+    while number < kills:
+        while started - project.get_finished() < IMPORTS:
+            started += 1
+            name = "import_steps" if started % 2 else "import_rows"
+            project.shell(f"from imports import tasks; tasks.{name}.delay({started}, {rows})")
+        worker = rng.choice(workers)
+        if number in moments:
+            moments.discard(number)
+            worker.send_signal(signal.SIGTERM)
+            stopping.append((worker, time.monotonic()))
+            workers[workers.index(worker)] = project.start("worker")
+        elif rng.random() < WHOLE:
+            os.killpg(worker.pid, signal.SIGKILL)
+            worker.wait()
+            workers[workers.index(worker)] = project.start("worker")
+            killed, number = killed + 1, number + 1
+        elif children := get_children(worker):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(rng.choice(children), signal.SIGKILL)
+                killed, number = killed + 1, number + 1
+        stops += [time.monotonic() - since for old, since in stopping if old.poll() is not None]
+        stopping = [(old, since) for old, since in stopping if old.poll() is None]
+        for index, other in enumerate(workers):
+            if other.poll() is not None:
+                workers[index] = project.start("worker")
+        time.sleep(rng.uniform(*PAUSE))
+        if number and number % 100 == 0:
+            print(f"{number} kills, {started} imports", flush=True)
+    until = time.monotonic() + REST
+    while project.get_finished() < started:
+        assert time.monotonic() < until, f"not finished: {project.get_unfinished()}"
+        time.sleep(1)
+        stops += [time.monotonic() - since for old, since in stopping if old.poll() is not None]
+        stopping = [(old, since) for old, since in stopping if old.poll() is None]
+    assert not stopping
+    return started, killed, stops
+
+
+def compare(project, imports, rows):
+    """Return what is wrong with the rows, and the steps that were repeated."""
+    sql = "SELECT job, number, count(*) FROM imports_row WHERE job > 0 GROUP BY job, number"
+    counts = {(job, number): count for job, number, count in project.query(sql)}
+    expected = {(job, number) for job in range(1, imports + 1) for number in range(1, rows + 1)}
+    notes = collections.Counter(project.notes.read_text().splitlines())
+    return {
+        "lost": len(expected - counts.keys()),
+        "doubled": sum(count - 1 for count in counts.values()),
+        "repeated": sum(count - 1 for count in notes.values()),
+    }
+
+
+def run(broker, kills=KILLS, deploys=DEPLOYS, rows=ROWS, seed=SEED):
+    """Play on a broker; return what was found."""
+    with make_project(broker) as project:
+        start = time.monotonic()
+        imports, killed, stops = play(project, kills, deploys, rows, random.Random(seed))
+        result = {"broker": broker, "imports": imports, "kills": killed, "deploys": len(stops)}
+        result |= {"seconds": round(time.monotonic() - start)}
+        result |= {"longest stop": round(max(stops, default=0), 1)}
+        return result | compare(project, imports, rows)
+
+
+def benchmark():
+    """Return how long a resumable import takes against a plain loop: processor time, and time."""
+    with make_project(services.POSTGRESQL) as project:
+        cpu, elapsed = map(float, project.shell(BENCHMARK).split()[-2:])
+    return cpu, elapsed
+
+
+def is_good(result):
+    """Return whether nothing is lost or doubled, and each kill has repeated at most one step."""
+    repeated = result["repeated"] <= result["kills"]
+    return repeated and not result["lost"] and not result["doubled"]
+
+
+def main(kills=KILLS, deploys=DEPLOYS, *brokers):
+    results = []
+    for broker in brokers or services.URLS:
+        results.append(run(broker, int(kills), int(deploys)))
+        print(results[-1], flush=True)
+    cpu, elapsed = benchmark()
+    print(f"against a plain loop: {cpu:.3f} of the processor time, {elapsed:.3f} of the time")
+    return all(map(is_good, results)) and min(cpu, elapsed) < 1.03
+
+
+if __name__ == "__main__":
+    sys.exit(0 if main(*sys.argv[1:]) else 1)
