@@ -151,6 +151,7 @@ DOCUMENTED = (
     "celery.app.task.Task.name",
     "celery.app.task.Task.on_failure",
     "celery.app.task.Task.on_success",
+    "celery.app.task.Task.replace",
     "celery.app.task.Task.request",
     "channels.generic.websocket.AsyncWebsocketConsumer.*",
     "django.apps.config.AppConfig.*",

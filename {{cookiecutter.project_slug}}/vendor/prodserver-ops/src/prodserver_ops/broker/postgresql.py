@@ -19,7 +19,6 @@ from typing import Any
 
 from django.db import connection, transaction
 from kombu.transport import pgmq, virtual
-from kombu.transport.pgmq import DEFAULT_PORT
 from kombu.utils.url import parse_url
 from pgmq import PGMQueue
 from pgmq.install import get_embedded_install_sql
@@ -37,6 +36,9 @@ NAME_LENGTH = 47
 #: Timeout for a connection from the pool, in seconds.
 TIMEOUT = 5
 
+
+#: The port of PostgreSQL.
+DEFAULT_PORT = 5432
 
 #: The trigger that notifies workers.
 TRIGGER = "trigger_notify_queue_insert_listeners"
