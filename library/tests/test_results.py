@@ -5,7 +5,7 @@ from unittest.mock import Mock
 from uuid import uuid4
 
 import pytest
-from celery import chord
+from celery import chord, group
 from celery.app.trace import build_tracer
 from celery.exceptions import Reject, SoftTimeLimitExceeded
 from django.db import DataError, InterfaceError, OperationalError
@@ -284,3 +284,39 @@ class TestChord:
         result = TaskResult.objects.get(task_id=parts[0]["chord"]["options"]["task_id"])
         assert result.status == "FAILURE"
         assert "ValueError('wrong')" in result.result
+
+
+class TestWithoutResults:
+    """A service that stores none: Celery would return None, or name a page of its documentation."""
+
+    @pytest.fixture
+    def app(self):
+        app = CeleryApp("no-results", set_as_current=False, broker="memory://")
+        app.conf.task_ignore_result = True
+        return app
+
+    @pytest.fixture
+    def add(self, app):
+        @app.task(name="add")
+        def add(a, b):
+            return a + b
+
+        return add
+
+    def test_get_says_how_to_store_them(self, add):
+        with pytest.raises(NotImplementedError, match=r'CELERY_RESULT_BACKEND = "django-db" in'):
+            add.delay(1, 2).get()
+
+    def test_state_says_so_too(self, add):
+        with pytest.raises(NotImplementedError, match=r"prodserver-ops\[results\]"):
+            add.delay(1, 2).state  # noqa: B018
+
+    def test_chord_is_an_error_at_the_call(self, add, app):
+        parts = [add.s(1, 2), add.s(3, 4)]
+        with app.connection_for_write() as connection:
+            channel = connection.default_channel
+            before = channel._size(app.conf.task_default_queue)
+            for chord_ in (chord(parts, add.s()), group(parts) | add.s()):
+                with pytest.raises(NotImplementedError, match="chords, and groups in a chain need"):
+                    chord_.delay()
+            assert channel._size(app.conf.task_default_queue) == before

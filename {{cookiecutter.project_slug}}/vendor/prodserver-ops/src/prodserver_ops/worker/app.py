@@ -241,6 +241,13 @@ class CeleryApp(Celery):
 
         return self.subclass_with_self(Beat)
 
+    @cached_property
+    def AsyncResult(self) -> Any:
+        """The class of the result of a task."""
+        from .results import Result
+
+        return self.subclass_with_self(Result)
+
     def _get_backend(self) -> Any:
         from .results import make_reliable
 

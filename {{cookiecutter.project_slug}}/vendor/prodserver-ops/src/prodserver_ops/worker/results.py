@@ -14,7 +14,7 @@ from celery import current_task, maybe_signature
 from celery.app.task import Context
 from celery.backends.base import Backend, DisabledBackend
 from celery.exceptions import BackendError, Reject, SoftTimeLimitExceeded
-from celery.result import allow_join_result
+from celery.result import AsyncResult, allow_join_result
 from celery.states import PROPAGATE_STATES, READY_STATES
 from django.db import close_old_connections, router, transaction
 from django.utils.module_loading import import_string
@@ -39,6 +39,37 @@ STORE_LATER = (
     OSError,
     SoftTimeLimitExceeded,
 )
+
+
+NO_RESULTS = (
+    "This service does not store the results of tasks, which get(), chords, and groups in a chain "
+    'need. Write CELERY_RESULT_BACKEND = "django-db" in the settings, add "django_celery_results" to '
+    "INSTALLED_APPS, and install prodserver-ops[results]."
+)
+
+
+class NoResults(DisabledBackend):
+    """The backend of a service without results: it says how to store them."""
+
+    def ensure_chords_allowed(self) -> None:
+        """Raise NotImplementedError before any task of a chord is queued."""
+        raise NotImplementedError(NO_RESULTS)
+
+    def _get_task_meta_for(self, task_id: str) -> None:
+        raise NotImplementedError(NO_RESULTS)
+
+
+class Result(AsyncResult):  # type: ignore[type-arg]
+    """The result of a task that was queued."""
+
+    def get(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the result; raise NotImplementedError if the service stores none.
+
+        Celery would return None.
+        """
+        if isinstance(self.backend, NoResults):
+            raise NotImplementedError(NO_RESULTS)
+        return super().get(*args, **kwargs)
 
 
 class ReliableResults(Backend):
@@ -102,7 +133,9 @@ class ReliableResults(Backend):
 @cache
 def make_reliable(backend: type[Backend]) -> type[Backend]:
     """Return the class of a result backend with ``ReliableResults``."""
-    if issubclass(backend, DisabledBackend | ReliableResults):
+    if issubclass(backend, DisabledBackend):
+        return NoResults
+    if issubclass(backend, ReliableResults):
         return backend
     bases: tuple[type, ...] = (ReliableResults, backend)
     if backend.__module__.startswith("django_celery_results."):
