@@ -294,6 +294,17 @@ class TestSchedules:
         assert (results.status, results.message) == (OK, f"1 enabled, 0 disabled; times in {zone}")
         assert results.schedules[0]["next_run"].isoformat() == run
 
+    def test_schedule_in_another_time_zone_is_named(self, settings):
+        self.make(zone="UTC")
+        settings.TIME_ZONE = "Europe/Berlin"
+        self.make(zone="Europe/Berlin", name="other")
+        result = doctor.check_schedules()
+        assert result.status == OK
+        assert result.message == (
+            "2 enabled, 0 disabled; times in Europe/Berlin; a schedule keeps the zone that it was "
+            "created in: sample (UTC)"
+        )
+
     @time_machine.travel("2026-01-02 07:00:30+00:00", tick=False)
     def test_overdue_schedule_runs_now(self):
         every = IntervalSchedule.objects.create(every=5, period="minutes")

@@ -18,6 +18,7 @@ from django.conf import settings
 from django.core import checks, mail
 from django.db import connection
 from django.db.migrations.executor import MigrationExecutor
+from django.db.models import QuerySet
 from django.utils import timezone
 from django_celery_beat.models import PeriodicTask
 
@@ -150,6 +151,9 @@ def check_schedules() -> Result:
     schedules = [describe_schedule(row) for row in rows.filter(enabled=True)]
     disabled = rows.filter(enabled=False).count()
     note = "" if heartbeats.get_beats() else "; PRODUCTION_PROCESSES has no beat, which runs them"
+    if others := find_other_zones(rows.filter(enabled=True)):
+        shown = ", ".join(f"{name} ({zone})" for name, zone in others)
+        note += f"; a schedule keeps the zone that it was created in: {shown}"
     return Result(
         f"{len(schedules)} enabled, {disabled} disabled; times in {settings.TIME_ZONE}{note}",
         ERROR if any(schedule["problem"] for schedule in schedules) else OK,
@@ -165,6 +169,12 @@ def check_pile_ups() -> Result:
     rows = PeriodicTask.objects.filter(pk__in=piles).order_by("name")
     first, *rest = [f"{row.name}: {piles[row.pk]}" for row in rows] or ["a deleted schedule"]
     return failed("pile-ups", f"{first}{f', and {len(rest)} more' if rest else ''}")
+
+
+def find_other_zones(rows: QuerySet[PeriodicTask]) -> list[tuple[str, str]]:
+    """Return the names and time zones of schedules that are not in that of the service."""
+    zones = [(row.name, str(row.crontab.timezone)) for row in rows if row.crontab is not None]
+    return [(name, zone) for name, zone in zones if zone != settings.TIME_ZONE]
 
 
 def check_email() -> Result:
