@@ -222,15 +222,14 @@ class TestFiles:
         ]
 
     def test_app_json(self, problems):
-        names = ("web", "worker", "beat")
+        names = ("web", "worker", "beat", "removed")
         checks = {name: [] for name in names}
-        formation = {name: {"quantity": 1} for name in names}
+        formation = {name: {"quantity": int(name != "removed")} for name in names}
         found = problems(app_json=json.dumps({"healthchecks": checks, "formation": formation}))
-        assert [problem.partition(".json ")[2] for problem, _ in found] == [
+        assert [problem.partition("app.json ")[2] for problem, _ in found] == [
             "does not start the process 'loop' of PRODUCTION_PROCESSES.",
             "has no health check of the process 'loop'.",
-            "has 'beat' in formation, which PRODUCTION_PROCESSES does not name.",
-            "has 'beat' in healthchecks, which PRODUCTION_PROCESSES does not name.",
+            "starts 'beat', which PRODUCTION_PROCESSES does not name.",
         ]
         assert '"manage.py", "heartbeat", "loop"' in found[1][1]
 

@@ -116,12 +116,14 @@ def _find_app_problems(path: Path) -> Iterator[tuple[str, str]]:
             line = f'Write "{name}": {{"quantity": 1}} in formation.'
             yield f"app.json does not start the process {name!r} of PRODUCTION_PROCESSES.", line
         if checks and name not in checks and name in heartbeats.get_processes():
-            command = ["/exec", "python", "manage.py", "heartbeat", name]
+            command = ["python", "manage.py", "heartbeat", name]
             check = {"type": "startup", "name": f"{name} runs", "command": command}
             line = json.dumps({name: [check | {"attempts": 5, "wait": 5, "timeout": 30}]})[1:-1]
             hint = f"Write {line} in healthchecks."
             yield f"app.json has no health check of the process {name!r}.", hint
-    for part in ("formation", "healthchecks"):
-        for name in (app.get(part) or {}).keys() - settings.PRODUCTION_PROCESSES.keys():
-            problem = f"app.json has {name!r} in {part}, which PRODUCTION_PROCESSES does not name."
-            yield problem, f"Name {name!r} there, or remove it from {part} in app.json."
+    for name in (formation or {}).keys() - settings.PRODUCTION_PROCESSES.keys():
+        # Dokku ends a process whose quantity becomes 0.
+        if formation[name].get("quantity") != 0:
+            problem = f"app.json starts {name!r}, which PRODUCTION_PROCESSES does not name."
+            hint = f"Name {name!r} there, or write quantity 0 in formation in app.json."
+            yield problem, hint
