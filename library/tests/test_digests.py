@@ -8,8 +8,12 @@ from zoneinfo import ZoneInfo
 import pytest
 import time_machine
 from django.core.exceptions import ImproperlyConfigured
+from django.db.models import AutoField, BigAutoField, BigIntegerField, Model, UUIDField
+from django.test.utils import isolate_apps
 from django.utils import timezone
 
+from prodserver_ops.console import checks
+from prodserver_ops.console.checks import check_recipients
 from prodserver_ops.mail import composing, digests, tasks
 from prodserver_ops.models import DigestRun
 
@@ -226,3 +230,33 @@ class TestHeaders:
     def test_nobody_replies_automatically(self, lines):
         assert "Auto-Submitted: auto-generated" in lines
         assert "List-Unsubscribe-Post: List-Unsubscribe=One-Click" in lines
+
+
+class TestUserModel:
+    @pytest.fixture
+    def use(self, monkeypatch):
+        """Return a function that makes the check see a user model with this primary key."""
+
+        def use(key):
+            with isolate_apps("dummy"):
+                names = {"__module__": __name__, "Meta": type("Meta", (), {"app_label": "dummy"})}
+                model = type("Person", (Model,), names | {"id": key})
+            monkeypatch.setattr(checks, "get_user_model", lambda: model)
+            return check_recipients()
+
+        return use
+
+    @pytest.mark.parametrize("digests", [{"sample": None}, {}])
+    def test_without_an_integer_key_cannot_receive_digests(self, use, monkeypatch, digests):
+        monkeypatch.setattr(checks, "get_digests", lambda: digests)
+        messages = use(UUIDField(primary_key=True))
+        assert [message.id for message in messages] == ["digests.E001"] * len(digests)
+        if messages:
+            assert messages[0].msg.startswith(
+                "AUTH_USER_MODEL: dummy.Person.id is a UUIDField, but"
+            )
+
+    @pytest.mark.parametrize("field", [AutoField, BigAutoField, BigIntegerField])
+    def test_with_an_integer_key_is_not_reported(self, use, monkeypatch, field):
+        monkeypatch.setattr(checks, "get_digests", lambda: {"sample": None})
+        assert use(field(primary_key=True)) == []

@@ -8,19 +8,21 @@ from typing import Any
 from celery import current_app
 from django.apps import apps
 from django.conf import settings
+from django.contrib.auth import get_user_model
 from django.core import checks, mail
 from django.core.exceptions import ImproperlyConfigured
 from django.core.files.storage import FileSystemStorage
 from django.db import connections
 from django.db.migrations.exceptions import CircularDependencyError, NodeNotFoundError
 from django.db.migrations.loader import MigrationLoader
-from django.db.models import FileField
+from django.db.models import FileField, IntegerField
 from django.db.utils import OperationalError
 from django.urls import get_resolver
 
 from ..api import schema
 from ..conf import verification
 from ..core.database import find_pooler
+from ..mail.digests import get_digests
 from ..scheduling import queues
 from ..scheduling.operations import (
     REQUIRED_MIGRATION,
@@ -120,6 +122,21 @@ def check_database(app_configs: Any = None, **kwargs: Any) -> Messages:
     if problem := find_pooler():
         return [checks.Error(problem, id="database.E001")]
     return []
+
+
+@checks.register
+def check_recipients(app_configs: Any = None, **kwargs: Any) -> Messages:
+    """Report a user model that digests cannot divide into parts."""
+    key = get_user_model()._meta.pk
+    if isinstance(key, IntegerField) or not get_digests():
+        return []
+    kind = type(key).__name__
+    problem = f"AUTH_USER_MODEL: {key} is a {kind}, but digests need an integer as primary key."
+    hint = (
+        f"Write id = models.BigAutoField(primary_key=True) in the model, and the {kind} as another "
+        "field with unique=True; or remove the digests."
+    )
+    return [checks.Error(problem, hint=hint, id="digests.E001")]
 
 
 @checks.register
