@@ -19,9 +19,8 @@ import time
 import uuid
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "library" / "tests"))
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "library" / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import malformed
 import psycopg

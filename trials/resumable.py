@@ -23,11 +23,12 @@ import tempfile
 import time
 from pathlib import Path
 
-TESTS = Path(__file__).resolve().parent.parent / "library" / "tests"
-sys.path.insert(0, str(TESTS))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "library" / "tests"))
 
 import psycopg
 import services
+
+TESTS = Path(services.__file__).parent
 
 KILLS, DEPLOYS, ROWS, SEED = 1000, 50, 10_000, 20261130
 
