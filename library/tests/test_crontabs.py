@@ -6,10 +6,18 @@ from zoneinfo import ZoneInfo
 import pytest
 from django_celery_beat.models import CrontabSchedule
 
+from prodserver_ops.scheduling import crontabs
 from prodserver_ops.scheduling.crontabs import Crontab
 
 DAY = timedelta(days=1)
 FIELDS = ("minute", "hour", "day_of_month", "month_of_year", "day_of_week")
+
+
+@pytest.fixture(autouse=True)
+def _empty_caches():
+    """Compute each time anew: mutmut changes the module after the tests have run once."""
+    crontabs.parse.cache_clear()
+    crontabs.get_times.cache_clear()
 
 
 def make(text, zone="UTC"):
