@@ -3,6 +3,7 @@
 import select
 import socket
 import ssl
+import struct
 import threading
 import time
 from contextlib import nullcontext
@@ -256,6 +257,14 @@ class TestBatchOfAServer:
                 f"message-{number}" for number in range(50)
             ]
             bound.delete()
+
+    def test_message_that_cannot_be_sent_does_not_stop_others(self, app, queue):
+        with rabbitmq.open_batch(app) as batch:
+            batch.publish("a", routing_key=queue.name, declare=[queue])
+            with pytest.raises(struct.error):
+                batch.publish("b", routing_key=queue.name, priority=300)
+            batch.publish("c", routing_key=queue.name)
+        assert not batch.unconfirmed
 
     def test_node_that_reads_nothing_does_not_hold_up_the_process(
         self, app, queue, proxy, monkeypatch

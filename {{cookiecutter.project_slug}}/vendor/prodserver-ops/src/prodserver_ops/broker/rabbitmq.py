@@ -172,13 +172,10 @@ class BatchProducer(Producer):
 
     def publish(self, *args: Any, declare: Any = (), **kwargs: Any) -> Any:
         """Publish a message; RabbitMQ numbers them from 1."""
-        self.number += 1
-        self.unconfirmed.add(self.number)
         connection, write_frame = self.channel.connection, self.write_frame
         if declare := [entity for entity in declare or () if entity.name not in self.declared]:
             # RabbitMQ replies to a declaration.
             self.flush()
-            self.declared |= {entity.name for entity in declare}
             write_frame = connection.frame_writer
         connection.frame_writer, keep = write_frame, connection.frame_writer
         try:
@@ -186,6 +183,10 @@ class BatchProducer(Producer):
             result = super().publish(*args, **kwargs | {"declare": declare, "retry": False})
         finally:
             connection.frame_writer = keep
+        # A message that cannot be serialized has no number.
+        self.declared |= {entity.name for entity in declare}
+        self.number += 1
+        self.unconfirmed.add(self.number)
         if len(self.unconfirmed) >= self.LIMIT:
             self.wait()
         return result
