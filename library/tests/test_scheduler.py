@@ -1,7 +1,7 @@
 """The scheduler: what is due is queued once, whatever fails in between."""
 
 from contextlib import contextmanager
-from datetime import UTC, timedelta
+from datetime import UTC, datetime, timedelta
 
 import pytest
 import time_machine
@@ -611,6 +611,24 @@ class TestPublishing:
         assert {headers["periodic_task_name"] for _, headers in published} == {"a", "c"}
         (refused,) = ScheduleRun.objects.filter(published_at=None)
         assert refused.schedule.name == "b"
+
+    @pytest.mark.parametrize(
+        ("fields", "days"),
+        [
+            ({"expires": NOW + timedelta(days=365)}, 49),
+            ({"expires": NOW + timedelta(days=2)}, 2),
+            ({"expire_seconds": 2**31 - 1}, 49),
+            ({"expire_seconds": 24 * 3600}, 1),
+        ],
+    )
+    def test_message_expires_when_rabbitmq_can_count_to(self, scheduler, fields, days):
+        """It closes the connection otherwise, and no other run is published."""
+        run = ScheduleRun(schedule=make(**fields), due_at=NOW)
+        with time_machine.travel(NOW, tick=False):
+            expires = scheduler.make_entry(run).options["expires"]
+        if isinstance(expires, datetime):
+            expires = (expires - NOW).total_seconds()
+        assert expires == timedelta(days=days).total_seconds()
 
     def test_message_of_no_schedule_runs(self):
         assert claims.claim({})

@@ -484,7 +484,6 @@ PATCHES = (
             "schedulers.DatabaseScheduler.setup_schedule": "(self) 3d050562",
             "models.PeriodicTask.scheduler": "(self)",
             "models.PeriodicTask.schedule": "(self)",
-            "models.PeriodicTask.expires_": "(self)",
         },
         "https://github.com/celery/django-celery-beat/issues/337",
     ),

@@ -42,6 +42,9 @@ MAX_DELAY = timedelta(hours=1)
 #: How long a run of a task that coalesces may wait before another one is queued.
 MAX_WAIT = timedelta(minutes=5)
 
+#: When a message expires at the latest: RabbitMQ closes the connection for 2**32 milliseconds or more.
+MAX_EXPIRY = timedelta(days=49)
+
 #: How many runs are stored and published together, at most.
 BATCH = 500
 
@@ -263,8 +266,10 @@ class Scheduler(beat.Scheduler):
         """Return what Celery publishes for a run."""
         row = run.schedule
         options = {name: value for name in OPTIONS if (value := getattr(row, name)) is not None}
-        if row.expires_:
-            options["expires"] = row.expires_
+        if row.expires is not None:
+            options["expires"] = min(row.expires, timezone.now() + MAX_EXPIRY)
+        elif row.expire_seconds:
+            options["expires"] = min(row.expire_seconds, MAX_EXPIRY.total_seconds())
         options["headers"] = loads(row.headers or "{}") | {
             "periodic_task_name": row.name,
             "schedule": row.pk,
