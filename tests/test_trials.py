@@ -42,6 +42,20 @@ def test_an_aged_service_is_updated_and_an_unedited_one_equals_a_new_one(request
     run_trial(uv, "time_travel", "--short")
 
 
+def test_messages_that_no_client_sends(request, uv):
+    """The library's tests have all kinds, without processes."""
+    require_server(request, "PostgreSQL", 5432, "docker run -d -p 5432:5432 postgres:16")
+    require_server(request, "RabbitMQ", 5672, "docker run -d -p 5672:5672 rabbitmq:4")
+    run_trial(uv, "messages", "rabbitmq", "--every", 40)
+
+
+@pytest.mark.long
+def test_outcomes_of_tasks_while_servers_and_workers_fail(request, uv):
+    require_server(request, "PostgreSQL", 5432, "docker run -d -p 5432:5432 postgres:16")
+    require_server(request, "RabbitMQ", 5672, "docker run -d -p 5672:5672 rabbitmq:4")
+    run_trial(uv, "outcomes", "rabbitmq", 6)
+
+
 @pytest.mark.parametrize("part", ["lost", "delayed"])
 def test_tasks_of_a_lost_worker_and_delayed_tasks(request, uv, part):
     require_server(request, "PostgreSQL", 5432, "docker run -d -p 5432:5432 postgres:16")
