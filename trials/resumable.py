@@ -264,10 +264,12 @@ def play(project, kills, deploys, rows, rng):
     moments = set(rng.sample(range(kills), deploys)) if deploys <= kills else set(range(kills))
     number = 0
     while number < kills:
-        while started - project.get_finished() < IMPORTS:
-            started += 1
-            name = "import_steps" if started % 2 else "import_rows"
-            project.shell(f"from imports import tasks; tasks.{name}.delay({started}, {rows})")
+        if missing := IMPORTS - started + project.get_finished():
+            jobs = range(started + 1, started + missing + 1)
+            names = {job: "import_steps" if job % 2 else "import_rows" for job in jobs}
+            calls = [f"tasks.{name}.delay({job}, {rows})" for job, name in names.items()]
+            project.shell("; ".join(["from imports import tasks", *calls]))
+            started += missing
         worker = rng.choice(workers)
         if number in moments:
             moments.discard(number)
