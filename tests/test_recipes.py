@@ -52,8 +52,6 @@ def kitchen(request, uv, shared_folder, database_copies):
     """The service without recipes."""
     require_server(request, "PostgreSQL", 5432, "docker run -d -p 5432:5432 postgres:16")
     folder = shared_folder / "kitchen"
-    if os.environ.get("RECIPES_KITCHEN"):
-        folder = Path(os.environ["RECIPES_KITCHEN"])
     with made_once(folder) as is_missing:
         if is_missing:
             Kitchen(folder, uv).prepare()
