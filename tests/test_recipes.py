@@ -648,6 +648,7 @@ from celery import current_app
 from django_celery_beat.models import PeriodicTask
 assert User.objects.filter(username="berta").exists()
 assert User.__module__ == "rooms.models"
+assert settings.DOMAIN == "kitchen.example.com"
 call_command("makemigrations", check=True, dry_run=True)
 call_command("migrate", check_unapplied=True)
 current_app.loader.import_default_modules()
