@@ -55,7 +55,7 @@ def kitchen(request, uv, shared_folder, database_copies):
     with made_once(folder) as is_missing:
         if is_missing:
             Kitchen(folder, uv).prepare()
-            database_copies.append(Kitchen(folder, uv).database)
+            (database_copies / Kitchen(folder, uv).database).touch()
     return Kitchen(folder, uv)
 
 
