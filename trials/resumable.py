@@ -186,16 +186,16 @@ class Project:
 
     def start(self, name):
         """Start a process in a group of its own."""
-        log = (self.folder / f"{name}.log").open("a")
-        process = subprocess.Popen(
-            [sys.executable, "-m", "django", "prodserver", name],
-            env=self.environment,
-            cwd=self.folder,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+        with (self.folder / f"{name}.log").open("a") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "django", "prodserver", name],
+                env=self.environment,
+                cwd=self.folder,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
         self.processes.append(process)
         return process
 
