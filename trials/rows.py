@@ -98,6 +98,7 @@ def main(count=ROWS, seed=SEED):
         alive = beat.popen.poll() is None
         with psycopg.connect(service.environment["DATABASE_URL"]) as connection:
             runs = connection.execute(GET_RUNS).fetchall()
+        service.run("python manage.py collectstatic --noinput -v0")
         answer = json.loads(service.shell(ASK).splitlines()[-1])
         text = beat.text()
     return report(count, alive, runs, answer, text)
