@@ -58,6 +58,7 @@ ACCEPTED = {
     r"^\+.*get_key\(get_network|^\+.*get\(None\) is None": (
         "another name is as good; what is known already is stored again"
     ),
+    r"^\+.*\) / 2 // MINUTE": "the same number of minutes",
     r"^\+ *while day (> first|< last):$": "a margin of a day, which no time zone needs",
     r"^\+.*\.upper\(\)$": "one form of a name is as good as the other",
     r"^\+.*zip\(CRONTAB_FIELDS": "the number of fields is checked before",
