@@ -10,6 +10,9 @@ PATH = Path(__file__).resolve().parent.parent.parent / "trials" / "resumable.py"
 
 pytestmark = pytest.mark.slow
 
+#: PGMQ delivers the message of a lost worker again after 40 seconds: only the trial waits for it.
+BROKERS = (services.RABBITMQ, services.REDIS)
+
 
 def load():
     spec = importlib.util.spec_from_file_location("resumable_trial", PATH)
@@ -18,7 +21,7 @@ def load():
     return module
 
 
-@pytest.mark.parametrize("broker", services.URLS)
+@pytest.mark.parametrize("broker", BROKERS)
 def test_no_row_is_lost_and_each_kill_repeats_at_most_one_step(broker, request):
     for name in (broker, services.POSTGRESQL):
         try:
