@@ -233,6 +233,7 @@ class TestRequest:
         assert event["duration_ms"] >= 100
         assert event["request_id"] == response.headers["X-Request-ID"]
 
+    @pytest.mark.django_db
     def test_stream_is_logged_when_the_client_leaves(self, client, lines):
         response = client.get("/stream/")
         next(iter(response.streaming_content))

@@ -153,6 +153,7 @@ DOCUMENTED = (
     "celery.app.task.Task.on_success",
     "celery.app.task.Task.replace",
     "celery.app.task.Task.request",
+    "celery.result.AsyncResult.backend",
     "channels.generic.websocket.AsyncWebsocketConsumer.*",
     "django.apps.config.AppConfig.*",
     "django.contrib.admin.*",

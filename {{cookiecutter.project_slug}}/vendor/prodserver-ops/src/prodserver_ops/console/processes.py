@@ -113,7 +113,7 @@ def _find_app_problems(path: Path) -> Iterator[tuple[str, str]]:
     checks, formation = app.get("healthchecks"), app.get("formation")
     for name in settings.PRODUCTION_PROCESSES:
         if formation and name not in formation:
-            line = f'Write "{name}": {{"quantity": 1}} in formation.'
+            line = f'Write "{name}": ' + '{"quantity": 1} in formation.'
             yield f"app.json does not start the process {name!r} of PRODUCTION_PROCESSES.", line
         if checks and name not in checks and name in heartbeats.get_processes():
             command = ["python", "manage.py", "heartbeat", name]
