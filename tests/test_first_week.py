@@ -1,6 +1,7 @@
 """First week: the edits that a team makes first leave the generated tests and checks green."""
 
 import ast
+import json
 import re
 import shlex
 import subprocess
@@ -165,8 +166,7 @@ def change_settings(service):
     replace(settings, '"anon": "60/min", "user": "120/min"', '"anon": "7/min", "user": "9/min"')
     beat = '            "beat": processes.beat(self),\n'
     replace(settings, beat, SECOND_WORKER + beat)
-    with (service.folder / "Procfile").open("a") as procfile:
-        procfile.write("reports: python manage.py prodserver reports\n")
+    start_in_each_deployment(service, "reports")
 
     # A typing error would end the process at its start; check finds it.
     replace(settings, 'queues="reports"', 'queue="reports"')
@@ -174,6 +174,20 @@ def change_settings(service):
     assert "System check identified 1 issue " in output
     assert "Process 'reports': ARGS: No such option" in output
     replace(settings, 'queue="reports"', 'queues="reports"')
+
+
+def start_in_each_deployment(service, name):
+    """Add a process to the files that start the processes, as check asks for."""
+    for procfile in ("Procfile", "Procfile.dev"):
+        with (service.folder / procfile).open("a") as file:
+            file.write(f"{name}: python manage.py prodserver {name}\n")
+    path = service.folder / "app.json"
+    app = json.loads(path.read_text())
+    app["formation"][name] = {"quantity": 1}
+    command = ["python", "manage.py", "heartbeat", name]
+    check = {"type": "startup", "name": f"{name} runs", "command": command, "attempts": 5}
+    app["healthchecks"][name] = [check]
+    path.write_text(json.dumps(app, indent=2) + "\n")
 
 
 def add_an_app(service):
