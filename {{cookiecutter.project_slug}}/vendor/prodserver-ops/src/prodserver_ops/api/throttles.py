@@ -3,15 +3,11 @@
 import time
 from typing import Any
 
-from django.core.cache.backends.locmem import LocMemCache
 from rest_framework import throttling
 from rest_framework.request import Request
 
 from ..core.clients import get_network
-from ..core.limits import Limit
-
-#: Counts of this process. ``CACHES`` belong to the project, which may clear them or have none.
-counts = LocMemCache("throttles", {"OPTIONS": {"MAX_ENTRIES": 10_000}})
+from ..core.limits import Limit, counts
 
 
 class AnonymousThrottle(throttling.AnonRateThrottle):

@@ -15,12 +15,16 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
+from django.core.cache.backends.locmem import LocMemCache
 from django.db import DEFAULT_DB_ALIAS, connection, connections
 from django.utils import timezone
 from django.utils.crypto import salted_hmac
 
 #: The maximum number of entries, and at which part of the writes the table is cleaned.
 MAX_ENTRIES, CLEANED = 100_000, 0.01
+
+#: What throttles of the API count in this process. Tests clear it.
+counts = LocMemCache("throttles", {"OPTIONS": {"MAX_ENTRIES": 10_000}})
 
 #: What release 1.x, where this was one of ``CACHES``, prepended to the names of entries.
 PREFIX = ":1:"
