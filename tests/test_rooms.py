@@ -38,6 +38,7 @@ IMPORTS_IN_FUNCTIONS = {
     ("apps.py", "console.alerts"),
     ("apps.py", "console.checks"),
     ("apps.py", "scheduling.heartbeats"),
+    ("apps.py", "web.logins"),
     ("worker/app.py", "scheduling.beat"),
     ("worker/app.py", "scheduling.beat.Beat"),
     ("worker/app.py", "scheduling.claims.claim"),
@@ -45,11 +46,20 @@ IMPORTS_IN_FUNCTIONS = {
     ("console/checks.py", "console.adoption"),
     ("console/checks.py", "console.migration_safety"),
     ("console/checks.py", "console.processes"),
+    ("console/checks.py", "console.task_limits"),
+    ("worker/app.py", "worker.delayed"),
+    ("worker/app.py", "worker.results.Result"),
+    ("worker/app.py", "worker.results.make_reliable"),
     ("templatetags/operations.py", "console.operations.VIEW_PERMISSION"),
     ("templatetags/operations.py", "console.operations.get_summary"),
     ("worker/app.py", "celery.bin.base.CLIContext"),  # Web needs neither a command line
     ("worker/app.py", "celery.worker.state"),  # nor the parts of a worker.
     ("web/flower.py", "celery.bin.celery.celery"),
+    # A project may not have these apps.
+    ("console/forgetting.py", "django.contrib.admin.models.LogEntry"),
+    ("console/forgetting.py", "django.contrib.sessions.models.Session"),
+    ("worker/results.py", "django_celery_results.backends.database.trigger_callback"),
+    ("worker/results.py", "django_celery_results.models.TaskResult"),
     ("apps.py", "core.sentry"),  # It is not needed without SENTRY_DSN.
     ("core/database.py", "psycopg"),  # SQLite does not need it.
     ("core/locks.py", "fcntl"),  # Available only on Unix.
