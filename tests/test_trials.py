@@ -62,6 +62,7 @@ def test_outcomes_of_tasks_while_servers_and_workers_fail(request, uv):
     run_trial(uv, "outcomes", "rabbitmq", 6)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("part", ["lost", "delayed"])
 def test_tasks_of_a_lost_worker_and_delayed_tasks(request, uv, part):
     require_server(request, "PostgreSQL", 5432, "docker run -d -p 5432:5432 postgres:16")

@@ -126,12 +126,15 @@ class Scheduler(beat.Scheduler):
             if not self.publish_runs(self.store_runs(batch, now + timedelta(seconds=age))):
                 return RETRY_INTERVAL
         wait = max((soonest - now).total_seconds() - (time.monotonic() - start), 0)
-        # What a beat has stored, but not published
+        return wait if self.publish_stored(now) else min(wait, RETRY_INTERVAL)
+
+    def publish_stored(self, now: datetime) -> bool:
+        """Publish what a beat has stored, but not published; return whether nothing is left."""
         while ScheduleRun.objects.filter(published_at=None).exists():
             claimed = self.claim_runs(now)
             if not claimed or not self.publish_runs(claimed):
-                return min(wait, RETRY_INTERVAL)
-        return wait
+                return False
+        return True
 
     def get_rows(self) -> list[Any]:
         """Return the enabled schedules; disable those that have expired."""
