@@ -108,3 +108,13 @@ def test_failed_renewal_is_tried_again(qos, monkeypatch, caplog):
         renewal.renew_forever()
     assert len(qos.renewed) == 2
     assert "Could not renew the tasks at work: ConnectionError" in caplog.text
+
+
+def test_message_after_a_long_rest_is_held():
+    """The first message may come when the worker has waited for longer than the limit."""
+    qos = QoS()
+    qos.renewed_at -= renewal.LIMIT + 1
+    qos.append("message", "first")
+    qos.renew_held()
+    qos.check()
+    assert qos.renewed == [["first"]]

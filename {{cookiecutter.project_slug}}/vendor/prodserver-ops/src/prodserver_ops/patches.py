@@ -161,6 +161,7 @@ PATCHES = (
             "Channel._pgmq_send_kwargs": "(self, message) 26bba901",
             "Channel.pgmq": "(self)",
             "Channel.connection": "",
+            "Transport.connection_errors": "",
             "Transport._register_notify_queue": "(self, queue_name)",
             "Channel.QoS": "",
             "Transport.Channel": "",

@@ -172,6 +172,7 @@ class Transport(pgmq.Transport):
     """The transport of ``pgmq://`` URLs."""
 
     Channel = Channel
+    connection_errors = (*pgmq.Transport.connection_errors, renewal.NotRenewed)
 
     #: How often an idle worker looks for messages without a notification, in seconds.
     polling_interval = 1

@@ -87,6 +87,9 @@ _pid: int | None = None
 def watch(qos: RenewedQoS) -> None:
     """Renew what a channel holds from now on; start the thread of this process if necessary."""
     global _pid, _lock
+    if len(qos.get_held()) == 1:
+        # It held nothing before, for however long.
+        qos.renewed_at = time.monotonic()
     if qos in _watched and _pid == os.getpid():
         return
     if _pid not in (None, os.getpid()):
