@@ -30,8 +30,13 @@ def done():
     def poison(value):
         done.put(value)
 
+    empty_failed_queue()
     yield done
     del current_app.tasks["tests.poison"]
+    empty_failed_queue()
+
+
+def empty_failed_queue():
     with current_app.connection_for_write() as connection:
         bound = make_failed_queue(current_app)(connection.default_channel)
         bound.declare()
