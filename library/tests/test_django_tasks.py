@@ -192,7 +192,12 @@ class TestWorker:
             assert done.get(timeout=30) == 9
             failed = fail.enqueue("no reason")
             assert done.get(timeout=30) == "no reason"
-        result.refresh()
+            until = time.monotonic() + 30
+            while not (result.is_finished and failed.is_finished):
+                assert time.monotonic() < until
+                time.sleep(0.01)
+                result.refresh()
+                failed.refresh()
         assert (result.status, result.return_value) == ("SUCCESSFUL", {"sum": 9})
         assert result.enqueued_at <= result.started_at <= result.finished_at
         assert result.attempts == 1
