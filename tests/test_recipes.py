@@ -10,6 +10,7 @@ import os
 import shlex
 import shutil
 import sqlite3
+import subprocess
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -77,7 +78,12 @@ def test_each_recipe_applies_to_services_with_other_choices(bake, tmp_path, answ
     for title, recipe in read_recipes(get_path(project)).items():
         folder = tmp_path / title
         shutil.copytree(project, folder, ignore=shutil.ignore_patterns("vendor"))
-        recipe.apply(folder)
+
+        def run(command, folder=folder):
+            if not command.startswith("uv "):
+                subprocess.run(["sh", "-c", command], cwd=folder, check=True)
+
+        recipe.apply(folder, run)
         for path in folder.rglob("*.py"):
             compile(path.read_text(), path, "exec")
 

@@ -56,9 +56,12 @@ def initialize(project):
 
 @pytest.fixture
 def service(create, make_service):
-    """A service of the template as it is now, installed and committed."""
+    """A service of the template as it is now, installed and committed.
+
+    An upgrade installs the new version of the library: the environment is not shared.
+    """
     service = make_service(create(setup=False), UV=os.environ.get("UV", "uv"))
-    service.install()
+    run([service.uv, "sync", "--quiet"], service.folder)
     initialize(service.folder)
     return service
 
@@ -117,10 +120,6 @@ def test_upgrade_reports_what_changed(service, template):
     assert refused.returncode == 1
     assert refused.stderr == "CommandError: the working tree has changes: commit them first\n"
     (project / "note").unlink()
-    # The new version changes the dependencies; the environment is shared with other tests.
-    (project / ".venv").unlink()
-    run([service.uv, "sync", "--quiet"], project)
-    commit(project)
     output = service.run(command)
     report = (project / "report.md").read_text()
     assert report in output
