@@ -1,9 +1,13 @@
 """Health checks: available over HTTP under any host name, without secrets."""
 
+import time
+from concurrent.futures import ThreadPoolExecutor
 from threading import Event
+from unittest.mock import Mock
 
 import pytest
 from django.db import connections
+from django.test import Client
 
 from prodserver_ops.web import health
 
@@ -80,6 +84,7 @@ def test_a_check_that_hangs_is_unavailable_and_not_started_again(client, monkeyp
         end.wait()
 
     monkeypatch.setattr(health, "READY_TIMEOUT", 0.1)
+    monkeypatch.setattr(health, "MAX_AGE", 0)
     monkeypatch.setattr(health, "CHECKS", {"database": hang, "broker": lambda: None})
     for _ in range(3):
         response = client.get("/health/ready")
@@ -93,3 +98,41 @@ def test_a_check_that_hangs_is_unavailable_and_not_started_again(client, monkeyp
 def test_responds_over_http_under_any_host(client, settings, path):
     settings.SECURE_SSL_REDIRECT = True
     assert client.get(path, headers={"host": "172.17.0.2:5000"}).status_code == 200
+
+
+@pytest.mark.parametrize("query", ["", "?deep"])
+def test_requests_at_the_same_time_get_the_result_of_one_check(client, monkeypatch, query):
+    started, end = [], Event()
+
+    def check():
+        started.append(True)
+        end.wait(10)
+
+    monkeypatch.setattr(health, "CHECKS", {"database": check})
+    monkeypatch.setattr(health, "get_deep_checks", lambda: health.CHECKS)
+    client.get("/health/live")  # Load the middleware.
+    with ThreadPoolExecutor(8) as pool:
+        responses = [pool.submit(client.get, f"/health/ready{query}") for _ in range(8)]
+        while not started:
+            time.sleep(0.01)
+        end.set()
+        assert [response.result().status_code for response in responses] == [200] * 8
+    assert len(started) == 1
+
+
+def test_result_is_used_for_a_second(client, monkeypatch):
+    started = []
+    now = [100.0]
+    monkeypatch.setattr(health, "time", Mock(monotonic=lambda: now[0]))
+    monkeypatch.setattr(health, "CHECKS", {"database": lambda: started.append(True)})
+    for now[0] in (100, 100.5, 100.99, 101, 101.5, 102):
+        assert client.get("/health/ready").status_code == 200
+    assert len(started) == 3
+
+
+@pytest.mark.parametrize("method", ["head", "options", "post"])
+def test_every_method_gets_the_same_response(client, monkeypatch, method):
+    monkeypatch.setattr(health, "CHECKS", {"database": lambda: None})
+    assert getattr(client, method)("/health/ready").status_code == 200
+    monkeypatch.setattr(health, "CHECKS", {"database": lambda: 1 / 0})
+    assert getattr(Client(), method)("/health/ready").status_code == 503

@@ -1,6 +1,7 @@
 """A service below a path of its host: links, health checks and their log."""
 
 import logging
+from unittest.mock import Mock
 
 import pytest
 from asgiref.sync import async_to_sync
@@ -57,8 +58,20 @@ class TestHealth:
         get = async_to_sync(AsyncClient().get)
         assert get(f"{sent}{path}").status_code == 200
 
-    def test_has_its_own_thread_in_gunicorn(self, path, sent):
-        pools = gunicorn_worker.make_health_pools()
-        start = f"GET {sent}{path} HTTP/1.1".encode()
-        assert [name for name in pools if start.startswith(name)] == [f"GET {sent}{path}".encode()]
-        assert len(set(map(id, pools.values()))) == 2
+    @pytest.mark.parametrize("method", ["GET", "HEAD", "OPTIONS"])
+    def test_has_its_own_thread_in_gunicorn(self, path, sent, method):
+        start = f"{method} {sent}{path} HTTP/1.1\r\n"
+        pattern = gunicorn_worker.make_pattern()
+        match = pattern.match(f"{start}Host: a\r\n\r\n".encode())
+        assert match["path"] == path.encode()
+        assert not pattern.match(f"{start}Host: a\r\n".encode())
+        assert not pattern.match(f"{method} {sent}{path}s HTTP/1.1\r\n\r\n".encode())
+
+
+@pytest.mark.parametrize("header", ["Content-Length: 9", "transfer-encoding: chunked"])
+def test_body_that_does_not_arrive_does_not_block_health_checks_in_gunicorn(header):
+    worker = Mock(health_check=gunicorn_worker.make_pattern(), health_pools={"/health/live": "own"})
+    for sent, pool in (("Host: a", "own"), (header, worker.tpool)):
+        request = f"GET /health/live HTTP/1.1\r\n{sent}\r\n\r\n".encode()
+        connection = Mock(**{"sock.recv.return_value": request})
+        assert gunicorn_worker.HealthWorker.get_pool(worker, connection) is pool

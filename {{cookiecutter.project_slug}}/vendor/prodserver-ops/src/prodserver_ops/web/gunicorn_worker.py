@@ -7,6 +7,7 @@ Each URL of a health check has its own thread.
 import errno
 import gc
 import queue
+import re
 import signal
 import socket
 import sys
@@ -34,6 +35,9 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
 
 HEALTH_CHECKS = ("/health/live", "/health/ready")
 
+#: The headers of a request with a body. A thread would wait for a body that does not arrive.
+BODY = re.compile(rb"\n(content-length|transfer-encoding):", re.IGNORECASE)
+
 
 class HealthWorker(ThreadWorker):
     """A threaded worker with threads for health checks."""
@@ -51,7 +55,8 @@ class HealthWorker(ThreadWorker):
 
     def init_process(self) -> None:
         """Create the threads for health checks, and run."""
-        self.health_pools = make_health_pools()
+        self.health_check = make_pattern()
+        self.health_pools = {path: ThreadPoolExecutor(max_workers=1) for path in HEALTH_CHECKS}
         super().init_process()
 
     def init_signals(self) -> None:
@@ -120,20 +125,14 @@ class HealthWorker(ThreadWorker):
             start = connection.sock.recv(PEEK_SIZE, socket.MSG_PEEK | socket.MSG_DONTWAIT)
         except OSError:
             start = b""
-        # An incomplete request could block the thread.
-        if b"\r\n\r\n" in start:
-            for name, health_pool in self.health_pools.items():
-                if start.startswith(name):
-                    return health_pool
+        if (check := self.health_check.match(start)) and not BODY.search(start):
+            return self.health_pools[check["path"].decode()]
         pool: ThreadPoolExecutor = self.tpool
         return pool
 
 
-def make_health_pools() -> dict[bytes, ThreadPoolExecutor]:
-    """Return the thread for each health check, by how its requests start."""
-    pools = {path: ThreadPoolExecutor(max_workers=1) for path in HEALTH_CHECKS}
-    return {
-        f"GET {prefix}{path}".encode(): pool
-        for path, pool in pools.items()
-        for prefix in ("", get_prefix())
-    }
+def make_pattern() -> re.Pattern[bytes]:
+    """Return the pattern of a complete request for a health check."""
+    paths = "|".join(HEALTH_CHECKS)
+    pattern = rf"(GET|HEAD|OPTIONS) ({re.escape(get_prefix())})?(?P<path>{paths})[ ?].*\r\n\r\n"
+    return re.compile(pattern.encode(), re.DOTALL)

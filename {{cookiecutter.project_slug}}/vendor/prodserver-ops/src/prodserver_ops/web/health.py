@@ -4,13 +4,17 @@
 200 if the database and the broker are available, otherwise 503, and the result of each check in
 JSON. ``GET /health/ready?deep`` also requires recent heartbeats of each worker and of beat, and that
 no messages wait in a queue that no process consumes. A check takes at most about ``READY_TIMEOUT``,
-even if a server does not respond.
+even if a server does not respond. All methods get the same response. Requests at the same time
+share one check, and those within a second its results, so that nobody can overload it.
 """
 
 import logging
+import math
+import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from functools import partial
-from threading import Thread
+from threading import Lock, Thread
 
 # The service's app: creating it with Django settings makes it the default in all threads.
 from celery import current_app
@@ -75,20 +79,48 @@ def get_deep_checks() -> dict[str, Callable[[], None]]:
     return {**CHECKS, **beats, "queues": check_queues}
 
 
-#: The threads of running checks, by name. A check that hangs is not started again.
-_running: dict[str, Thread] = {}
+#: How long the results of checks are used again, in seconds.
+MAX_AGE = 1
 
 
-def get_readiness(checks: dict[str, Callable[[], None]]) -> dict[str, str]:
-    """Run checks at the same time; return ``ok`` or ``unavailable`` by name."""
-    timeout = TimeoutError(f"no response within {READY_TIMEOUT} seconds")
-    results = concurrently.run(checks, READY_TIMEOUT, _running)
-    problems = {name: error for name in checks if (error := results.get(name, timeout))}
-    for name, error in problems.items():
-        # The message of another error may contain a password.
-        problem = error if error is timeout else type(error).__name__
-        logger.warning("%s is unavailable: %s", name, problem)
-    return {name: "unavailable" if name in problems else "ok" for name in checks}
+class SharedChecks:
+    """Checks that run at most once at a time and once in ``MAX_AGE``, however many callers ask."""
+
+    def __init__(self, get_checks: Callable[[], dict[str, Callable[[], None]]]) -> None:
+        self.get_checks = get_checks
+        self.lock = Lock()
+        self.results: Future[dict[str, str]] | None = None
+        self.expires = 0.0
+        #: The threads of running checks, by name. A check that hangs is not started again.
+        self.running: dict[str, Thread] = {}
+
+    def get_results(self) -> dict[str, str]:
+        """Return ``ok`` or ``unavailable`` by name: of the run that is in progress, or a recent one."""
+        with self.lock:
+            mine = self.results is None or time.monotonic() >= self.expires
+            if mine:
+                self.results, self.expires = Future(), math.inf
+            results = self.results
+        assert results is not None
+        if mine:
+            try:
+                results.set_result(self.run())
+            except BaseException as error:
+                results.set_exception(error)
+            self.expires = time.monotonic() + MAX_AGE
+        return results.result()
+
+    def run(self) -> dict[str, str]:
+        """Run the checks at the same time; log and return the results."""
+        checks = self.get_checks()
+        timeout = TimeoutError(f"no response within {READY_TIMEOUT} seconds")
+        results = concurrently.run(checks, READY_TIMEOUT, self.running)
+        problems = {name: error for name in checks if (error := results.get(name, timeout))}
+        for name, error in problems.items():
+            # The message of another error may contain a password.
+            problem = error if error is timeout else type(error).__name__
+            logger.warning("%s is unavailable: %s", name, problem)
+        return {name: "unavailable" if name in problems else "ok" for name in checks}
 
 
 class HealthMiddleware:
@@ -96,6 +128,8 @@ class HealthMiddleware:
 
     def __init__(self, get_response: Callable[[HttpRequest], HttpResponse]) -> None:
         self.get_response = get_response
+        self.checks = SharedChecks(lambda: CHECKS)
+        self.deep_checks = SharedChecks(get_deep_checks)
 
     def __call__(self, request: HttpRequest) -> HttpResponse:
         """Respond to a health check, or pass the request on."""
@@ -103,7 +137,8 @@ class HealthMiddleware:
         if path == "/health/live":
             return JsonResponse({"status": "ok"})
         if path == "/health/ready":
-            results = get_readiness(get_deep_checks() if "deep" in request.GET else CHECKS)
+            checks = self.deep_checks if "deep" in request.GET else self.checks
+            results = checks.get_results()
             ready = set(results.values()) == {"ok"}
             return JsonResponse(
                 {"status": "ok" if ready else "unavailable", "checks": results},
