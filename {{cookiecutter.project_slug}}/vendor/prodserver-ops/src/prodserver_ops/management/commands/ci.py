@@ -67,15 +67,14 @@ class Command(BaseCommand):
             if status and options["fail_fast"]:
                 break
         failed = [name for name, (status, _) in results.items() if status]
-        for name in chosen:
-            status, seconds = results.get(name, (None, 0))
-            if status is None:
-                self.write(f"{name:<{width}}  not run")
-            elif status:
+        for name, (status, seconds) in results.items():
+            if status:
                 text = f"{name:<{width}}  failed  {seconds:6.1f} s  exit status {status}"
                 self.write(self.style.ERROR(text))
             else:
                 self.write(f"{name:<{width}}  passed  {seconds:6.1f} s")
+        for name in list(chosen)[len(results) :]:
+            self.write(f"{name:<{width}}  not run")
         total = sum(seconds for _, seconds in results.values())
         if failed:
             script = Path(sys.argv[0]).name
