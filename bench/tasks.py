@@ -196,7 +196,7 @@ def compare_record(service, runs):
     code = "from importlib.util import find_spec; print(find_spec('prodserver_ops.worker').origin)"
     module = Path(service.python("-c", code).strip()).with_name("record.py")
     source = module.read_text()
-    assert source.count("@signals.task_") == 2
+    assert source.count("@signals.task_") == 3
     sources = {
         "without": re.sub(r"^@signals\.task_\w+\.connect\n", "", source, flags=re.M),
         "with": source,

@@ -329,6 +329,21 @@ class TestClaim:
         retry.headers = {delayed.HEADER: [row.key, 1]}
         assert delayed.claim(retry)
 
+    @pytest.mark.parametrize("attempt", [-1, 0, 2**31, 10**30, 1e400, "x", None, [1]])
+    def test_forged_attempt_is_that_of_a_first_message(self, attempt):
+        row, cancelled = make(), make()
+        assert start(row, attempt)
+        row.refresh_from_db()
+        assert row.started_by == DelayedTask.DELIVERED
+        delayed.cancel(DelayedTask.objects.filter(pk=cancelled.pk))
+        assert not start(cancelled, attempt)
+
+    @pytest.mark.parametrize("header", [5, "x", [], [1, 2, 3], {}, None])
+    def test_forged_header_is_none(self, header):
+        row = make()
+        eta = delayed.loads(row.message)["headers"]["eta"]
+        assert delayed.claim(Context(id=row.task_id, eta=eta, headers={delayed.HEADER: header}))
+
     def test_task_that_was_not_stored_may_run(self):
         assert delayed.claim(Context(id="id"))
         assert delayed.claim(Context(id="id", eta="2030-01-01T00:00:00+00:00"))

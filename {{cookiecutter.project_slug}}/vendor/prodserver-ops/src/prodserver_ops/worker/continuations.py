@@ -30,6 +30,7 @@ from django.db import DatabaseError, InterfaceError, connection, transaction
 from django.db.models import Q, QuerySet
 from django.db.models.functions import Now
 
+from ..core.headers import get_integer
 from ..core.locks import try_lock
 from ..core.logs import redact
 from ..models import ResumableRun
@@ -239,7 +240,7 @@ class Run:
         )
         if row.attempts > MAX_DELIVERIES:
             raise RuntimeError(f"interrupted {MAX_DELIVERIES} times without completing a step")
-        if int(request.get("x-delivery-count") or 0) > MAX_REDELIVERIES:
+        if (get_integer(request, "x-delivery-count") or 0) > MAX_REDELIVERIES:
             self.until = 0
         return row
 
@@ -343,8 +344,7 @@ def is_sqlite() -> bool:
 
 def get_number(headers: dict[str, Any] | None) -> int:
     """Return the number of a task's message: each slice has the next one."""
-    number = (headers or {}).get("slice")
-    return number if isinstance(number, int) else 0
+    return get_integer(headers or {}, "slice") or 0
 
 
 def get_options(task: Any) -> dict[str, Any]:

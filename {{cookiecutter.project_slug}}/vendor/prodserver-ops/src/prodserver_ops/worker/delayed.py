@@ -57,6 +57,9 @@ RETRY_INTERVAL = 1
 #: The header with the key and the attempt of a published message.
 HEADER = "delayed"
 
+#: The largest number that every database can store in the column.
+MAX_ATTEMPTS = 2**31 - 1
+
 #: The properties of a message that are stored.
 PROPERTIES = ("correlation_id", "reply_to", "priority", "delivery_mode")
 
@@ -113,11 +116,10 @@ def get_attempt(key: str, headers: dict[str, Any]) -> int:
 
     A retry inherits the header of its first message, with another key.
     """
-    try:
-        published, attempt = headers[HEADER]
-        return int(attempt) if published == key else DelayedTask.DELIVERED
-    except (KeyError, TypeError, ValueError):
-        return DelayedTask.DELIVERED
+    match headers.get(HEADER):
+        case [published, int(attempt)] if published == key and 0 < attempt <= MAX_ATTEMPTS:
+            return attempt
+    return DelayedTask.DELIVERED
 
 
 def claim(request: Context) -> bool:
