@@ -298,9 +298,10 @@ class Template:
         """Rename a module; change a filter and a line of the Procfile."""
         service = self.folder / PACKAGE
         library = service / LIBRARY
-        (library / "web" / "uploads.py").rename(library / "web" / "request_size.py")
+        # No service names this module in its settings.
+        (library / "core" / "headers.py").rename(library / "core" / "metadata.py")
         for path in library.rglob("*.py"):
-            path.write_text(re.sub(r"\bweb\.uploads\b", "web.request_size", path.read_text()))
+            path.write_text(re.sub(r"\bcore\.headers\b", "core.metadata", path.read_text()))
         replace(service / "Procfile", "release: ./manage.py", "release: python manage.py")
         replace(self.folder / "local_extensions.py", '[*text.split(), "1"]', '[*text.split(), "2"]')
         version = json.loads((self.folder / "cookiecutter.json").read_text())["_version"]
@@ -421,6 +422,7 @@ class Service:
         procfile = self.folder / "Procfile"
         replace(procfile, "migrate --noinput", "migrate --noinput --traceback")
         procfile.write_text(procfile.read_text() + "reports: python manage.py prodserver worker\n")
+        self.run("python", "-c", "")  # The dependencies change the lock file.
         self.commit("Our own")
         self.manage("migrate", "--verbosity=0")
         self.manage("shell", "-v0", "-c", ROWS.replace("{slug}", self.package))
@@ -460,6 +462,7 @@ class Service:
         if rejected := [str(path) for path in self.folder.rglob("*.rej")]:
             raise Failed(f"rejected: {rejected}\n{output}")
         conflicts = self.resolve()
+        self.run("python", "-c", "")  # The dependencies change the lock file.
         self.commit("Update")
         return conflicts
 
@@ -491,8 +494,6 @@ class Service:
 
         ``unwanted`` are files of the example, which the team deletes.
         """
-        self.run("python", "-c", "")  # The lock file is of the last commit.
-        self.commit("The lock file")
         uv = os.environ.get("UV", "uv")
         environment = clean_environment(**GIT_IDENTITY, **self.variables, UV=uv)
         done = subprocess.run(
