@@ -149,6 +149,10 @@ class TestAnyText:
         assert "last" in line
         assert "characters omitted" in line
 
+    def test_event_with_many_fields_ends(self, formatter):
+        fields = {f"field{number}": "x" * 30 for number in range(1000)}
+        assert "Done" in formatter.format(record(**fields))
+
     def test_short_event_is_complete(self, formatter):
         assert "x" * 5_000 in formatter.format(record("x" * 5_000))
 

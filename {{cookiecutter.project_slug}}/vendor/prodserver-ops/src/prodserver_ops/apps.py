@@ -17,6 +17,7 @@ from django.utils.module_loading import autodiscover_modules
 from . import broker
 from .broker import publishing
 from .core import database, limits
+from .web import bodies
 
 
 class OpsConfig(AppConfig):
@@ -39,6 +40,7 @@ class OpsConfig(AppConfig):
         from .scheduling import heartbeats  # noqa: F401
         from .web import logins
 
+        bodies.install()
         logins.install()
         autodiscover_modules("digests")
         request_started.connect(publishing.start_request)

@@ -632,6 +632,17 @@ PATCHES = (
         },
     ),
     Patch(
+        "django",
+        REPLACES,
+        "web.bodies",
+        "Requests ignore what Django cannot read. An error page does not read the body.",
+        {
+            "http.request.HttpRequest._set_content_type_params": "(self, meta) 08a2065c",
+            "views.decorators.csrf._EnsureCsrfToken._check_token": "(self, request)",
+            "views.decorators.csrf._EnsureCsrfToken._reject": "(self, request, reason) 89c10b2d",
+        },
+    ),
+    Patch(
         "django.core.mail.message.EmailMessage",
         OVERRIDES,
         "mail.composing",

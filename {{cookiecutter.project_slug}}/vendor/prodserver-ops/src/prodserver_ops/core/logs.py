@@ -15,6 +15,7 @@ from contextvars import ContextVar
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
 from io import TextIOWrapper
+from itertools import islice
 from types import TracebackType
 from typing import Any, TextIO
 from uuid import UUID
@@ -65,6 +66,9 @@ SUSPICIOUS = re.compile(r"[@?]|%40|ip=|=\(|contains \(")
 
 #: Maximum length of an event, in bytes. Longer ones lose the middle of their message and traceback.
 MAX_EVENT = 16_000
+
+#: Maximum number of fields of an event that were passed with ``extra``.
+MAX_FIELDS = 100
 
 #: The attributes of every event. Others were passed with ``extra``.
 STANDARD = {*vars(logging.makeLogRecord({})), "message", "asctime", "context"}
@@ -150,13 +154,17 @@ def get_context(record: logging.LogRecord) -> dict[str, str | None]:
 
 
 def get_fields(record: logging.LogRecord) -> dict[str, Any]:
-    """Return the simple values that were passed with ``extra``, redacted."""
+    """Return the first ``MAX_FIELDS`` simple values that were passed with ``extra``, redacted."""
     if NO_FIELDS.match(record.name):
         return {}
-    return {
-        name: value if isinstance(value, JSON_TYPES) else redact(str(value))
+    fields = (
+        (name, value)
         for name, value in vars(record).items()
         if name not in STANDARD and isinstance(value, JSON_TYPES + TEXT_TYPES)
+    )
+    return {
+        name: value if isinstance(value, JSON_TYPES) else redact(str(value))
+        for name, value in islice(fields, MAX_FIELDS)
     }
 
 

@@ -26,10 +26,11 @@ def shorten(text: str, limit: int) -> str:
 def fit(size: int, make: Callable[[int], str]) -> str:
     """Return ``make(length)`` with the largest length whose result has at most ``size`` bytes.
 
-    ``length`` is the maximum length of its parts; it starts with ``size`` and is halved.
+    ``length`` is the maximum length of its parts; it starts with ``size`` and is halved. The
+    result is longer only if its parts are too many.
     """
     length = size
-    while len((text := make(length)).encode()) > size:
+    while len((text := make(length)).encode()) > size and length:
         length //= 2
     return text
 

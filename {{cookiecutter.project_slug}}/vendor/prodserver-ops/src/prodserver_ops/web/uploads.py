@@ -8,11 +8,16 @@ from django.core.exceptions import RequestDataTooBig
 from django.core.files.uploadhandler import FileUploadHandler
 from django.http import HttpRequest, HttpResponse, JsonResponse
 
+from .bodies import ENCODINGS
+
 #: How many bytes of a request that is too large are read. A client that cannot send the rest may
 #: see a lost connection instead of the response.
 DRAINED = 64 * 2**20
 
 CHUNK = 2**16
+
+#: Types of bodies that Django decodes.
+FORMS = ("application/x-www-form-urlencoded", "multipart/form-data")
 
 
 def limit_upload[View: Callable[..., Any]](size: int) -> Callable[[View], View]:
@@ -31,14 +36,18 @@ def limit_upload[View: Callable[..., Any]](size: int) -> Callable[[View], View]:
 class UploadMiddleware:
     """Responds with status 413 to a request with more than ``UPLOAD_MAX_SIZE`` bytes of files.
 
-    It comes before ``CsrfViewMiddleware``, which reads the files.
+    A form in an encoding that is not in ``ENCODINGS`` gets status 415. It comes before ``CsrfViewMiddleware``, which reads the files.
     """
 
     def __init__(self, get_response: Callable[[HttpRequest], HttpResponse]) -> None:
         self.get_response = get_response
 
     def __call__(self, request: HttpRequest) -> HttpResponse:
-        """Pass the request on."""
+        """Pass the request on, unless it is a form in another encoding."""
+        charset = request.content_params.get("charset") if request.content_params else None
+        if charset and request.content_type in FORMS and charset.lower() not in ENCODINGS:
+            problem = "Send forms with charset=utf-8."
+            return HttpResponse(problem, status=415, content_type="text/plain; charset=utf-8")
         return self.get_response(request)
 
     def process_view(
