@@ -30,6 +30,9 @@ MAX_LENGTH = 40
 #: The crontab of the schedule of a digest: Mondays at eight.
 WEEKLY = "0 8 * * 1"
 
+#: The folder with the templates of a new digest.
+TEMPLATES = Path(__file__).parent.parent / "templates" / "ops" / "new"
+
 #: Folders of code that is not the team's own.
 OTHERS = {"site-packages", "vendor"}
 
@@ -129,24 +132,6 @@ def send_$name():
     """Send the digest $name for the last week."""
     return "$name"
 '''
-
-DIGEST_TEXT = """\
-{% autoescape off %}Hello {{ recipient }},
-
-this is new since {{ since|date }}.
-
---
-{{ site_name }}
-{% endautoescape %}
-"""
-
-DIGEST_HTML = """\
-{% extends "email.html" %}
-{% block content %}
-<p>Hello {{ recipient }},</p>
-<p>this is new since {{ since|date }}.</p>
-{% endblock %}
-"""
 
 DIGEST_TEST = '''\
 """The digest $name."""
@@ -448,8 +433,9 @@ def add_digest(files: Files, app: AppConfig, name: str, crontab: str | None) -> 
     if not files.read(module):
         files.texts[module] = '"""The e-mail of the service."""\n'
     files.append(module, code, class_name, imports)
-    for ending, text in {"txt": DIGEST_TEXT, "html": DIGEST_HTML}.items():
-        files.create(Path(app.path, "templates", "email", f"{name}.{ending}"), text)
+    for path in sorted(TEMPLATES.glob("digest.*")):
+        place = Path(app.path, "templates", "email", f"{name}{path.suffix}")
+        files.create(place, path.read_text(encoding="utf-8"))
     files.append(
         Path(app.path, "tasks.py"),
         render(DIGEST_TASK, name=name),
