@@ -354,6 +354,12 @@ def is_comparison():
     return folder.is_absolute() and folder.resolve().is_relative_to(temporary)
 
 
+def is_interactive():
+    """Return whether cookiecutter asks its questions."""
+    main = find_caller("cookiecutter.main", "cookiecutter")
+    return bool(main) and not main["no_input"] and not main["replay"]
+
+
 @pass_context
 def is_update_from_1(context):
     """Return whether the project is rendered for ``cruft update`` of a service of 1.x."""
@@ -489,7 +495,10 @@ class Filters(Extension):
         )
         environment.filters.update({function.__name__: function for function in filters})
         environment.globals.update(
-            cruft_state=cruft_state, is_comparison=is_comparison, is_update_from_1=is_update_from_1
+            cruft_state=cruft_state,
+            is_comparison=is_comparison,
+            is_interactive=is_interactive,
+            is_update_from_1=is_update_from_1,
         )
         renew_replay()
         # cruft renders two versions of the template in one process. Each needs its own filters.

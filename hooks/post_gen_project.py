@@ -12,6 +12,9 @@ from pathlib import Path
 #: For a comparison of two versions the files are only rendered.
 COMPARISON = {{is_comparison()}}
 
+#: Whether cookiecutter asks its questions.
+INTERACTIVE = {{is_interactive()}}
+
 SETUP = {{cookiecutter.setup}} and not COMPARISON
 
 #: The upgrade command of 1.x reads this file after the update. upgrade_from_1.py deletes it.
@@ -173,15 +176,33 @@ def create_first_commit():
     print(f"{title}: done")
 
 
-def get_steps(installed):
+def create_administrator():
+    """Offer to create an administrator, if a person can answer; return whether one was created.
+
+    Its password is only in the database of development, which git ignores.
+    """
+    if not (INTERACTIVE and sys.stdin.isatty()):
+        return False
+    try:
+        answer = input("Create an administrator for development? [Y/n] ").strip().lower()
+        if answer not in ("", "y", "yes"):
+            return False
+        command = [UV, "run", "--quiet", "manage.py", "createsuperuser"]
+        return subprocess.run(command, env=ENVIRONMENT).returncode == 0
+    except (EOFError, KeyboardInterrupt):
+        return False
+
+
+def get_steps(installed, has_administrator=False):
     """Return the commands that follow."""
     uv = shlex.quote(UV or "uv")
     folder = os.path.relpath(Path.cwd(), os.environ.get("PWD", Path.cwd().parent))
     first = [] if installed else [f"{uv} sync", f"{uv} run manage.py migrate"]
+    administrator = [] if has_administrator else [f"{uv} run manage.py createsuperuser"]
     return [
         f"cd {shlex.quote(folder)}",
         *first,
-        f"{uv} run manage.py createsuperuser",
+        *administrator,
         f"{uv} run honcho start -f Procfile.dev",
     ]
 
@@ -198,8 +219,9 @@ def main():
         prove("Start and stop", "smoke", "--skip-checks")
     if SETUP:
         create_first_commit()
+    has_administrator = installed and create_administrator()
     if not COMPARISON:
-        print("", *get_steps(installed), sep="\n  ")
+        print("", *get_steps(installed, has_administrator), sep="\n  ")
 
 
 try:

@@ -9,6 +9,8 @@ import signal
 import socket
 import subprocess
 import time
+import urllib.error
+import urllib.request
 
 import pytest
 
@@ -92,6 +94,57 @@ def test_a_reload_keeps_tasks_and_links_follow_the_port(service):
     os.killpg(honcho.popen.pid, signal.SIGINT)
     honcho.popen.wait(timeout=20 * PATIENCE)
     assert not reachable(port)
+
+
+def fetch(port, path="/"):
+    """Return the status and the text of a page; 0 while nothing listens."""
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=10) as response:
+            return response.status, response.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+    except OSError as error:
+        return 0, str(error)
+
+
+def test_start_says_what_to_do_and_mistakes_heal(service):
+    """Unapplied migrations, the addresses, a template, and code that cannot be imported."""
+    service.run("python manage.py migrate develop zero")
+    honcho, port = start(service)
+    for name in ("worker", "beat"):
+        honcho.wait_for_text(f"manage.py migrate; {name} starts after that", seconds=60)
+    assert "unapplied migration(s). Run: " in honcho.text()
+    service.run("python manage.py migrate")
+    honcho.wait_for_text("Sign in:", seconds=60)
+    block = honcho.text().partition("runs: web, worker, beat")[2]
+    for path in ("/", "/api/docs/", "/admin/", "/admin/ops/taskrun/operations/", "/emails/"):
+        assert f" http://localhost:{port}{path}\n" in block
+    assert "manage.py createsuperuser" in block
+    assert "celery@" in honcho.text()
+    assert "[queues]" not in honcho.text()
+
+    # A template needs no restart.
+    home = service.folder / "develop" / "templates" / "home.html"
+    before = honcho.text().count("restarting")
+    home.write_text(home.read_text().replace("{{ description }}", "A new text."))
+    wait_for(lambda: "A new text." in fetch(port)[1], 20, honcho.text)
+    assert honcho.text().count("restarting") == before
+
+    # Each process tells what is wrong with the code, and starts when that is mended.
+    models = service.folder / "develop" / "models.py"
+    text = models.read_text()
+    models.write_text(text + "def wrong(\n")
+    failures = service.folder / "var" / "failures"
+    names = ["beat.txt", "web.txt", "worker.txt"]
+    found = lambda: sorted(path.name for path in failures.glob("*"))  # noqa: E731
+    wait_for(lambda: found() == names, 60, honcho.text)
+    wait_for(lambda: fetch(port)[0] == 500, 20, honcho.text)
+    for shown in (fetch(port)[1], (failures / "worker.txt").read_text()):
+        assert "models.py" in shown
+        assert "SyntaxError" in shown
+    models.write_text(text)
+    wait_for(lambda: fetch(port)[0] == 200, 60, honcho.text)
+    wait_for(lambda: found() == [], 60, honcho.text)
 
 
 def test_a_port_that_is_in_use_ends_all_processes_with_one_line(service):

@@ -2,7 +2,9 @@
 
 import contextlib
 import os
+import pty
 import re
+import select
 import shutil
 import signal
 import sqlite3
@@ -234,6 +236,31 @@ def test_ctrl_c_ends_without_a_commit_and_with_the_commands_that_continue(
         "uv run honcho start -f Procfile.dev\n"
     ) in output
     assert not (folder / "prayer_room_api" / ".git").exists()
+
+
+def test_setup_offers_an_administrator_to_a_person(tmp_path, write_uv):
+    tools = write_uv(FAKE_UV.replace('echo "did $1"', 'for last; do :; done; echo "did $last"'))
+    environment = clean_environment(HOME=tmp_path, PWD=tmp_path) | {"PATH": tools}
+    process, terminal = pty.fork()
+    if process == 0:
+        os.chdir(tmp_path)
+        command = [sys.executable, "-m", "cookiecutter", str(get_template())]
+        os.execve(sys.executable, command, environment)
+    os.write(terminal, b"\n" * 40)  # More than there are questions.
+    output = b""
+    with contextlib.suppress(OSError):  # The terminal is closed.
+        while select.select([terminal], [], [], 60)[0]:
+            output += os.read(terminal, 4096)
+    os.close(terminal)
+    assert os.waitpid(process, 0)[1] == 0, output
+    assert b"for development? [Y/n] did createsuperuser" in output
+    assert b"uv run manage.py createsuperuser" not in output
+    assert b"uv run honcho start" in output
+
+
+def test_no_administrator_is_offered_without_questions(generate_uninstalled):
+    _, lines = generate_uninstalled()
+    assert "administrator" not in "".join(lines)
 
 
 def test_missing_git_skips_the_commit_with_instructions(generate_uninstalled):

@@ -6,6 +6,7 @@ import pytest
 from django.core.management import CommandError, get_commands, load_command_class
 
 from prodserver_ops.console import checks, processes
+from prodserver_ops.development import reloading
 from prodserver_ops.management.commands import prodserver
 
 PROCESSES = {
@@ -99,8 +100,9 @@ def test_unknown_process_is_reported_with_those_of_the_command(settings):
 def test_reload_is_that_of_prodserver(run, monkeypatch):
     reloaded = []
     monkeypatch.setattr(
-        prodserver.Command, "run_with_reload", lambda command, name: reloaded.append(name)
+        reloading.Supervisor, "run", lambda supervisor: reloaded.append(supervisor.name)
     )
+    monkeypatch.setattr(reloading, "check_port", lambda address: None)
     assert run("server", "web", "--reload") == []
     assert reloaded == ["web"]
 

@@ -120,6 +120,12 @@ class TestRun:
         assert time.monotonic() - start < 4
         assert (results["beat"].status, results["worker"].status) == (ERROR, OK)
         assert results["beat"].message == "no result within 0.2 seconds"
+        assert results["beat"].next is None
+
+    @pytest.mark.parametrize("name", ["migrations", "queue", "delayed", "schedules", "e-mail"])
+    def test_check_that_times_out_has_no_repair(self, name):
+        result = doctor.run({name: lambda: time.sleep(1)}, timeout=0.1)[name]
+        assert (result.status, result.next) == (ERROR, None)
 
     def test_error_has_the_next_command_and_no_secrets(self, settings):
         settings.EMAIL_HOST_PASSWORD = "hunter2"

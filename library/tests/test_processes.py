@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 
 import pytest
 from django.core.management import CommandError
@@ -15,7 +16,7 @@ from prodserver_ops.conf import processes
 from prodserver_ops.console import checks
 from prodserver_ops.console.checks import check_processes
 from prodserver_ops.console.processes import find_file_problems
-from prodserver_ops.management.commands import prodserver
+from prodserver_ops.development import reloading
 from prodserver_ops.management.commands.prodserver import Command
 
 WORKER = "django_prodserver.backends.workers.celery.CeleryWorker"
@@ -136,10 +137,10 @@ class TestReload:
             (tmp_path / folder).mkdir()
         for package in ("first", "second"):
             (tmp_path / package / "__init__.py").touch()
-        assert sorted(prodserver.get_packages()) == [tmp_path / "first", tmp_path / "second"]
+        assert sorted(reloading.get_packages()) == [tmp_path / "first", tmp_path / "second"]
 
     def test_missing_watchfiles_is_reported(self, settings, monkeypatch):
-        monkeypatch.setattr(prodserver, "watchfiles", None)
+        monkeypatch.setattr(reloading, "watchfiles", None)
         name = next(iter(settings.PRODUCTION_PROCESSES))
         with pytest.raises(CommandError, match="--reload needs the package watchfiles"):
             Command().start_process(name, reload=True)
@@ -151,28 +152,32 @@ class TestReload:
             port = settings.PORT = server.getsockname()[1]
             process = make(settings)
             with pytest.raises(CommandError) as caught:
-                prodserver.check_port(process)
+                reloading.check_port(reloading.get_address(process))
         assert str(caught.value) == (
             f"Port {port} is already in use. "
             "Stop the process that uses it, or set PORT to another port."
         )
-        prodserver.check_port(process)
+        reloading.check_port(reloading.get_address(process))
 
     def test_process_without_a_port_needs_no_free_port(self, settings):
-        prodserver.check_port(processes.worker(settings))
-        prodserver.check_port(processes.gunicorn(settings, bind="unix:/run/web.sock"))
+        assert reloading.get_address(processes.worker(settings)) is None
+        assert (
+            reloading.get_address(processes.gunicorn(settings, bind="unix:/run/web.sock")) is None
+        )
 
     @pytest.mark.parametrize(
         ("ignored", "status"), [(False, -signal.SIGTERM), (True, -signal.SIGKILL)]
     )
-    def test_process_that_ignores_sigterm_is_killed(self, ignored, status):
+    def test_process_that_ignores_sigterm_is_killed(self, monkeypatch, ignored, status):
         code = "import signal, time; "
         code += "signal.signal(signal.SIGTERM, signal.SIG_IGN); " if ignored else ""
         code += "print('ready', flush=True); time.sleep(60)"
-        with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as child:
-            child.stdout.readline()
-            prodserver.stop(child, timeout=0.2 if ignored else 30)
-        assert child.returncode == status
+        monkeypatch.setattr(reloading, "get_command", lambda name: [sys.executable, "-c", code])
+        child = reloading.Child("web")
+        while not child.lines:
+            time.sleep(0.01)
+        child.stop(timeout=0.2 if ignored else 30)
+        assert child.popen.returncode == status
 
 
 class TestFiles:

@@ -55,6 +55,10 @@ class OpsConfig(AppConfig):
         signals.beat_init.connect(start_alerts)
         signals.worker_ready.connect(start_alerts)
         create_database_folder()
+        if settings.DEBUG:
+            from .development import templates
+
+            templates.watch()
         if settings.SENTRY_DSN:
             from .core import sentry
 

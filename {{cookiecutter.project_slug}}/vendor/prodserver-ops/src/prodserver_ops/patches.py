@@ -659,7 +659,7 @@ PATCHES = (
     Patch(
         "django.db.migrations",
         USES,
-        "console.adoption console.checks console.doctor console.migration_safety management.commands.schedules scheduling.operations",
+        "console.adoption console.checks console.doctor console.migration_safety development.overview management.commands.schedules scheduling.operations",
         "Find unapplied migrations, and what migrations create.",
         {
             "executor.MigrationExecutor.migration_plan": "(self, targets, clean_start=...)",
@@ -690,6 +690,13 @@ PATCHES = (
             "connection.BaseConnectionHandler.settings": "(self)",
             "log.configure_logging": "(logging_config, logging_settings)",
         },
+    ),
+    Patch(
+        "django.template.autoreload",
+        USES,
+        "development.templates",
+        "Templates need no restart in development.",
+        {"reset_loaders": "()"},
     ),
     Patch(
         "django.core.checks",

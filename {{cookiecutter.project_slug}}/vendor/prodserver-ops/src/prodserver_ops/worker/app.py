@@ -61,7 +61,9 @@ def get_command(app: Celery, name: str) -> tuple[Any, Any]:
     command = copy.copy(import_string(f"celery.bin.{name}.{name}"))
     options = app.user_options
     command.params = [*command.params, *options[name], *options["preload"]]
-    return command, CLIContext(app=app, no_color=False, workdir=None)
+    # Celery's banners are for those who look for an error.
+    quiet = settings.LOG_LEVEL != "DEBUG"
+    return command, CLIContext(app=app, no_color=False, workdir=None, quiet=quiet)
 
 
 def make_failed_queue(app: Celery) -> Queue:

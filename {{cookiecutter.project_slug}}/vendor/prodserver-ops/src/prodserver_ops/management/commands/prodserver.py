@@ -1,15 +1,8 @@
 """``python manage.py prodserver PROCESS``: run one process of the service."""
 
-import errno
-import logging
-import os
 import signal
-import socket
-import subprocess
 import sys
-import threading
 from argparse import ArgumentParser
-from pathlib import Path
 from typing import Any
 
 from django.conf import settings
@@ -25,21 +18,8 @@ from django_prodserver.management.base import BaseProcessCommand
 
 from ...conf.verification import verify_module
 from ...core import logs
-from ...core.commands import get_script
 from ...core.database import find_pooler
 from ...scheduling import heartbeats
-from ...web.servers import port_in_use
-
-try:
-    import watchfiles
-except ImportError:
-    watchfiles = None  # type: ignore[assignment]
-
-#: How long a process may take to stop before a reload kills it, in seconds.
-STOP_TIMEOUT = 10
-
-#: How often to check whether the parent process is running, in seconds.
-PARENT_INTERVAL = 0.5
 
 #: The commands for one kind of process, each with the base class of its backends.
 COMMANDS = {"server": BaseServerBackend, "worker": BaseWorkerBackend}
@@ -103,7 +83,9 @@ class Command(BaseProcessCommand):
                 f"run: python manage.py {other} {process_name}"
             )
         if options.get("reload"):
-            self.run_with_reload(process_name)
+            from ...development.reloading import Supervisor
+
+            Supervisor(process_name, self.print_line).run()
             return
         verify_module()
         if pooler := find_pooler():
@@ -112,76 +94,13 @@ class Command(BaseProcessCommand):
         sys.argv[1:] = ["prodserver", process_name]
         logs.configure(process_name)
         self.stdout = OutputWrapper(sys.stdout)
-        if process_name == "web" and settings.DEBUG:
-            self.stdout.write(f"Open http://127.0.0.1:{settings.PORT}/")
         if process_name in heartbeats.get_others():
             heartbeats.start_heartbeat(process_name)
             if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
                 signal.signal(signal.SIGTERM, lambda *_: sys.exit())
         super().start_process(process_name, **options)
 
-    def run_with_reload(self, name: str) -> None:
-        """Run the process, and restart it when a file in a Python package changes."""
-        if watchfiles is None:
-            raise CommandError("--reload needs the package watchfiles, a development dependency")
-        process = settings.PRODUCTION_PROCESSES[name]
-        check_port(process)
-        # A worker completes its running tasks first. run_process() of watchfiles cannot
-        # wait that long when it stops, sends SIGINT twice to a foreground process, and
-        # ignores packages that are added later.
-        is_worker = issubclass(import_string(process["BACKEND"]), BaseWorkerBackend)
-        timeout = STOP_TIMEOUT + (settings.CELERY_TASK_TIME_LIMIT if is_worker else 0)
-        logging.getLogger("watchfiles").setLevel(logging.WARNING)
-        stopped = threading.Event()
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, lambda *_: stopped.set())
-        threading.Thread(target=wait_for_parent, args=[stopped], daemon=True).start()
-        while not stopped.is_set():
-            command = [sys.executable, get_script(), "prodserver", name]
-            child = subprocess.Popen(command)
-            changes = next(watchfiles.watch(*get_packages(), stop_event=stopped), set())
-            if changes:
-                path = os.path.relpath(min(path for _, path in changes), settings.BASE_DIR)
-                self.stdout.write(f"{path} changed: restarting {name}")
-                self.stdout.flush()
-            stop(child, timeout)
-
-
-def get_packages() -> list[Path]:
-    """Return the folders of the Python packages next to ``manage.py``."""
-    return [path.parent for path in Path(settings.BASE_DIR).glob("*/__init__.py")]
-
-
-def wait_for_parent(stopped: threading.Event) -> None:
-    """Set the event when the parent process ends, as honcho does with its terminal."""
-    parent = os.getppid()
-    while os.getppid() == parent and not stopped.wait(PARENT_INTERVAL):
-        pass
-    stopped.set()
-
-
-def stop(child: subprocess.Popen[bytes], timeout: float) -> None:
-    """Stop a process with SIGTERM, and with SIGKILL after the timeout in seconds."""
-    child.terminate()
-    try:
-        child.wait(timeout)
-    except subprocess.TimeoutExpired:
-        child.kill()
-        child.wait()
-
-
-def check_port(process: dict[str, Any]) -> None:
-    """Raise CommandError if another process uses the port of a web process."""
-    backend = import_string(process["BACKEND"])
-    address = backend(**process).get_address() if hasattr(backend, "get_address") else None
-    if address is None:
-        return
-    family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
-    with socket.socket(family) as server:
-        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            server.bind(address)
-        except OSError as error:
-            if error.errno != errno.EADDRINUSE:
-                raise CommandError(f"cannot listen on port {address[1]}: {error}") from error
-            raise port_in_use(address[1]) from error
+    def print_line(self, text: str) -> None:
+        """Print a line, also if the output is a pipe."""
+        self.stdout.write(text)
+        self.stdout.flush()

@@ -1,0 +1,323 @@
+"""``prodserver PROCESS --reload``: restart a process when its code changes.
+
+Templates and static files need no restart. While a process cannot start, its error is shown by the
+home page, and by the web server that takes the place of web.
+"""
+
+import errno
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+from django.conf import settings
+from django.core.management import CommandError
+from django.db import connections
+from django.template.loader import render_to_string
+from django.utils.module_loading import import_string
+from django_prodserver.backends.base import BaseWorkerBackend
+
+from ..core.commands import get_line, get_script
+from ..web.servers import port_in_use
+from . import overview
+
+try:
+    import watchfiles
+except ImportError:
+    watchfiles = None  # type: ignore[assignment]
+
+#: How long a process may take to stop before a reload kills it, in seconds.
+STOP_TIMEOUT = 10
+
+#: How often to check whether the parent process is running, in seconds.
+PARENT_INTERVAL = 0.5
+
+#: How often to check whether the process is running, in milliseconds.
+CHILD_INTERVAL = 500
+
+#: How often to look for unapplied migrations and for the other processes, in seconds.
+INTERVAL = 1
+
+#: How long to wait for the other processes before the addresses are printed, in seconds.
+START_TIMEOUT = 30
+
+#: How many lines of the output of a process are kept.
+KEPT_LINES = 200
+
+#: Where to connect to a server that listens on all addresses.
+ANY_HOST = {"0.0.0.0": "127.0.0.1", "::": "::1"}
+
+
+def get_packages() -> list[Path]:
+    """Return the folders of the Python packages next to ``manage.py``."""
+    return [path.parent for path in Path(settings.BASE_DIR).glob("*/__init__.py")]
+
+
+def get_failure_path(name: str) -> Path:
+    """Return the path of the file with the output of a process that could not start."""
+    return Path(settings.VAR_DIR, "failures", f"{name}.txt")
+
+
+def get_failure(name: str) -> str:
+    """Return the traceback of a process that could not start, or an empty string."""
+    try:
+        return get_failure_path(name).read_text()
+    except OSError:
+        return ""
+
+
+def find_traceback(lines: list[str]) -> str:
+    """Return the lines from the first traceback on; all lines if there is none."""
+    starts = [number for number, line in enumerate(lines) if "Traceback (most rec" in line]
+    return "".join(lines[starts[0] if starts else 0 :])
+
+
+def get_command(name: str) -> list[str]:
+    """Return the command that runs a process without reloads."""
+    return [sys.executable, get_script(), "prodserver", name]
+
+
+class Child:
+    """The process itself. Its output is printed at once, and the end of it is kept."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.lines: deque[str] = deque(maxlen=KEPT_LINES)
+        self.popen = subprocess.Popen(
+            get_command(name),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        )
+        assert self.popen.stdout is not None
+        self.output = self.popen.stdout
+        self.reader = threading.Thread(target=self.copy_output, daemon=True)
+        self.reader.start()
+
+    def copy_output(self) -> None:
+        """Copy the output of the process to the terminal; the prompt of a debugger is no line."""
+        rest = b""
+        while data := os.read(self.output.fileno(), 65536):
+            sys.stdout.buffer.write(data)
+            sys.stdout.buffer.flush()
+            *lines, rest = (rest + data).split(b"\n")
+            self.lines.extend(line.decode(errors="replace") + "\n" for line in lines)
+
+    def has_ended(self) -> bool:
+        """Return whether the process has ended by itself."""
+        return self.popen.poll() is not None
+
+    def get_output(self) -> str:
+        """Return the traceback that the process has printed, after it has ended."""
+        self.reader.join(INTERVAL)
+        return find_traceback(list(self.lines))
+
+    def stop(self, timeout: float) -> None:
+        """Stop the process with SIGTERM, and with SIGKILL after the timeout in seconds."""
+        self.popen.terminate()
+        try:
+            self.popen.wait(timeout)
+        except subprocess.TimeoutExpired:
+            self.popen.kill()
+            self.popen.wait()
+        self.reader.join(INTERVAL)  # Its own children may keep the pipe open.
+        if not self.reader.is_alive():
+            self.output.close()
+
+
+class Supervisor:
+    """Runs a process, and restarts it when a Python file changes; ``write`` prints a line."""
+
+    def __init__(self, name: str, write: Any) -> None:
+        if watchfiles is None:
+            raise CommandError("--reload needs the package watchfiles, a development dependency")
+        self.name, self.write = name, write
+        process = settings.PRODUCTION_PROCESSES[name]
+        backend = import_string(process["BACKEND"])
+        self.address = get_address(process)
+        check_port(self.address)
+        # A worker completes its running tasks first. run_process() of watchfiles cannot
+        # wait that long when it stops, sends SIGINT twice to a foreground process, and
+        # ignores packages that are added later.
+        self.is_worker = issubclass(backend, BaseWorkerBackend)
+        self.timeout = STOP_TIMEOUT + (settings.CELERY_TASK_TIME_LIMIT if self.is_worker else 0)
+        self.stopped = threading.Event()
+
+    def run(self) -> None:
+        """Run the process until SIGTERM, SIGINT or the end of the parent process."""
+        logging.getLogger("watchfiles").setLevel(logging.WARNING)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, lambda *_: self.stopped.set())
+        threading.Thread(target=wait_for_parent, args=[self.stopped], daemon=True).start()
+        if self.name == "web":
+            threading.Thread(target=self.announce, daemon=True).start()
+        while not self.stopped.is_set():
+            self.wait_for_migrations()
+            get_failure_path(self.name).unlink(missing_ok=True)
+            child = Child(self.name)
+            if changes := self.watch(child):
+                path = os.path.relpath(min(changes), settings.BASE_DIR)
+                self.write(f"{path} changed: restarting {self.name}")
+            child.stop(self.timeout)
+        get_failure_path(self.name).unlink(missing_ok=True)
+
+    def watch(self, child: Child) -> set[str]:
+        """Return the paths that have changed; an empty set if the process shall stop."""
+        server = None
+        try:
+            for changes in watchfiles.watch(
+                *get_packages(),
+                watch_filter=watchfiles.PythonFilter(),
+                stop_event=self.stopped,
+                rust_timeout=CHILD_INTERVAL,
+                yield_on_timeout=True,
+            ):
+                if changes:
+                    return {path for _, path in changes}
+                if server is None and child.has_ended() and not self.stopped.is_set():
+                    server = self.report(child)
+            return set()
+        finally:
+            if server is not None:
+                server.shutdown()
+                server.server_close()
+
+    def report(self, child: Child) -> ThreadingHTTPServer | None:
+        """Store the output of a process that has ended; return a server that shows it."""
+        output = child.get_output()
+        self.write(f"{self.name} has ended; it starts again when you save a Python file")
+        path = get_failure_path(self.name)
+        with suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(output)
+        if self.address is None or not settings.DEBUG:
+            return None
+        return serve(self.address, self.name, output)
+
+    def wait_for_migrations(self) -> None:
+        """Say if migrations are not applied; a worker or beat waits until they are."""
+        waits = False
+        while not self.stopped.wait(INTERVAL if waits else 0):
+            count = count_unapplied()
+            if not count:
+                return
+            if not waits:
+                then = f"; {self.name} starts after that" if self.is_worker else ""
+                self.write(
+                    f"You have {count} unapplied migration(s). Run: {get_line('migrate')}{then}"
+                )
+            if not self.is_worker:
+                return
+            waits = True
+
+    def announce(self) -> None:
+        """Print the addresses of the service as soon as all its processes run."""
+        deadline = time.monotonic() + START_TIMEOUT
+        while not self.stopped.wait(INTERVAL):
+            with suppress(Exception):  # The database may lack tables, and code may be incomplete.
+                missing = overview.get_missing()
+                late = time.monotonic() > deadline
+                if (late or not missing) and accepts(self.address):
+                    self.write("\n" + overview.describe(missing) + "\n")
+                    return
+            connections.close_all()
+
+
+def count_unapplied() -> int:
+    """Return the number of migrations that are not applied; 0 if that cannot be found out."""
+    try:
+        return overview.count_unapplied()
+    except Exception:
+        return 0  # The process reports what is wrong.
+    finally:
+        connections.close_all()
+
+
+def wait_for_parent(stopped: threading.Event) -> None:
+    """Set the event when the parent process ends, as honcho does with its terminal."""
+    parent = os.getppid()
+    while os.getppid() == parent and not stopped.wait(PARENT_INTERVAL):
+        pass
+    stopped.set()
+
+
+# The port
+
+
+def get_address(process: dict[str, Any]) -> tuple[str, int] | None:
+    """Return host and port of a web process; None for another one."""
+    backend = import_string(process["BACKEND"])
+    if not hasattr(backend, "get_address"):
+        return None
+    address: tuple[str, int] | None = backend(**process).get_address()
+    return address
+
+
+def get_family(address: tuple[str, int]) -> socket.AddressFamily:
+    """Return the family of an address."""
+    return socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+
+
+def check_port(address: tuple[str, int] | None) -> None:
+    """Raise CommandError if another process uses the port of a web process."""
+    if address is None:
+        return
+    with socket.socket(get_family(address)) as server:
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            server.bind(address)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise CommandError(f"cannot listen on port {address[1]}: {error}") from error
+            raise port_in_use(address[1]) from error
+
+
+def accepts(address: tuple[str, int] | None) -> bool:
+    """Return whether a process listens on the port; True if the process needs none."""
+    if address is None:
+        return True
+    host, port = address
+    try:
+        socket.create_connection((ANY_HOST.get(host, host), port), timeout=INTERVAL).close()
+    except OSError:
+        return False
+    return True
+
+
+def serve(address: tuple[str, int], name: str, output: str) -> ThreadingHTTPServer | None:
+    """Serve a page with the output of a process, with status 500, in another thread."""
+    page = render_to_string("ops/failure.html", {"name": name, "output": output}).encode()
+
+    class Handler(BaseHTTPRequestHandler):
+        def respond(self) -> None:
+            self.send_response(500)
+            self.send_header("Content-Type", "text/html; charset=utf-8")
+            self.send_header("Content-Length", str(len(page)))
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(page)
+
+        do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = respond
+
+        def log_message(self, *args: Any) -> None:
+            """Log nothing: the page reloads itself all the time."""
+
+    class Server(ThreadingHTTPServer):
+        address_family = get_family(address)
+        daemon_threads = True
+
+    try:
+        server = Server(address, Handler)
+    except OSError:
+        return None  # The terminal shows the output.
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.1}, daemon=True).start()
+    return server
