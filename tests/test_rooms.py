@@ -55,6 +55,9 @@ IMPORTS_IN_FUNCTIONS = {
     ("worker/app.py", "celery.bin.base.CLIContext"),  # Web needs neither a command line
     ("worker/app.py", "celery.worker.state"),  # nor the parts of a worker.
     ("web/flower.py", "celery.bin.celery.celery"),
+    # Production needs nothing of development.
+    ("apps.py", "development.templates"),
+    ("management/commands/prodserver.py", "development.reloading.Supervisor"),
     # A project may not have these apps.
     ("console/forgetting.py", "django.contrib.admin.models.LogEntry"),
     ("console/forgetting.py", "django.contrib.sessions.models.Session"),
