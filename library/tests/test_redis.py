@@ -1,6 +1,11 @@
 """Redis: a separate database, keys of its own, and every wait has a timeout."""
 
+import shutil
+import socket
+import subprocess
 import time
+from contextlib import suppress
+from threading import Thread
 from types import SimpleNamespace
 from unittest.mock import Mock
 from uuid import uuid4
@@ -10,8 +15,40 @@ import services
 from django.conf import settings
 from kombu import Connection, Exchange, Queue
 from kombu.transport.redis import Channel
+from redis import Redis
+from redis.exceptions import OutOfMemoryError, RedisError
 
-from prodserver_ops.broker import redis, renewal
+from prodserver_ops.broker import envelopes, redis, renewal
+
+
+def wait_for(condition):
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.fixture
+def full_redis(tmp_path):
+    """A server of its own; ``fill()`` leaves it no memory."""
+    if shutil.which("redis-server") is None:
+        pytest.skip("redis-server is not installed")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    command = ["redis-server", "--port", str(port), "--bind", "127.0.0.1", "--save", ""]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL) as process:
+        client = Redis(port=port)
+
+        def is_up():
+            with suppress(RedisError):
+                return client.ping()
+
+        wait_for(is_up)
+        yield SimpleNamespace(
+            url=f"redis://127.0.0.1:{port}/1", fill=lambda: client.config_set("maxmemory", 1)
+        )
+        client.close()
+        process.kill()
 
 
 @pytest.mark.parametrize(
@@ -78,19 +115,28 @@ class TestHeldMessages:
             connection.default_channel.client.flushdb()
             connection.close()
 
+    @pytest.fixture
+    def client(self, make_part):
+        """A client with a connection of its own."""
+        with Redis.from_url(make_part(services.REDIS)) as client:
+            yield client
+
     def publish(self, channel, package):
         channel.basic_publish(channel.prepare_message("{}"), package, package)
 
-    def age(self, channel, key, seconds):
+    def publish_to(self, channel, queue):
+        channel.basic_publish(channel.prepare_message("{}"), "", queue)
+
+    def age(self, client, key, seconds):
         """Let a message be as old as if nobody had renewed it for so long."""
-        for tag, score in channel.client.zrange(key, 0, -1, withscores=True):
-            channel.client.zadd(key, {tag: score - seconds})
+        for tag, score in client.zrange(key, 0, -1, withscores=True):
+            client.zadd(key, {tag: score - seconds})
 
     def test_services_on_one_database_do_not_meet(self, connect):
         one, two = (connect(f"sample_{uuid4().hex[:8]}") for _ in range(2))
         self.publish(one, one.qos.unacked_key.partition(".")[0])
         assert one.basic_get(one.qos.unacked_key.partition(".")[0])
-        self.age(one, one.qos.unacked_index_key, 1000)
+        self.age(one.client, one.qos.unacked_index_key, 1000)
         two.qos.restore_visible(interval=1)
         assert one.client.hlen(one.qos.unacked_key) == 1
         one.qos.restore_visible(interval=1)
@@ -110,14 +156,96 @@ class TestHeldMessages:
         assert old.basic_get(held)
         channel = connect(own)
         limit = settings.CELERY_TASK_TIME_LIMIT + redis.EARLIER_MARGIN
-        self.age(old, "unacked_index", limit - 10)
+        self.age(old.client, "unacked_index", limit - 10)
         channel.qos.restore_visible(interval=1)
         assert channel.basic_get(own) is None
-        self.age(old, "unacked_index", 11)
+        self.age(old.client, "unacked_index", 11)
         channel.qos.restore_visible(interval=1)
         assert (channel.basic_get(own) is not None) == is_own
         assert old.client.hlen("unacked") == (0 if is_own else 1)
         old.qos._delivered.clear()
+
+    def test_message_is_held_before_the_worker_reads_it(self, connect, client):
+        """A worker may end, or its connection, while the message is on its way."""
+        package = f"sample_{uuid4().hex[:8]}"
+        channel = connect(package)
+        self.publish(channel, package)
+        channel.connection.cycle.on_poll_start()
+        wait_for(lambda: client.hlen(channel.unacked_key))
+        assert client.llen(package) == 0
+        channel.client.connection.disconnect()
+        self.age(client, channel.unacked_index_key, renewal.VISIBILITY + 1)
+        other = connect(package)
+        other.qos.restore_visible(interval=1)
+        message = other.basic_get(package)
+        assert message.body == b"{}"
+        message.ack()
+        assert client.keys(f"{package}.unacked*") == []
+
+    def test_waiting_worker_gets_a_message_at_once(self, connect, client):
+        package = f"sample_{uuid4().hex[:8]}"
+        channel, other = connect(package), connect(package)
+        other.brpop_timeout = 30
+        received = []
+        other.connection._callbacks[package] = received.append
+
+        def drain():
+            with suppress(TimeoutError):
+                other.connection.drain_events(other.connection, timeout=20)
+
+        thread = Thread(target=drain)
+        thread.start()
+        wait_for(lambda: other.is_empty and other._in_poll)
+        self.publish(channel, package)
+        thread.join(10)
+        assert len(received) == 1
+
+    def test_message_without_a_bell_is_found(self, connect, client):
+        package = f"sample_{uuid4().hex[:8]}"
+        channel = connect(package)
+        received = []
+        channel.connection._callbacks[package] = received.append
+        with pytest.raises(TimeoutError):
+            channel.connection.drain_events(channel.connection, timeout=0.1)
+        client.lpush(package, "not JSON")
+        channel.connection.drain_events(channel.connection, timeout=10)
+        assert envelopes.repair(received[0]) == received[0]
+
+    def test_message_that_needs_no_acknowledgement_is_not_stored(self, connect, client):
+        package = f"sample_{uuid4().hex[:8]}"
+        channel = connect(package)
+        received = []
+        channel.basic_cancel("tag")
+        channel.basic_consume(package, True, received.append, "other")
+        self.publish(channel, package)
+        channel.connection.drain_events(channel.connection, timeout=10)
+        assert len(received) == 1
+        assert not client.exists(channel.unacked_key)
+        self.publish(channel, package)
+        assert channel.basic_get(package, no_ack=True)
+        assert not client.exists(channel.unacked_key)
+
+    def test_bell_counts_no_more_than_it_must(self, connect, client):
+        package = f"sample_{uuid4().hex[:8]}"
+        channel = connect(package)
+        for _ in range(redis.MAX_BELLS + 5):
+            self.publish(channel, package)
+        bell = channel.get_bell(package)
+        assert client.llen(bell) == redis.MAX_BELLS
+        assert 0 < client.ttl(bell) <= redis.BELL_TIMEOUT
+
+    def test_full_server_gives_its_messages_away(self, full_redis):
+        """Otherwise, its memory would never become free."""
+        connection = Connection(full_redis.url, transport_options=redis.get_options(settings))
+        channel = connection.channel()
+        self.publish_to(channel, "queue")
+        full_redis.fill()
+        with pytest.raises(OutOfMemoryError):
+            self.publish_to(channel, "queue")
+        message = channel.basic_get("queue")
+        message.ack()
+        assert channel.basic_get("queue") is None
+        connection.close()
 
     def test_loop_of_a_worker_checks_what_it_holds(self, connect):
         package = f"sample_{uuid4().hex[:8]}"

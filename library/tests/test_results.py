@@ -297,7 +297,7 @@ class TestWithoutResults:
 
     @pytest.fixture
     def add(self, app):
-        @app.task(name="add")
+        @app.task(name="add", shared=False)
         def add(a, b):
             return a + b
 

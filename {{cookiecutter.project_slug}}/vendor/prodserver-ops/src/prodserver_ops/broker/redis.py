@@ -1,12 +1,21 @@
-"""Redis: a transport that renews what a worker holds, and reads whatever a queue contains."""
+"""Redis: a transport that loses no message, and reads whatever a queue contains.
+
+kombu's own transport removes a message from its queue with BRPOP, and stores it as unacknowledged
+afterwards; a message is lost if the worker or the connection ends in between. Here a script does
+both at once. BRPOP only waits for the bell of a queue, which each published message rings.
+"""
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from queue import Empty
 from typing import Any
+from uuid import uuid4
 
 from django.conf import settings
 from kombu.transport import redis, virtual
 from kombu.utils.encoding import bytes_to_str
-from kombu.utils.json import dumps, loads
+from kombu.utils.json import loads
 
 from . import envelopes, renewal
 
@@ -18,6 +27,32 @@ TIMEOUT = 5
 
 #: How long a worker that is killed may keep others from looking for messages, in seconds.
 MUTEX_TIMEOUT = 20
+
+#: How many messages the bell of a queue announces at most, and for how long, in seconds. Without a
+#: bell, a worker finds a message within a second.
+MAX_BELLS, BELL_TIMEOUT = 100, 60
+
+#: Take the oldest message of the first queue that has one, and store it as unacknowledged.
+#:
+#: The keys are those of unacknowledged messages and their index, and one for each queue and
+#: priority. The arguments are the new delivery tag, and the name of the queue of each key, or "" if
+#: its messages need no acknowledgement. Returns the number of the key and the message, or nothing if
+#: all queues are empty. A server without free memory stores nothing, and its queues still empty.
+TAKE = """
+for number = 3, #KEYS do
+  local message = redis.call("LINDEX", KEYS[number], -1)
+  if message then
+    local queue = ARGV[number - 1]
+    if queue ~= "" then
+      local now = redis.call("TIME")
+      redis.pcall("ZADD", KEYS[2], now[1] + now[2] / 1000000, ARGV[1])
+      redis.pcall("HSET", KEYS[1], ARGV[1], cjson.encode({message, "", queue}))
+    end
+    redis.call("RPOP", KEYS[number])
+    return {number - 3, message}
+  end
+end
+"""
 
 #: How long after their time limit workers of release 2.0 and earlier returned tasks, in seconds.
 EARLIER_MARGIN = 60
@@ -80,14 +115,18 @@ class QoS(renewal.RenewedQoS, redis.QoS):
         return time.time() - self.get_time() + renewal.VISIBILITY
 
     def append(self, message: Any, delivery_tag: Any) -> None:
-        """Hold a message."""
-        delivery = message.delivery_info
-        held = dumps([message._raw, delivery["exchange"], delivery["routing_key"]])
-        with self.pipe_or_acquire() as pipe:
-            pipe.zadd(self.unacked_index_key, {delivery_tag: self.get_time()})
-            pipe.hset(self.unacked_key, delivery_tag, held).execute()
+        """Hold a message that the channel has taken."""
         virtual.QoS.append(self, message, delivery_tag)
         renewal.watch(self)
+
+    @contextmanager
+    def pipe_or_acquire(self, pipe: Any = None, client: Any = None) -> Iterator[Any]:
+        """Return a pipeline without a transaction: a server without free memory refuses those."""
+        if pipe:
+            yield pipe
+            return
+        with self.channel.conn_or_acquire(client) as client:
+            yield client.pipeline(transaction=False)
 
     def renew(self, tags: list[Any]) -> None:
         """Renew messages that are still in the index."""
@@ -107,6 +146,125 @@ class Channel(redis.Channel):
     QoS = QoS
     Message = envelopes.Message
 
+    #: The types of kombu do not have these.
+    _queue_cycle: Any
+    connection_errors: tuple[type[Exception], ...]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.unacknowledged: set[str] = set()
+        #: The delivery tag and the queues of the script that runs; none while BRPOP waits.
+        self.taking: tuple[str, list[str]] | None = None
+        self.is_empty = False
+
+    def basic_consume(  # type: ignore[override]
+        self, queue: str, no_ack: bool, *args: Any, **kwargs: Any
+    ) -> None:
+        """Consume a queue; without acknowledgements, its messages are not stored."""
+        (self.unacknowledged.add if no_ack else self.unacknowledged.discard)(queue)
+        super().basic_consume(queue, no_ack, *args, **kwargs)
+
+    def basic_get(self, queue: str, no_ack: bool = False, **kwargs: Any) -> Any:
+        """Return a message of a queue, or None."""
+        if no_ack:
+            return super().basic_get(queue, no_ack=True, **kwargs)
+        tag, queues, arguments = self.get_arguments([queue])
+        with self.conn_or_acquire() as client:
+            taken = client.execute_command("EVAL", TAKE, *arguments)
+        if taken is None:
+            return None
+        _, payload = self.read_taken(taken, tag, queues)
+        message = self.Message(payload, channel=self)
+        self.qos.append(message, tag)
+        return message
+
+    def get_arguments(self, queues: list[str]) -> tuple[str, list[str], list[Any]]:
+        """Return a new delivery tag, the queue of each key, and the arguments of the script."""
+        tag, prefix = uuid4().hex, self.global_keyprefix
+        places = [
+            (f"{prefix}{self._q_for_pri(queue, priority)}", queue)  # type: ignore[attr-defined]
+            for priority in self.priority_steps
+            for queue in queues
+        ]
+        keys = [f"{prefix}{self.unacked_key}", f"{prefix}{self.unacked_index_key}"]
+        keys += [key for key, _ in places]
+        names = ["" if queue in self.unacknowledged else queue for _, queue in places]
+        return tag, [queue for _, queue in places], [len(keys), *keys, tag, *names]
+
+    def read_taken(self, taken: Any, tag: str, queues: list[str]) -> tuple[str, dict[str, Any]]:
+        """Return the queue and the content of a message that the script has taken."""
+        number, text = taken
+        payload = envelopes.repair(envelopes.loads(bytes_to_str(text)))
+        payload["properties"]["delivery_tag"] = tag
+        return queues[number], payload
+
+    def _brpop_start(self, timeout: float | None = None) -> None:
+        """Ask for a message; wait for the bell of a queue if all were empty."""
+        queues = self._queue_cycle.consume(len(self.active_queues))
+        if not queues:
+            return
+        if self.is_empty:
+            self.taking = None
+            bells = [f"{self.global_keyprefix}{self.get_bell(queue)}" for queue in queues]
+            command = ["BRPOP", *bells, timeout or self.brpop_timeout or 0]
+        else:
+            tag, names, arguments = self.get_arguments(queues)
+            self.taking = tag, names
+            command = ["EVAL", TAKE, *arguments]
+        self._in_poll = self.client.connection
+        self._brpop_sent_at = time.monotonic()
+        self.client.connection.send_command(*command)
+
+    def _brpop_read(self, **options: Any) -> bool:
+        """Deliver the message that was taken; raise Empty if there is none."""
+        connection, taking = self.client.connection, self.taking
+        try:
+            try:
+                name = "EVAL" if taking else "BRPOP"
+                reply = self.client.parse_response(connection, name, **options)
+            except self.connection_errors:
+                self.is_empty = False
+                connection.disconnect()
+                raise
+            self.is_empty = taking is not None and reply is None
+            if taking is None or reply is None:
+                raise Empty
+            queue, payload = self.read_taken(reply, *taking)
+            self._queue_cycle.rotate(queue)
+            self.connection._deliver(payload, queue)
+            return True
+        finally:
+            self._in_poll = None
+            self._flush_brpop_reauth()  # type: ignore[attr-defined]
+
+    def get_bell(self, queue: str) -> str:
+        """Return the key of the list that wakes the workers of a queue."""
+        return f"{queue}{self.sep}bell"
+
+    def _put(self, queue: str, message: Any, **kwargs: Any) -> None:
+        """Publish a message, and ring the bell of its queue."""
+        bell = self.get_bell(queue)
+        ringing: list[Any] = [
+            ("lpush", bell, 1),
+            ("ltrim", bell, 0, MAX_BELLS - 1),
+            ("expire", bell, BELL_TIMEOUT),
+        ]
+        super()._put(queue, message, **kwargs)
+        if (batch := kwargs.get("_publish_batch")) is not None:
+            for command in ringing:
+                batch.add(*command)
+            return
+        with self.conn_or_acquire() as client, client.pipeline(transaction=False) as pipe:
+            for name, *arguments in ringing:
+                getattr(pipe, name)(*arguments)
+            pipe.execute()
+
+    def _do_restore_message(self, payload: Any, *args: Any, **kwargs: Any) -> None:
+        """Return a message to its queue; what the script has stored is text."""
+        if isinstance(payload, str):
+            payload = envelopes.repair(envelopes.loads(payload))
+        super()._do_restore_message(payload, *args, **kwargs)  # type: ignore[misc]
+
 
 class Transport(redis.Transport):
     """The transport of ``redis://`` and ``rediss://`` URLs."""
@@ -119,7 +277,7 @@ class Transport(redis.Transport):
         loop.call_repeatedly(renewal.CHECK_INTERVAL, renewal.check, self.channels)
 
 
-# The transport removes a message from its queue before it reads the JSON.
+# A message to all workers may be any text.
 redis.loads = envelopes.loads  # type: ignore[attr-defined]
 
 
