@@ -18,7 +18,7 @@ DOMAIN_WORDS = (
     "prayer",
     "submission",
     "moderator",
-    "author",
+    "author(?!ization)",
     "answer",
     "approve",
     "flagged",

@@ -177,7 +177,7 @@ class TestAnyText:
         ("to o'neil@mail.example.com", "to ***@***"),
         ("to bob@[192.0.2.1] now", "to ***@*** now"),
         ("to bob%40example.com", "to ***@***"),
-        ("celery@host.example.com ready.", "celery@host.example.com ready."),
+        ("celery@web-1 ready.", "celery@web-1 ready."),
         ("Why? Because.", "Why? Because."),
     ],
 )

@@ -31,7 +31,7 @@ from django.utils import timezone
 
 from ..core import concurrently
 from ..core.limits import Limit
-from ..core.logs import redact
+from ..core.redaction import redact
 from ..core.urls import make_absolute
 from ..mail import transport
 from ..mail.digests import email_of

@@ -25,7 +25,7 @@ from django_celery_beat.models import PeriodicTask
 from .. import broker
 from ..core import concurrently
 from ..core.database import find_pooler
-from ..core.logs import redact
+from ..core.redaction import redact
 from ..mail import transport
 from ..models import HEARTBEAT_AGE, Attempt
 from ..scheduling import heartbeats, queues, timing, validation

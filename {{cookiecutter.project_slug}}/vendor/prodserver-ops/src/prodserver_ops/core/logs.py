@@ -1,7 +1,7 @@
 """Logs: one line for each event, with its process and its request or task.
 
-``LOG_FORMAT`` selects text, for people, or JSON, for machines. Passwords, query strings,
-tokens and e-mail addresses are redacted in every event, whichever library logs it.
+``LOG_FORMAT`` selects text, for people, or JSON, for machines. Secrets and personal data are
+redacted in every event, whichever library logs it; see ``redaction.py``.
 """
 
 import json
@@ -28,6 +28,7 @@ from django.utils.encoding import escape_uri_path
 from django.utils.log import configure_logging
 
 from .clients import current_request, get_address
+from .redaction import SECRET_NAME, redact
 from .text import fit, make_storable, shorten
 from .urls import get_path
 
@@ -39,30 +40,6 @@ request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
 
 #: Pattern of a valid X-Request-ID header; a request with an invalid header gets a new id.
 VALID_REQUEST_ID = re.compile(r"[A-Za-z0-9_.:=-]{8,128}")
-
-#: Patterns that are redacted in every event, each with its replacement.
-REDACTIONS = [
-    # User name and password in a URL
-    (re.compile(r"(?<=://)\S{0,300}@"), "***@"),
-    # Query strings
-    (re.compile(r"(?<=[\w/])\?[^\s'\"]+"), "?***"),
-    # E-mail addresses, but not the names of Celery's nodes
-    (
-        re.compile(
-            r"""(?:"[^"\n]{1,64}"|\b(?!celery(?:beat)?@)[\w.!#$%&'*+^`{|}~-]{1,64})"""
-            r"""(?:@|%40)(?:[\w-]+(?:\.[\w-]+)*|\[[\w.:]+\])"""
-        ),
-        "***@***",
-    ),
-    # Client addresses in the messages of a web server
-    (re.compile(r"\bip=\S+"), "ip=***"),
-    # Values of a row in PostgreSQL's error messages, which may span several lines
-    (re.compile(r"(?<=\)=)\(.*\)"), "(***)"),
-    (re.compile(r"(?<=Failing row contains )\((?s:.*?)\)\.?(?=\\n|\n|[\"']|$)"), "(***)."),
-]
-
-#: Matches if one of the patterns may match. This check is faster than the patterns.
-SUSPICIOUS = re.compile(r"[@?]|%40|ip=|=\(|contains \(")
 
 #: Maximum length of an event, in bytes. Longer ones lose the middle of their message and traceback.
 MAX_EVENT = 16_000
@@ -128,17 +105,6 @@ def _log_crash(
     logger.critical("The process crashed", exc_info=(kind, error, traceback))
 
 
-def redact(text: str) -> str:
-    """Return the text with secrets and personal data replaced by ``***``."""
-    if SUSPICIOUS.search(text):
-        for pattern, replacement in REDACTIONS:
-            text = pattern.sub(replacement, text)
-    for path in settings.LOG_REDACTED_PATHS:
-        if path in text:
-            text = re.sub(rf"(?<={re.escape(path)})[^\s/'\"]+", "***", text)
-    return text
-
-
 def get_context(record: logging.LogRecord) -> dict[str, str | None]:
     """Return the process of an event, and the id of its request or task."""
     context: dict[str, str | None] = {"process": _process}
@@ -163,7 +129,13 @@ def get_fields(record: logging.LogRecord) -> dict[str, Any]:
         if name not in STANDARD and isinstance(value, JSON_TYPES + TEXT_TYPES)
     )
     return {
-        name: value if isinstance(value, JSON_TYPES) else redact(str(value))
+        name: (
+            "***"
+            if SECRET_NAME.search(name)
+            else value
+            if isinstance(value, JSON_TYPES)
+            else redact(str(value))
+        )
         for name, value in islice(fields, MAX_FIELDS)
     }
 

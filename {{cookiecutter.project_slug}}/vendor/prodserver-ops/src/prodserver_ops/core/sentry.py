@@ -7,7 +7,7 @@ from django.conf import settings
 from sentry_sdk.integrations.celery import CeleryIntegration
 from sentry_sdk.integrations.django import DjangoIntegration
 
-from .logs import redact
+from .redaction import redact
 from .text import map_strings
 
 

@@ -9,7 +9,7 @@ from django.utils.html import format_html
 from django.utils.safestring import SafeString
 from django.utils.timesince import timesince
 
-from ..core.logs import redact
+from ..core.redaction import redact
 from ..models import ResumableRun, TaskRun
 
 register = template.Library()

@@ -32,7 +32,7 @@ from django.db.models.functions import Now
 
 from ..core.headers import get_integer
 from ..core.locks import try_lock
-from ..core.logs import redact
+from ..core.redaction import redact
 from ..models import ResumableRun
 from .app import MAX_DELIVERIES, Task
 

@@ -26,7 +26,8 @@ from django.utils import timezone
 
 from ..core.database import TEMPORARY_ERRORS
 from ..core.headers import get_integer, get_request_id, get_time
-from ..core.logs import redact, request_id
+from ..core.logs import request_id
+from ..core.redaction import redact
 from ..core.signals import deferred_sigterm
 from ..core.text import make_storable
 from ..models import TaskRun
