@@ -65,6 +65,7 @@ docs/deploy.md
 docs/move.md
 docs/recipes.md
 docs/tasks.md
+docs/upgrades.md
 manage.py
 openapi.yaml
 pyproject.toml

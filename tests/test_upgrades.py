@@ -104,31 +104,48 @@ def test_answers_can_be_changed_later(create, template, tmp_path):
     run(["diff", "-r", *exclude, str(project), str(other / project.name)], tmp_path)
 
 
-def test_upgrade_reports_what_changed(service, template):
-    project = service.folder
-    command = "python manage.py upgrade --no-tests --report report.md"
-    assert "The template is up to date (" in service.run(command)
-    template.check_out("newest")
-    (project / "note").touch()
-    refused = subprocess.run(
-        ["python", "manage.py", "upgrade"],
-        cwd=project,
+def upgrade(service, *options, status=0):
+    """Run the upgrade command; return its output, or fail."""
+    done = subprocess.run(
+        ["python", "manage.py", "upgrade", *options],
+        cwd=service.folder,
         env=service.environment,
-        capture_output=True,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
     )
-    assert refused.returncode == 1
-    assert refused.stderr == "CommandError: the working tree has changes: commit them first\n"
+    assert done.returncode == status, done.stdout
+    return done.stdout
+
+
+def test_upgrade_reports_what_changed(service, template):
+    project = service.folder
+    options = "--no-tests", "--report", "report.md"
+    with (project / "uv.lock").open("a") as lock:
+        lock.write("\n")  # `uv run` may write it; it is never in the way.
+    assert "The template is up to date (" in upgrade(service, *options)
+    template.check_out("newest")
+    (project / "note").touch()
+    refused = upgrade(service, status=1)
+    assert refused == "CommandError: the working tree has changes: note: commit them first\n"
     (project / "note").unlink()
-    output = service.run(command)
+    output = upgrade(service, *options)
     report = (project / "report.md").read_text()
     assert report in output
-    assert re.match(r"# Template \d+\.\d+\.\d+ → 99\.0\.0\n\n## \[99\.0\.0\]", report)
-    assert "Take the new settings." in report
+    assert f"Template: {template.folder}\nUpgrade: " in output
+    assert template.versions["newest"][:12] in output
+    assert re.match(r"# Template \d+\.\d+\.\d+ → 99\.0\.0\n\n## Do this\n\nTake the new", report)
     migration = rf"## New migrations\n\n- `{LIBRARY}/migrations/\d+_note.py`"
     assert re.search(migration, report)
     assert "## New environment variables\n\n- `NEW_VARIABLE`" in report
     assert "Conflicts" not in report
+    commit(project)
+    assert run(["cruft", "diff"], project) == ""
+    # The same again, from the release in the history.
+    version = re.search(r"Template (\S+) →", report)[1]
+    again = upgrade(service, "--no-tests", "--report", version)
+    assert again == report
 
 
 def test_schema_is_written_not_merged(service, template):
@@ -140,7 +157,7 @@ def test_schema_is_written_not_merged(service, template):
     api.write_text(api.read_text().replace("A submission, as its author", "A post, as its author"))
     commit(project)
     template.check_out("newest")
-    assert "Conflicts" not in service.run("python manage.py upgrade --no-tests")
+    assert "Conflicts" not in upgrade(service, "--no-tests")
     assert service.run("python manage.py openapi --check") == "openapi.yaml is up to date.\n"
     assert "A later token" in schema.read_text()
     assert "A post, as its author" in schema.read_text()
@@ -153,24 +170,46 @@ def test_schema_that_cannot_be_written_is_a_conflict(service, template):
     (service.folder / service.folder.name / "openapi.py").write_text("1 / 0\n")
     commit(service.folder)
     template.check_out("newest")
-    output = service.run("python manage.py upgrade --no-tests")
-    assert "## Conflicts\n\nResolve the marked lines of these files:\n\n- `openapi.yaml`" in output
+    output = upgrade(service, "--no-tests", status=1)
+    assert list_items(output, "Conflicts") == ["openapi.yaml"]
     assert "<<<<<<<" in schema.read_text()
 
 
-def test_conflicts_are_reported_and_marked(service, template):
+def list_items(report, title):
+    """Return the items of a section of a report."""
+    section = report.partition(f"## {title}\n\n")[2].partition("\n\n## ")[0]
+    return re.findall(r"^- `(.*)`$", section, re.M)
+
+
+def test_upgrade_goes_on_after_conflicts(service, template):
     project = service.folder
     procfile = project / "Procfile"
-    procfile.write_text(procfile.read_text().replace("migrate --noinput", "migrate"))
-    commit(project)
+    before = procfile.read_text().replace("migrate --noinput", "migrate")
+    procfile.write_text(before)
+    for path in (project / "tests").iterdir():
+        path.unlink()
+    (project / "tests" / "test_one.py").write_text("def test_one():\n    pass\n")
+    # The repository of a team does not need to have the template's files.
+    (project / ".git").rename(project / ".old")
+    initialize(project)
+    (project / ".git" / "info" / "exclude").write_text(".venv\n.old\n")
     template.check_out("newest")
-    output = service.run("python manage.py upgrade")
-    assert "## Conflicts\n\nResolve the marked lines of these files:\n\n- `Procfile`" in output
+    output = upgrade(service, status=1)
+    assert list_items(output, "Conflicts") == ["Procfile"]
     assert "<<<<<<<" in procfile.read_text()
+    refused = upgrade(service, status=1)
+    assert "manage.py upgrade --continue" in refused
+    assert "conflicts are left in Procfile" in upgrade(service, "--continue", status=1)
+    procfile.write_text(before)
+    output = upgrade(service, "--continue")
+    assert "## Tests\n\nPassed: 1 passed" in output
+    assert "## Checks of production\n\nPassed." in output
+    assert "## New environment variables\n\n- `NEW_VARIABLE`" in output
+    assert "no upgrade to continue" in upgrade(service, "--continue", status=1)
 
 
-def test_changes_without_a_place_are_no_success(service, template):
-    """A renamed package, and a file that the team deleted: cruft leaves their changes out."""
+def test_renamed_package_gets_its_changes(service, template):
+    """A file that the team deleted is listed: its changes have no place."""
     project = service.folder
     run(["git", "mv", project.name, "rooms"], project)
     names = run(["git", "grep", "-lIw", project.name, "--", ".", ":!.cruft.json"], project)
@@ -181,38 +220,30 @@ def test_changes_without_a_place_are_no_success(service, template):
     toml.write_text(toml.read_text().replace("skip = [", 'skip = ["openapi.yaml", '))
     commit(project)
     template.check_out("newest")
-    done = subprocess.run(
-        ["python", "manage.py", "upgrade", "--no-tests"],
-        cwd=project,
-        env=service.environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 1, done.stderr
-    section = done.stdout.partition("## Changes to missing files\n\n")[2].partition("\n\n## ")[0]
-    listed = re.findall(r"^- `(.*)`$", section, re.M)
-    assert listed == ["Procfile", f"{project.name}/settings.py"]
+    output = upgrade(service, "--no-tests", status=1)
+    assert list_items(output, "Changes to missing files") == ["Procfile"]
+    assert 'CITY = "Berlin"' in (project / "rooms" / "settings.py").read_text()
+    assert not (project / project.name).exists()
+    assert not (project / "Procfile").exists()
+    assert "A later token" not in (project / "openapi.yaml").read_text()
 
 
-def test_rejected_changes_are_no_success(service, template):
-    """Git rejects a change if the repository does not have the version that it is based on."""
+def test_answer_is_changed(service, template, tmp_path):
+    """The result equals a new service, but for migrations and the answer to the setup."""
     project = service.folder
-    procfile = project / "Procfile"
-    procfile.write_text(procfile.read_text().replace("migrate --noinput", "migrate"))
-    (project / ".git").rename(project / ".old")
-    initialize(project)
-    (project / ".git" / "info" / "exclude").write_text(".venv\n.old\n")
-    template.check_out("newest")
-    done = subprocess.run(
-        ["python", "manage.py", "upgrade", "--no-tests"],
-        cwd=project,
-        env=service.environment,
-        capture_output=True,
-        text=True,
+    command = ["python", "manage.py", "change", "--no-tests"]
+    answers = {"deploy": "dockerfile", "license": "MIT"}
+    given = [f"{name}={value}" for name, value in answers.items()]
+    report = service.run(" ".join([*command, *given]))
+    assert "# deploy: buildpack → dockerfile, license: proprietary → MIT" in report
+    commit(project)
+    extra = json.dumps(answers | {"setup": False})
+    run(
+        ["cruft", "create", str(template.folder), f"--extra-context={extra}", "-y"], tmp_path / ".."
     )
-    assert done.returncode == 1, done.stderr
-    assert "## Rejected changes" in done.stdout
-    assert "- `Procfile.rej`" in done.stdout
+    other = tmp_path.parent / project.name
+    exclude = ["-x", ".git", "-x", ".venv", "-x", "uv.lock", "-x", "__pycache__", "-x", "var"]
+    run(["diff", "-r", *exclude, str(project), str(other)], tmp_path)
 
 
 # From 1.x

@@ -295,7 +295,7 @@ class Template:
         )
 
     def add_second_version(self):
-        """Rename a module; change a filter and a line of the Procfile."""
+        """Rename a module; change a filter, a workflow and a line of the Procfile."""
         service = self.folder / PACKAGE
         library = service / LIBRARY
         # No service names this module in its settings.
@@ -303,6 +303,8 @@ class Template:
         for path in library.rglob("*.py"):
             path.write_text(re.sub(r"\bcore\.headers\b", "core.metadata", path.read_text()))
         replace(service / "Procfile", "release: ./manage.py", "release: python manage.py")
+        workflow = service / ".github" / "workflows" / "ci.yml"
+        replace(workflow, "timeout-minutes: 15", "timeout-minutes: 16")
         replace(self.folder / "local_extensions.py", '[*text.split(), "1"]', '[*text.split(), "2"]')
         version = json.loads((self.folder / "cookiecutter.json").read_text())["_version"]
         replace(self.folder / "cookiecutter.json", f'"{version}"', '"99.0.0"')

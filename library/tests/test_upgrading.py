@@ -1,0 +1,262 @@
+"""Upgrades: the template's repository, merges, and the notes of releases."""
+
+import json
+import subprocess
+
+import pytest
+from django.core.management import CommandError, call_command
+
+from prodserver_ops.console import release_notes, upgrades
+
+CHANGELOG = """\
+# Changelog
+
+## [Unreleased]
+
+## [2.1.0] - 2027-01-01
+
+### Added
+
+- A page. More about it. *Generated service:* nothing to do.
+- A table, `settings.py` too. *Generated service:*
+  nothing to do; `migrate` adds it.
+
+### Changed
+
+- A setting has another
+  name. *Generated
+  service:* rename it. *Project with `add_settings()`:* the same.
+
+## [2.0.0] - 2026-01-01
+
+- Old. *Generated service:* rewrite it.
+"""
+
+
+def git(folder, *arguments):
+    command = ["git", "-c", "user.name=A", "-c", "user.email=a@example.com", *arguments]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def write(folder, files):
+    for name, text in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+
+def commit(folder, files=None):
+    write(folder, files or {})
+    git(folder, "add", "--all")
+    git(folder, "commit", "--quiet", "--allow-empty", "-m", "Commit")
+    return git(folder, "rev-parse", "HEAD")
+
+
+def record(template, commit, version="2.0.0"):
+    context = {"cookiecutter": {"_version": version, "setup": True}}
+    return {"template": str(template), "commit": commit, "checkout": None, "context": context}
+
+
+@pytest.fixture
+def template(tmp_path):
+    """The repository of a template with three releases, and a later commit."""
+    folder = tmp_path / "template"
+    folder.mkdir()
+    git(folder, "init", "--quiet", "--initial-branch=main")
+    for tag in ("2.0.0", "2.10.0", "v2.9.0", "3.0.0-rc1"):
+        commit(folder)
+        git(folder, "tag", tag)
+    commit(folder)
+    return folder
+
+
+@pytest.fixture
+def service(tmp_path, settings):
+    """The folder of a service in a repository, with 20 lines in each of two files."""
+    root = tmp_path / "repository"
+    folder = settings.BASE_DIR = root / "services" / "rooms"
+    folder.mkdir(parents=True)
+    git(root, "init", "--quiet", "--initial-branch=main")
+    commit(folder, {"pyproject.toml": "", **FILES})
+    return folder
+
+
+LINES = "".join(f"line {number}\n" for number in range(20))
+
+FILES = {
+    "example/models.py": LINES,
+    "example/views.py": LINES.replace("line", "view"),
+    "run": "a\n",
+}
+
+
+def merge(tmp_path, old, new, skipped=()):
+    for name, files in (("old", old), ("new", new)):
+        write(tmp_path / name, files)
+    return upgrades.merge(tmp_path / "old", tmp_path / "new", list(skipped), "2.1.0")
+
+
+def test_newest_release_is_chosen_not_the_newest_commit(template, tmp_path):
+    found = upgrades.Template(str(template), tmp_path / "clone")
+    assert list(found.get_releases()) == ["2.0.0", "2.9.0", "2.10.0"]
+    target = git(template, "rev-parse", "2.10.0")
+    assert found.find_target(None) == (target, "release 2.10.0")
+    newest = git(template, "rev-parse", "main")
+    assert found.find_target("main") == (newest, "main")
+    # A service of a later commit is not brought back.
+    assert found.contains(newest, target)
+    assert not found.contains(git(template, "rev-parse", "2.0.0"), target)
+    with pytest.raises(CommandError, match=r"no tag, branch or commit 4\.0\.0"):
+        found.find_target("4.0.0")
+
+
+@pytest.mark.parametrize("commit", [None, "0" * 40])
+def test_unknown_commit_is_found_by_its_version(template, tmp_path, commit):
+    """The record of a zip has no commit, and a template that moved may have others."""
+    found = upgrades.Template(str(template), tmp_path / "clone")
+    expected = git(template, "rev-parse", "2.0.0")
+    assert found.find_commit(record(template, commit)) == expected
+    with pytest.raises(CommandError, match=r'Write the commit of version 1\.5\.0 to "commit"'):
+        found.find_commit(record(template, commit, "1.5.0"))
+
+
+def test_template_that_cannot_be_read_is_two_lines(tmp_path):
+    with pytest.raises(CommandError) as caught:
+        upgrades.Template(str(tmp_path / "gone"), tmp_path / "clone")
+    first, second = str(caught.value).splitlines()
+    assert first.startswith(f"the template {tmp_path / 'gone'} cannot be read: fatal: ")
+    assert "manage.py upgrade --template URL" in second
+
+
+@pytest.mark.parametrize(
+    ("text", "address"),
+    [
+        ("gh:team/template", "https://github.com/team/template"),
+        ("git+https://example.com/template", "https://example.com/template"),
+        ("git@example.com:template", "git@example.com:template"),
+    ],
+)
+def test_addresses_as_cookiecutter_knows_them(text, address):
+    assert upgrades.get_address(text) == address
+
+
+def test_token_is_for_the_template_alone(monkeypatch):
+    assert upgrades.get_credentials() == {}
+    monkeypatch.setenv("TEMPLATE_TOKEN", "secret")
+    assert upgrades.get_credentials()["GIT_CONFIG_COUNT"] == "2"
+    assert "TEMPLATE_TOKEN" not in upgrades.execute(["env"]).stdout
+
+
+def test_changed_address_must_be_confirmed(service, monkeypatch):
+    found = record("https://example.com/one", "a" * 40)
+    commit(service, {".cruft.json": json.dumps(found)})
+    assert upgrades.choose_address(found, None) == "https://example.com/one"
+    changed = found | {"template": "https://example.com/two"}
+    commit(service, {".cruft.json": json.dumps(changed)})
+    with pytest.raises(CommandError, match=r"Confirm it with: --template https://example\.com/two"):
+        upgrades.choose_address(changed, None)
+    assert upgrades.choose_address(changed, changed["template"]) == changed["template"]
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True)
+    for answer, accepted in (("", False), ("y", True)):
+        monkeypatch.setattr("builtins.input", lambda text, answer=answer: answer)
+        if accepted:
+            assert upgrades.choose_address(changed, None) == "https://example.com/two"
+        else:
+            with pytest.raises(CommandError, match="not upgraded"):
+                upgrades.choose_address(changed, None)
+    # After an upgrade the address is known in this clone.
+    git(service, "config", "--local", upgrades.KNOWN, "https://example.com/two")
+    assert upgrades.choose_address(changed, None) == "https://example.com/two"
+
+
+def test_lock_file_does_not_make_a_tree_dirty(service):
+    commit(service, {"uv.lock": "a\n"})
+    write(service, {"uv.lock": "b\n"})
+    upgrades.require_clean_tree()
+    write(service, {"one": "", "run": "b\n"})
+    with pytest.raises(CommandError, match=r"changes: .*one, .*run: commit them first|run, .*one"):
+        upgrades.require_clean_tree()
+
+
+def test_renamed_package_gets_changes_and_new_files(service, tmp_path):
+    git(service, "mv", "example", "rooms")
+    commit(service)
+    new = FILES | {
+        "example/models.py": LINES.replace("line 3\n", "line three\n"),
+        "example/api.py": "new\n",
+    }
+    found = merge(tmp_path, FILES, new)
+    assert (found.conflicts, found.lost, found.kept) == ([], [], [])
+    assert "line three" in (service / "rooms" / "models.py").read_text()
+    assert (service / "rooms" / "api.py").read_text() == "new\n"
+    assert not (service / "example").exists()
+
+
+def test_what_cannot_be_merged_is_listed(service, tmp_path):
+    edited = LINES.replace("line 3\n", "our line\n")
+    git(service, "rm", "--quiet", "run")
+    commit(service, {"example/models.py": edited, "example/views.py": "ours\n" + LINES})
+    new = {"example/models.py": LINES.replace("line 3\n", "their line\n"), "run": "b\n", "skip": ""}
+    found = merge(tmp_path, FILES, new, skipped=["skip"])
+    assert found.conflicts == ["example/models.py"]
+    assert found.lost == ["run"]
+    assert found.kept == ["example/views.py"]
+    assert not (service / "run").exists()
+    assert not (service / "skip").exists()
+    assert (service / "example" / "views.py").read_text().startswith("ours\n")
+    assert upgrades.has_markers("example/models.py")
+    # The same upgrade of the same commit is the same, also in another year.
+    marked = (service / "example" / "models.py").read_text()
+    git(service, "reset", "--quiet", "--hard")
+    merge(tmp_path / "again", FILES, new, skipped=["skip"])
+    assert (service / "example" / "models.py").read_text() == marked
+
+
+def test_nothing_is_merged_twice(service, tmp_path):
+    assert merge(tmp_path, FILES, FILES).conflicts == []
+    assert git(service, "status", "--porcelain") == ""
+
+
+def test_a_release_is_found_in_the_history(service, template):
+    first = git(template, "rev-parse", "2.0.0")
+    commit(service, {".cruft.json": json.dumps(record(template, first))})
+    last = commit(service, {"note": ""})
+    later = record(template, git(template, "rev-parse", "2.10.0"), "2.10.0")
+    commit(service, {".cruft.json": json.dumps(later)})
+    assert git(service, "rev-parse", upgrades.find_start("2.0.0")) == last
+    assert upgrades.find_start("main~1") == last
+    assert upgrades.read_state(last).version == "2.0.0"
+    with pytest.raises(CommandError, match=r"no commit of the service has version 1\.0\.0"):
+        upgrades.find_start("1.0.0")
+
+
+def test_notes_are_sorted_by_what_is_left_to_do():
+    assert release_notes.sort_notes(CHANGELOG, "2.0.0") == (
+        "## Do this\n\n"
+        "- A setting has another name. *Generated service:* rename it."
+        " *Project with `add_settings()`:* the same.\n\n"
+        "## Good to know\n\n"
+        "- A table, `settings.py` too. `migrate` adds it.\n\n"
+        "## Done for you\n\n"
+        "- A page."
+    )
+    assert release_notes.sort_notes(CHANGELOG, "2.1.0") == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["brokers=redis"], "brokers=redis: write NAME=VALUE with one of: broker, project_slug"),
+        (["redis"], "redis: write NAME=VALUE"),
+        (["project_slug=rooms"], "project_slug cannot be changed: rename the package yourself"),
+        (["broker=rabbitmq"], "these are the answers that the service has already"),
+    ],
+)
+def test_answers_that_cannot_be_changed(service, arguments, message):
+    answers = {"broker": "rabbitmq", "project_slug": "example", "_version": "2.0.0"}
+    found = record("gone", "a" * 40) | {"context": {"cookiecutter": answers}}
+    commit(service, {".cruft.json": json.dumps(found)})
+    with pytest.raises(CommandError, match=message):
+        call_command("change", *arguments)
