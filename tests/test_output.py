@@ -64,6 +64,7 @@ app.json
 docs/deploy.md
 docs/move.md
 docs/recipes.md
+docs/restore.md
 docs/tasks.md
 docs/upgrades.md
 manage.py

@@ -14,21 +14,15 @@ import collections
 import contextlib
 import os
 import random
-import secrets
-import shutil
 import signal
-import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "library" / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-import psycopg
-import services
-
-TESTS = Path(services.__file__).parent
+import small_project
+from small_project import services
 
 KILLS, DEPLOYS, ROWS, SEED = 1000, 50, 10_000, 20261130
 
@@ -40,21 +34,6 @@ PAUSE, WHOLE = (0.1, 0.5), 0.03
 
 #: How long the imports may take after the last kill, in seconds.
 REST = 900
-
-TESTS = Path(services.__file__).parent
-
-SETTINGS = """
-from dummy import settings
-from prodserver_ops import conf
-
-class Settings(settings.Settings):
-    INSTALLED_APPS = [*settings.Settings.INSTALLED_APPS, "imports"]
-
-class ProdSettings(conf.ProductionDefaults, Settings):
-    pass
-
-__getattr__, __dir__ = conf.use(Settings)
-"""
 
 MODELS = """
 from django.db import models
@@ -105,6 +84,8 @@ def import_plainly(job, total):
             Row.objects.create(job=job, number=number, text=text)
 """
 
+FILES = {"models": MODELS, "tasks": TASKS}
+
 #: Compares times in one process, in turns. A second is a common interval of commits.
 BENCHMARK = """
 import time
@@ -136,87 +117,14 @@ for part in (0, 1):
 """
 
 
-class Project:
-    """The project in a folder, its database and its processes."""
+class Project(small_project.Project):
+    """The project with the imports."""
 
     def __init__(self, folder, database, broker):
-        self.folder, self.database = Path(folder), database
-        package = self.folder / "imports"
-        package.mkdir()
-        for name, text in (
-            ("__init__", ""),
-            ("settings", SETTINGS),
-            ("models", MODELS),
-            ("tasks", TASKS),
-        ):
-            (package / f"{name}.py").write_text(text)
-        self.notes = self.folder / "notes"
-        self.notes.touch()
-        self.environment = os.environ | {
-            "DJANGO_MODE": "prod",
-            "DJANGO_SETTINGS_MODULE": "imports.settings",
-            "PYTHONPATH": os.pathsep.join([str(self.folder), str(TESTS)]),
-            "SECRET_KEY": secrets.token_urlsafe(50),
-            "DATABASE_URL": database,
-            "CELERY_BROKER_URL": broker,
-            "RABBITMQ_URL": broker,
-            "LOG_FORMAT": "text",
-            "NOTES": str(self.notes),
-        }
-        self.processes = []
-
-    def run(self, *arguments, **options):
-        """Run a command of Django; return what it prints."""
-        command = [sys.executable, "-m", "django", *arguments]
-        done = subprocess.run(
-            command,
-            env=self.environment,
-            cwd=self.folder,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            check=False,
-            **options,
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
-
-    def shell(self, code):
-        return self.run("shell", "--no-imports", "-v0", "-c", code)
-
-    def start(self, name):
-        """Start a process in a group of its own."""
-        with (self.folder / f"{name}.log").open("a") as log:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "django", "prodserver", name],
-                env=self.environment,
-                cwd=self.folder,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-        self.processes.append(process)
-        return process
-
-    def close(self):
-        """Kill all processes."""
-        for process in self.processes:
-            # Another process may have the number of one that has ended.
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-
-    def query(self, sql):
-        """Return the rows of a query; wait while the server restarts."""
-        for attempt in range(60):
-            try:
-                with psycopg.connect(self.database) as connection:
-                    return connection.execute(sql).fetchall()
-            except psycopg.OperationalError:
-                if attempt == 59:
-                    raise
-                time.sleep(1)
+        notes = Path(folder) / "notes"
+        notes.touch()
+        super().__init__(folder, database, broker, "imports", FILES, NOTES=str(notes))
+        self.notes = notes
 
     def get_finished(self):
         """Return the number of imports that have finished."""
@@ -228,26 +136,9 @@ class Project:
         return self.query("SELECT * FROM ops_resumablerun WHERE status <> 'finished'")
 
 
-@contextlib.contextmanager
 def make_project(broker):
-    """Yield the project on a broker, with its database."""
-    database = services.create(services.POSTGRESQL, "resumable")
-    url = database
-    try:
-        if broker != services.POSTGRESQL:
-            url = services.create(broker, "resumable")
-        folder = tempfile.mkdtemp()
-        project = Project(folder, database, url)
-        try:
-            project.run("migrate", "--run-syncdb", "-v0")
-            yield project
-        finally:
-            project.close()
-            shutil.rmtree(folder)
-            if url != database:
-                services.delete(broker, url)
-    finally:
-        services.delete(services.POSTGRESQL, database)
+    """Return the context manager of the project on a broker, with its database."""
+    return small_project.make(Project, broker)
 
 
 def get_children(process):

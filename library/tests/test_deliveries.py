@@ -562,7 +562,7 @@ class TestChunks:
     def test_chunk_takes_one_connection_and_one_query_per_recipient_plus_a_constant(
         self, run, digest, make_user, readers, django_assert_num_queries, server
     ):
-        overhead = {"postgresql": 13, "sqlite": 9}[connection.vendor]
+        overhead = {"postgresql": 14, "sqlite": 10}[connection.vendor]
         with django_assert_num_queries(overhead + 3):
             deliveries.send_chunk(run, readers[0].pk // deliveries.CHUNK)
         users = [make_user(f"more{number}") for number in range(20)]

@@ -350,7 +350,7 @@ class TestPage:
                 name=f"other {number}", task=sample.name, interval=schedule.interval
             )
             make_run(schedule=other, status="failed")
-        with django_assert_max_num_queries(13):
+        with django_assert_max_num_queries(14):
             page()
 
     def test_is_for_those_who_may_see_runs(self, client, user):

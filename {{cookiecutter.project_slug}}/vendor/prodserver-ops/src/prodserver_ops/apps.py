@@ -37,7 +37,7 @@ class OpsConfig(AppConfig):
             )
         # These modules register checks and receivers of Celery's signals. They need loaded apps.
         from .console import checks  # noqa: F401
-        from .scheduling import heartbeats  # noqa: F401
+        from .scheduling import heartbeats, restores
         from .web import logins
 
         bodies.install()
@@ -51,6 +51,7 @@ class OpsConfig(AppConfig):
         connection_created.connect(database.limit_connection)
         pre_migrate.connect(database.lift_limit, sender=self)
         post_migrate.connect(limits.create_table, sender=self)
+        post_migrate.connect(restores.create_row, sender=self)
         post_migrate.connect(install_broker, sender=self)
         signals.beat_init.connect(start_alerts)
         signals.worker_ready.connect(start_alerts)

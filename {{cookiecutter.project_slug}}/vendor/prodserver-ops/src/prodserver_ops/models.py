@@ -335,6 +335,21 @@ class ResumableRun(models.Model):
         return min(100, self.steps * 100 // self.total) if self.total else None
 
 
+class Origin(models.Model):
+    """The database that wrote the rows of this one, in one row; see ``scheduling/restores.py``.
+
+    ``seen_at`` is when it was last this one. ``restored_at`` is when it was found to be another one.
+    """
+
+    identity = models.CharField(max_length=50, blank=True)
+    timeline = models.CharField(max_length=8, blank=True)
+    seen_at = models.DateTimeField()
+    restored_at = models.DateTimeField(null=True)
+
+    def __str__(self) -> str:
+        return f"{self.identity} {self.seen_at:%Y-%m-%d %H:%M:%S}"
+
+
 class Alert(models.Model):
     """A problem that administrators are told of; see ``console/alerts.py``.
 

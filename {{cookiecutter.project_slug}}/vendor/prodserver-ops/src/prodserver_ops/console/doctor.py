@@ -29,6 +29,7 @@ from ..core.redaction import redact
 from ..mail import transport
 from ..models import HEARTBEAT_AGE, Attempt
 from ..scheduling import heartbeats, queues, timing, validation
+from ..scheduling.restores import find_restore
 from ..scheduling.timing import InvalidSchedule
 from ..web import health
 from ..worker import delayed
@@ -192,7 +193,9 @@ def check_email() -> Result:
 
 
 def check_deliveries() -> Result:
-    """Look for e-mail that the mail server did not accept."""
+    """Look for e-mail that waits after a restore, or that the mail server did not accept."""
+    if restore := find_restore():
+        return failed("restored", f"e-mail waits: {restore}")
     if (failures := transport.get_failures()) and failures.is_general:
         return failed("deliveries", f"no e-mail is accepted: {redact_text(failures.reason)}")
     return Result(f"e-mails that wait for another attempt: {Attempt.objects.count()}")
@@ -299,6 +302,8 @@ def get_next_command(name: str) -> str | None:
             return f"python manage.py prodserver {name}"
         case "e-mail" | "deliveries":
             return "python manage.py sendtestemail ADDRESS"
+        case "restored":
+            return "python manage.py restored"
         case _:
             return None
 

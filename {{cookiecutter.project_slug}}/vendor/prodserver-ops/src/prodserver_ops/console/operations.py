@@ -27,6 +27,7 @@ from .. import broker
 from ..core import concurrently
 from ..models import DelayedTask, Heartbeat, ResumableRun, TaskRun
 from ..scheduling import heartbeats, queues, timing
+from ..scheduling.restores import find_restore
 from ..worker import continuations, delayed
 from ..worker.app import get_failed_queue
 from . import alerts, doctor, problems
@@ -190,6 +191,7 @@ class OperationsAdmin(LargeTableAdmin):
             **self.admin_site.each_context(request),
             "title": "Operations",
             "alerts": [] if alerts.why_off() else alerts.get_open()[:SHOWN_ALERTS],
+            "restore": find_restore(),
             "opts": self.opts,
             "schedules": get_schedules(),
             "failures": get_failures(),

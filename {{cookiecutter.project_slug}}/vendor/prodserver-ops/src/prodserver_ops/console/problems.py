@@ -25,6 +25,7 @@ from ..core.limits import entries, get_key
 from ..mail import transport
 from ..models import Alert, ScheduleRun, TaskRun
 from ..scheduling import heartbeats, queues, validation
+from ..scheduling.restores import find_restore
 from ..scheduling.timing import RELATIONS
 from ..worker.app import get_failed_queue
 
@@ -93,7 +94,9 @@ def find_queues(known: Known) -> Found:
 
 
 def find_email(known: Known) -> Found:
-    """Return why e-mail pauses."""
+    """Return why e-mail waits or pauses."""
+    if restore := find_restore():
+        return {"": f"E-mail waits: {restore}; run python manage.py restored"}
     if (failures := transport.get_failures()) and failures.is_general:
         return {"": f"E-mail pauses, because none is accepted: {failures.reason}"}
     return {}

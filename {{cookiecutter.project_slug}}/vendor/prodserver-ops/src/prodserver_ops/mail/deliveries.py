@@ -192,8 +192,9 @@ def _send(
     upcoming = deque(islice(emails, limit))
     following = [upcoming.popleft()]
     with transaction.atomic():
-        # A later run may have replaced this one.
-        if not DigestRun.objects.select_for_update().filter(pk=run.pk).exists():
+        # A later run may have replaced this one, or it was marked as sent after a restore.
+        runs = DigestRun.objects.select_for_update().filter(pk=run.pk, finished_at=None)
+        if not runs.exists():
             return True
         record(run, (recipients[0], SENDING, ""))
     with deferred_sigterm():

@@ -12,6 +12,7 @@ from django_celery_beat.models import PeriodicTask
 from kombu.utils.json import loads
 
 from ..models import Attempt, DigestRun
+from ..scheduling.restores import find_restore, note_origin
 from ..scheduling.timing import RELATIONS, get_latest
 from ..worker.app import CoalescingTask
 from . import deliveries, transport
@@ -89,7 +90,10 @@ def start_digest(name: str, due: datetime) -> None:
 
     Raises ValueError for an unknown name.
     """
-    run = deliveries.get_run(get_digest(name), due)
+    digest = get_digest(name)
+    if find_restore() is not None:
+        return  # ``resume_deliveries`` starts it later.
+    run = deliveries.get_run(digest, due)
     if run is not None and run.queued_at is None:
         queue_chunks(run)
 
@@ -157,6 +161,10 @@ def queue_later(task: Any, seconds: float) -> None:
 def resume_deliveries() -> None:
     """Queue digests that beat did not queue, and deliveries that were interrupted."""
     now = timezone.now()
+    if restore := find_restore():
+        logger.warning("E-mail waits: %s; run python manage.py restored", restore)
+        return
+    note_origin()
     for name, due in get_due_digests(now).items():
         start_digest(name, due)
     if transport.is_paused():

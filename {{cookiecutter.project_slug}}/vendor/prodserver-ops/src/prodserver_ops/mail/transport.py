@@ -23,6 +23,7 @@ from django.core import mail
 
 from ..core.limits import entries
 from ..core.locks import try_lock
+from ..scheduling.restores import find_restore
 
 #: How long e-mail is paused after the server was unusable, in seconds.
 PAUSE_SECONDS = 60
@@ -224,8 +225,8 @@ def connect() -> Iterator[Server]:
 
 
 def is_paused() -> bool:
-    """Return whether e-mail is paused."""
-    return entries.get(PAUSED) is not None
+    """Return whether e-mail is paused, also because the database was restored."""
+    return entries.get(PAUSED) is not None or find_restore() is not None
 
 
 def get_failures() -> Failures | None:

@@ -29,6 +29,7 @@ from kombu.utils.json import dumps, loads
 from .. import broker
 from ..core.database import short_transaction
 from ..models import DelayedTask
+from ..scheduling.restores import find_restore
 
 logger = logging.getLogger(__name__)
 
@@ -185,10 +186,12 @@ def claim_rows() -> Sequence[DelayedTask]:
     """Claim tasks that are due, and return them."""
     free = Q(claimed_at=None) | Q(claimed_at__lt=Now() - CLAIM)
     due = Q(due_at__lte=Now() + timedelta(seconds=AHEAD))
+    restore = find_restore()
+    held = restore.held if restore else Q(pk__in=[])
     with short_transaction():
         # A task may be running already: the broker delivered its message a second time.
         WAITING.filter(due, started_by__isnull=False).update(published_at=Now())
-        waiting = WAITING.filter(free, due).order_by("attempts", "due_at")
+        waiting = WAITING.filter(free & due & ~held).order_by("attempts", "due_at")
         rows = list(waiting.select_for_update(skip_locked=True)[:BATCH])
         claimed = DelayedTask.objects.filter(pk__in=[row.pk for row in rows])
         claimed.update(claimed_at=Now(), attempts=F("attempts") + 1)

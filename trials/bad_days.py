@@ -1,0 +1,205 @@
+"""Play bad days of a service, and count what is lost, sent twice or not answered.
+
+    uv run --directory library python ../trials/bad_days.py [NAME...]
+
+NAME is one of
+
+=============  =========================================================================
+``restore``    a digest is sent between a backup and its restore with pg_dump
+=============  =========================================================================
+
+Uses a small project with PostgreSQL and RabbitMQ, whose addresses are in library/tests/services.py.
+Prints a line for each, and exits with status 1 if one is worse than it may be.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import small_project
+from small_project import Mailbox, services, wait_for
+
+RECIPIENTS = 3000
+
+DIGESTS = """
+from django.contrib.auth import get_user_model
+from prodserver_ops.mail.digests import DailyDigest, register
+
+@register
+class News(DailyDigest):
+    name = "news"
+    subject = "news"
+    template = "sample"
+    recipient_fields = ["email"]
+
+    def recipients(self, run):
+        return get_user_model().objects.exclude(email="")
+
+    def contents(self, recipients, run):
+        return {user.pk: {"content": "news"} for user in recipients}
+"""
+
+TASKS = """
+from prodserver_ops.mail.tasks import digest_task
+
+@digest_task
+def send_news():
+    return "news"
+"""
+
+#: Creates users, and a schedule of the digest that was due at midnight.
+CREATE = """
+from datetime import timedelta
+from django.utils import timezone
+from django_celery_beat.models import CrontabSchedule, PeriodicTask
+from dummy.models import User
+from prodserver_ops.mail.tasks import resume_deliveries
+resume_deliveries()
+User.objects.bulk_create(
+    User(username=f"user{n}", email=f"user{n}@example.com") for n in range(RECIPIENTS)
+)
+midnight = CrontabSchedule.objects.create(minute="0", hour="0", timezone="UTC")
+PeriodicTask.objects.create(name="news", task="news.tasks.send_news", crontab=midnight)
+PeriodicTask.objects.update(date_changed=timezone.now() - timedelta(days=2))
+"""
+
+RESUME = """
+from celery import current_app
+from prodserver_ops.mail.tasks import resume_deliveries
+current_app.loader.import_default_modules()
+resume_deliveries()
+"""
+
+
+class Project(small_project.Project):
+    """A project with a digest, and its mail server."""
+
+    def __init__(self, folder, database, broker):
+        self.mailbox = Mailbox(delay=0.002)
+        super().__init__(
+            folder,
+            database,
+            broker,
+            "news",
+            {"digests": DIGESTS, "tasks": TASKS},
+            EMAIL_HOST="127.0.0.1",
+            EMAIL_PORT=str(self.mailbox.port),
+        )
+        templates = Path(folder, "news", "templates", "email")
+        templates.mkdir(parents=True)
+        for name in ("sample.txt", "sample.html"):
+            text = Path(small_project.TESTS, "templates", "email", name).read_text()
+            (templates / name).write_text(text)
+
+    def close(self):
+        super().close()
+        self.mailbox.shutdown()
+        self.mailbox.server_close()
+
+    def create(self, recipients):
+        """Create recipients and the schedule."""
+        self.shell(f"RECIPIENTS = {recipients}\n{CREATE}")
+        return recipients
+
+    def wait_for_all(self, recipients, seconds=600):
+        """Wait until the mail server has an e-mail for each."""
+        mailbox = self.mailbox
+        wait_for(
+            lambda: len(mailbox.messages) >= recipients,
+            seconds,
+            lambda: f"{len(mailbox.messages)} of {recipients}: {self.get_log('worker')[-3000:]}",
+        )
+
+    def rest(self):
+        """Start what is due, and wait until the worker has no messages."""
+        self.shell(RESUME)
+        count = "from prodserver_ops.broker import count_messages\n"
+        count += "from celery import current_app\n"
+        count += "print(sum(count_messages(current_app, ['dummy', 'dummy.mail'], 5).values()))"
+        wait_for(lambda: self.shell(count).split()[-1] == "0", 60)
+
+
+def copy(database, name):
+    """Return the dump of a database, and a function that restores it to a new one."""
+    dump = subprocess.run(
+        ["pg_dump", "--format=custom", "--dbname", database], check=True, capture_output=True
+    ).stdout
+
+    def restore():
+        url = services.create(services.POSTGRESQL, name)
+        subprocess.run(
+            ["pg_restore", "--clean", "--if-exists", "--no-owner", "--dbname", url],
+            input=dump,
+            check=True,
+        )
+        return url
+
+    return restore
+
+
+def play_restore(recipients=RECIPIENTS):
+    """A digest between a dump and its restore."""
+    with small_project.make(Project, services.RABBITMQ) as project:
+        mailbox = project.mailbox
+        project.create(recipients)
+        restore = copy(project.database, "restored")
+        project.start("worker")
+        project.shell(RESUME)
+        project.wait_for_all(recipients // 2)
+        restore_later = copy(project.database, "restored_later")
+        project.wait_for_all(recipients)
+        project.stop()
+        found = {"recipients": recipients}
+        for name, function, option in (
+            ("before", restore, ["--mark-sent"]),
+            ("during", restore_later, ["--log", "mail.log"]),
+        ):
+            url = project.environment["DATABASE_URL"] = function()
+            try:
+                # A new user has no e-mail yet.
+                log = "".join(f"sent message-id={key}\n" for key in mailbox.messages)
+                (project.folder / "mail.log").write_text(log)
+                project.start("worker")
+                project.start("beat")
+                project.rest()
+                project.rest()
+                assert "E-mail waits" in project.call("doctor").stdout + project.shell(
+                    "from prodserver_ops.console.problems import find_email; print(find_email({}))"
+                )
+                found[f"twice, {name}"] = mailbox.count_repeated()
+                undecided = project.call("restored")
+                assert undecided.returncode == 1, undecided
+                print(undecided.stdout.partition("\n\n")[0])
+                print(project.run("restored", *option), end="")
+                project.rest()
+                project.rest()
+                found[f"twice after {option[0]}"] = mailbox.count_repeated()
+                project.stop()
+            finally:
+                services.delete(services.POSTGRESQL, url)
+        return found
+
+
+PLAYS = {"restore": (play_restore, lambda found: not sum_of(found, "twice"))}
+
+
+def sum_of(found, prefix):
+    """Return the sum of the numbers whose names start like that."""
+    return sum(value for name, value in found.items() if name.startswith(prefix))
+
+
+def main(*names):
+    """Play, print what was found, and return whether all is well."""
+    good = True
+    for name in names or PLAYS:
+        play, is_good = PLAYS[name]
+        found = play()
+        print(f"{name}: {found}", flush=True)
+        good = is_good(found) and good
+    return good
+
+
+if __name__ == "__main__":
+    sys.exit(0 if main(*sys.argv[1:]) else 1)
