@@ -47,6 +47,7 @@ IMPORTS_IN_FUNCTIONS = {
     ("apps.py", "console.alerts"),
     ("apps.py", "console.checks"),
     ("apps.py", "scheduling.heartbeats"),
+    ("apps.py", "scheduling.restores"),
     ("apps.py", "web.logins"),
     ("worker/app.py", "scheduling.beat"),
     ("worker/app.py", "scheduling.beat.Beat"),
