@@ -514,6 +514,28 @@ assert str(row.crontab.timezone) == "Europe/Berlin"
     )
 
 
+@promise("Debug toolbar")
+def test_toolbar_is_in_development_only(dish):
+    code = """
+import django
+from django.conf import settings
+django.setup()
+from django.test import Client
+client = Client(headers={"host": "localhost"})
+page = client.get("/", secure=not settings.DEBUG)
+print(settings.DEBUG, page.status_code, b"djDebug" in page.content)
+"""
+    variables = {"DJANGO_SETTINGS_MODULE": f"{SLUG}.settings"}
+    assert dish.run(["python", "-c", code], **variables).split()[-3:] == ["True", "200", "True"]
+    code = code.replace("localhost", DOMAIN)
+    assert dish.run(["python", "-c", code], **dish.production).split()[-3:] == [
+        "False",
+        "200",
+        "False",
+    ]
+    dish.run("pytest -q -x tests/test_pages.py")
+
+
 @promise("Heroku")
 def test_processes_run_with_the_variables_of_heroku_and_stop_in_time(dish, rabbitmq_url):
     variables = dish.production | {
