@@ -57,6 +57,7 @@ SLUG/templates/email/user_digest.html
 SLUG/templates/email/user_digest.txt
 SLUG/templates/home.html
 SLUG/templates/moderate.html
+SLUG/templates/try.html
 SLUG/templates/unsubscribe.html
 SLUG/urls.py
 SLUG/wsgi.py

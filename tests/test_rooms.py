@@ -67,6 +67,7 @@ IMPORTS_IN_FUNCTIONS = {
     ("web/flower.py", "celery.bin.celery.celery"),
     # Production needs nothing of development.
     ("apps.py", "development.templates"),
+    ("templatetags/welcome.py", "development.welcome.get_context"),
     ("management/commands/prodserver.py", "development.reloading.Supervisor"),
     # A project may not have these apps.
     ("console/forgetting.py", "django.contrib.admin.models.LogEntry"),

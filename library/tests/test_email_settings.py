@@ -80,7 +80,7 @@ class TestApi:
             "MAILGUN_SENDER_DOMAIN": "mg.example.com",
         }
         assert read("amazon_ses").ANYMAIL == {}
-        assert read("").EMAIL_BACKEND == "django.core.mail.backends.console.EmailBackend"
+        assert read("").EMAIL_BACKEND == "prodserver_ops.mail.console.EmailBackend"
 
     @pytest.mark.parametrize("text", ["https://x", "postmark?hunter2", "Postmark?a=b"])
     def test_error_shows_no_secret(self, read, text):

@@ -6,6 +6,7 @@ from django.urls import include, path
 from django.views.generic import TemplateView
 from prodserver_ops.api import schema
 from prodserver_ops.api.views import TokenView
+from prodserver_ops.development import welcome
 from prodserver_ops.mail import preview, unsubscribe
 
 from .api import router
@@ -25,6 +26,7 @@ docs = TemplateView.as_view(
 
 urlpatterns = [
     path("", home, name="home"),
+    path("welcome/", include(welcome)),
     path("emails/", include(preview)),
     path("unsubscribe/<token>/", unsubscribe.view, name="unsubscribe"),
     path("api/", include(router.urls)),

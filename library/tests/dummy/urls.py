@@ -4,9 +4,11 @@ from django.urls import include, path
 
 from prodserver_ops.api import schema
 from prodserver_ops.api.views import TokenView
+from prodserver_ops.development import welcome
 from prodserver_ops.mail import preview, unsubscribe
 
 urlpatterns = [
+    path("welcome/", include(welcome)),
     path("emails/", include(preview)),
     path("unsubscribe/<token>/", unsubscribe.view, name="unsubscribe"),
     path("api/token/", TokenView.as_view(), name="token"),

@@ -346,7 +346,7 @@ class Defaults(ProcessDefaults):
     def DATABASES(self) -> dict[str, Any]:
         return {"default": limit_database(self.database)}
 
-    # E-mail: printed to the console unless EMAIL_HOST is set
+    # E-mail: printed to the console and kept in var/mail, unless EMAIL_HOST is set
     # With EMAIL_HOST_USER, the default is STARTTLS on port 587
     EMAIL_HOST = env("", cast=or_empty(host))
     EMAIL_HOST_USER = env("")
@@ -382,6 +382,8 @@ class Defaults(ProcessDefaults):
         if self.EMAIL_API:
             return f"anymail.backends.{self.EMAIL_API[0]}.EmailBackend"
         backend = "smtp" if self.EMAIL_HOST else self.EMAIL_WITHOUT_SERVER
+        if backend == "console":
+            return "prodserver_ops.mail.console.EmailBackend"
         return f"django.core.mail.backends.{backend}.EmailBackend"
 
     def SERVER_EMAIL(self) -> str:

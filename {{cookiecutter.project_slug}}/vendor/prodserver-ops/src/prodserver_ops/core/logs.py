@@ -268,8 +268,10 @@ class RequestLogMiddleware:
         """Log a request that was received at ``start``, and how long it took since then."""
         duration = round((time.perf_counter() - start) * 1000)
         path = redact(escape_uri_path(request.path))
-        # Load balancers check every few seconds.
-        quiet = get_path(request.path_info).startswith("/health/") and response.status_code < 400
+        # Load balancers and the home page in development ask every few seconds.
+        frequent = getattr(response, "is_frequent", False)
+        frequent = frequent or get_path(request.path_info).startswith("/health/")
+        quiet = frequent and response.status_code < 400
         access.log(
             logging.DEBUG if quiet else logging.INFO,
             "%s %s %s %s ms",

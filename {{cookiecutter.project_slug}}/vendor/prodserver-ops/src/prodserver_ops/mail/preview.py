@@ -1,4 +1,4 @@
-"""Pages that show each e-mail with sample data, in development only."""
+"""Pages that show the e-mails that were sent, and each with sample data, in development only."""
 
 from django.conf import settings
 from django.contrib.auth import get_user_model
@@ -6,6 +6,7 @@ from django.http import Http404, HttpRequest, HttpResponse
 from django.shortcuts import render
 from django.urls import path
 
+from . import console
 from .composing import Email, compose
 from .digests import registry
 from .unsubscribe import get_base
@@ -27,21 +28,43 @@ def index(request: HttpRequest) -> HttpResponse:
     """List all e-mails."""
     if not settings.DEBUG:
         raise Http404
-    context = {"base": get_base(), "names": registry, "site_name": settings.SITE_NAME}
+    context = {
+        "base": get_base(),
+        "names": registry,
+        "sent": console.get_latest(console.KEPT),
+        "site_name": settings.SITE_NAME,
+    }
     return render(request, "ops/emails.html", context)
 
 
 def show(request: HttpRequest, name: str, kind: str) -> HttpResponse:
     """Show an e-mail in HTML or in text."""
     email = compose_sample(name)
-    if kind == "txt":
-        text = f"Subject: {email.subject}\n\n{email.body}"
+    html = str(email.alternatives[0][0]) if kind == "html" else ""
+    return make_response(f"Subject: {email.subject}\n\n{email.body}", html)
+
+
+def show_sent(request: HttpRequest, name: str, kind: str) -> HttpResponse:
+    """Show an e-mail that was sent, in HTML, if it has any, or in text."""
+    if not settings.DEBUG:
+        raise Http404
+    try:
+        email = console.read(name)
+    except OSError as error:
+        raise Http404 from error
+    text = f"Subject: {email.subject}\nTo: {email.to}\n\n{email.get_text('plain')}"
+    return make_response(text, email.get_text("html") if kind == "html" else "")
+
+
+def make_response(text: str, html: str) -> HttpResponse:
+    """Return the response with an e-mail in HTML; in text if ``html`` is empty."""
+    if not html:
         return HttpResponse(text, content_type="text/plain; charset=utf-8")
-    html = str(email.alternatives[0][0])
     return HttpResponse(html, headers={"Content-Security-Policy": POLICY})
 
 
 urlpatterns = [
     path("", index, name="emails"),
+    path("sent/<slug:name>.<slug:kind>", show_sent, name="sent_email"),
     path("<slug:name>.<slug:kind>", show, name="email"),
 ]
