@@ -338,6 +338,34 @@ def render_answers(answers):
     return prompt.prompt_for_config({"cookiecutter": questions[files[0].stem]}, no_input=True)
 
 
+def check_given():
+    """Reject unknown questions, and values in a user's configuration that are not choices.
+
+    Cookiecutter ignores the former, and stops reading the configuration at the first one of the
+    latter, so that all later answers in it are lost.
+    """
+    main = find_caller("cookiecutter.main", "cookiecutter")
+    if not main or main["replay"]:
+        return
+    variables = json.loads((ROOT / "cookiecutter.json").read_text(encoding="utf-8"))
+    questions = {name: value for name, value in variables.items() if not name.startswith("_")}
+    for name in main["extra_context"] or {}:
+        if name not in variables:
+            known = ", ".join(questions)
+            raise FailedHookException(f"{name}: unknown question; the questions are {known}")
+    for name, value in main["config_dict"]["default_context"].items():
+        allowed = questions.get(name)
+        if isinstance(allowed, list) and value not in allowed:
+            place = main["config_file"] or os.environ.get(
+                "COOKIECUTTER_CONFIG", "~/.cookiecutterrc"
+            )
+            reject(
+                name,
+                value,
+                f"in {place} must be one of: {', '.join(allowed)}; --default-config ignores that file",
+            )
+
+
 def is_comparison():
     """Return whether the project is rendered for a comparison, not for a user.
 
@@ -383,31 +411,36 @@ def cruft_state(context):
     }
     main = find_caller("cookiecutter.main", "cookiecutter")
     if main:
-        answers["_template"] = get_template_url(answers["_template"])
-        answers["_commit"] = git("rev-parse", "HEAD") or None
+        # The template itself, not the copy of it in which a hook has run
+        folder = main.get("base_repo_dir", ROOT)
+        answers["_template"] = get_template_url(answers["_template"], folder)
+        answers["_commit"] = git(folder, "rev-parse", "HEAD") or None
     state = {
         "template": answers["_template"],
         "commit": answers["_commit"],
         "checkout": created.get("checkout"),
         "context": {"cookiecutter": answers},
-        "directory": created.get("directory"),
+        "directory": (main or created).get("directory"),
     }
     if created.get("skip"):
         state["skip"] = created["skip"]
     return json.dumps(state, ensure_ascii=False, indent=2, separators=(",", ": "))
 
 
-def get_template_url(template):
-    """Return the path or URL from which git can clone the template."""
+def get_template_url(template, folder):
+    """Return the URL from which git can clone the template, or its path if there is none."""
+    origin = git(folder, "remote", "get-url", "origin")
     if (START / template).exists():
-        return os.path.abspath(START / template)
-    return git("remote", "get-url", "origin") or template
+        # The path of a clone means nothing on another machine.
+        is_url = re.match(r"\w[\w+.-]*://|[\w.-]+@[\w.-]+:", origin)
+        return origin if is_url else os.path.abspath(START / template)
+    return origin or template.removeprefix("git+")
 
 
-def git(*arguments):
-    """Return the output of a git command in the template's folder, or "" if it fails."""
+def git(folder, *arguments):
+    """Return the output of a git command in a folder, or "" if it fails."""
     try:
-        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+        done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True)
     except OSError:
         return ""
     return done.stdout.strip() if done.returncode == 0 else ""
@@ -500,6 +533,7 @@ class Filters(Extension):
             is_interactive=is_interactive,
             is_update_from_1=is_update_from_1,
         )
+        check_given()
         renew_replay()
         # cruft renders two versions of the template in one process. Each needs its own filters.
         modules = {__name__: __cached__, local_schedules.__name__: local_schedules.__cached__}

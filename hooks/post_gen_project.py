@@ -166,6 +166,8 @@ def create_first_commit():
     for command in (
         ["git", "init", "--quiet", "--initial-branch=main"],
         ["git", "add", "."],
+        # With core.fileMode=false git does not see that the release command can be run.
+        ["git", "update-index", "--chmod=+x", "manage.py"],
         ["git", "commit", "--quiet", "-m", message],
     ):
         status, lines = run(command)
@@ -209,6 +211,8 @@ def get_steps(installed, has_administrator=False):
 
 def main():
     """Set up the service, if requested, and print the next steps."""
+    # A zip of the template, for example, does not keep the mode of the file.
+    Path("manage.py").chmod(0o755)
     installed = SETUP and UV is not None
     if SETUP and UV is None:
         print("Install: skipped: uv not found. Run: python3 -m pip install uv")

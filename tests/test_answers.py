@@ -11,7 +11,7 @@ from markdown_it import MarkdownIt
 
 from local_extensions import RESERVED_NAMES, SLUG_LENGTH, package_name, python_string
 from tests.conftest import ROOT
-from tests.generate import get_template
+from tests.generate import get_template, replace
 
 INVALID_ANSWERS = [
     ("project_name", "", "must not be blank"),
@@ -149,8 +149,53 @@ def test_answer_that_is_none_of_the_choices_prints_one_line(run_cookiecutter, an
     assert done.returncode == 1
     first, *others = done.stdout.splitlines()
     assert first.startswith(message)
-    assert others == ["Pre-Prompt Hook script failed"]
+    assert others == ["Pre-Prompt Hook script failed"] * ("projekt" not in answer)
     assert list(folder.iterdir()) == []
+
+
+def test_command_on_a_machine_without_proc(run_cookiecutter, template_copy):
+    """macOS and BSD do not tell a process which arguments its parent has."""
+    replace(template_copy / "hooks" / "pre_prompt.py", "/proc/", "/nowhere/")
+    environment = {"TEMPLATE": str(template_copy), "PATH": ""}  # Without ps, too.
+    description = "description=Answers where status=open"
+    folder, done = run_cookiecutter("--no-input", "setup=no", description, environment=environment)
+    assert done.returncode == 0, done.stdout
+    assert "status=open" in (folder / "prayer_room_api" / "pyproject.toml").read_text()
+    folder, done = run_cookiecutter("--no-input", "projekt=x", environment=environment)
+    assert done.returncode == 1
+    assert done.stdout.startswith("projekt: unknown question; the questions are project_name,")
+    assert list(folder.iterdir()) == []
+
+
+def test_value_of_a_users_configuration_that_is_no_choice_prints_one_line(
+    run_cookiecutter, tmp_path
+):
+    """Cookiecutter would drop all answers behind it."""
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        "default_context:\n  github_user: anna\n  license: BSD-3-Clause\n  author_name: Anna\n"
+    )
+    options = ["--no-input", "setup=no", "--config-file", str(config)]
+    folder, done = run_cookiecutter(*options)
+    assert done.returncode == 1
+    expected = (
+        f'license: "BSD-3-Clause" in {config} must be one of: proprietary, MIT, Apache-2.0;'
+        " --default-config ignores that file"
+    )
+    assert done.stdout.splitlines()[-1] == expected
+    assert list(folder.iterdir()) == []
+    # Names of other templates and valid values are no problem.
+    config.write_text(config.read_text().replace("BSD-3-Clause", "MIT"))
+    folder, done = run_cookiecutter(*options)
+    assert done.returncode == 0, done.stdout
+    assert "Anna" in (folder / "prayer_room_api" / "pyproject.toml").read_text()
+    assert (folder / "prayer_room_api" / "LICENSE").exists()
+
+
+def test_windows_is_refused_in_one_line(monkeypatch):
+    monkeypatch.setattr("sys.platform", "win32")
+    with pytest.raises(SystemExit, match=r"^Windows is supported through WSL: \S+$"):
+        runpy.run_path(str(ROOT / "hooks" / "pre_prompt.py"), run_name="__main__")
 
 
 def test_name_of_an_existing_folder_says_how_to_start_what_is_there(run_cookiecutter):

@@ -37,6 +37,17 @@ def test_app_json_starts_every_process_of_the_procfile(default_project):
     assert app["healthchecks"].keys() == {"web", "worker", "beat"}
 
 
+def test_process_that_does_not_start_does_not_hold_up_a_deploy(bake):
+    """Dokku doubles the delay between the attempts of a command check."""
+    app = json.loads((bake(queues="high") / "app.json").read_text())
+    waits = {
+        name: sum(check["wait"] * 2**attempt for attempt in range(check["attempts"] - 1))
+        for name, (check,) in app["healthchecks"].items()
+        if "command" in check
+    }
+    assert waits == {"worker": 75, "worker_high": 75, "beat": 75}
+
+
 def test_app_json_runs_checks_before_a_deploy(default_project):
     app = json.loads((default_project / "app.json").read_text())
     (check,) = app["healthchecks"]["web"]

@@ -19,6 +19,7 @@ FILES = """
 .github/dependabot.yml
 .github/workflows/ci.yml
 .github/workflows/upgrade.yml
+.gitattributes
 .gitignore
 .ignore
 .pre-commit-config.yaml

@@ -157,11 +157,13 @@ class Dokku:
         (check,) = self.app["healthchecks"][name]
         # The first word sets the environment of a container.
         assert check["command"][0] == "/exec"
-        for _ in range(check["attempts"]):
+        for attempt in range(check["attempts"]):
             command = self.service.spawn(f"check-{name}", *check["command"][1:])
             if command.popen.wait(timeout=check["timeout"]) == 0:
                 return
-            time.sleep(check["wait"])
+            if attempt < check["attempts"] - 1:
+                # Dokku doubles the delay of a command check each time.
+                time.sleep(check["wait"] * 2**attempt)
         pytest.fail(f"{command.text()}\n{self.running[name].text()}")
 
     def wait_for_health_check(self):

@@ -74,8 +74,11 @@ def test_relative_links_lead_to_files(default_project):
 #: The workflows that may write.
 PERMISSIONS = {"release.yml": {"contents": "write"}}
 
-#: The job that may write, and runs no code of the template.
-PROPOSE = {"contents": "write", "pull-requests": "write"}
+#: The jobs that may write; these run no code of others.
+WRITERS = {
+    ("upgrade.yml", "pull-request"): {"contents": "write", "pull-requests": "write"},
+    ("newest.yml", "issue"): {"issues": "write"},
+}
 
 
 def steps(folder):
@@ -87,8 +90,7 @@ def steps(folder):
         workflow = yaml.safe_load(path.read_text())
         assert workflow["permissions"] == PERMISSIONS.get(path.name, {"contents": "read"}), path
         for name, job in workflow["jobs"].items():
-            expected = PROPOSE if (path.name, name) == ("upgrade.yml", "pull-request") else None
-            assert job.get("permissions") == expected, path
+            assert job.get("permissions") == WRITERS.get((path.name, name)), path
             assert job["timeout-minutes"] <= 60, path
             found += job["steps"]
     return found
@@ -130,6 +132,15 @@ def test_dependabot_updates_images_where_there_is_a_dockerfile(bake, answers, do
     assert (project / "Dockerfile").exists() is dockerfile
     expected = ["uv", "github-actions"] + ["docker"] * dockerfile
     assert updates(project) == expected + ["docker-compose"] * ("compose" in answers)
+    config = yaml.safe_load((project / ".github" / "dependabot.yml").read_text())
+    ignored = {update["package-ecosystem"]: update.get("ignore") for update in config["updates"]}
+    python = {
+        "dependency-name": "python",
+        "update-types": ["version-update:semver-major", "version-update:semver-minor"],
+    }
+    database = {"dependency-name": "postgres", "update-types": ["version-update:semver-major"]}
+    expected = {"docker": [python], "docker-compose": [python, database]}
+    assert all(ignored[name] == expected.get(name) for name in ignored)
 
 
 def test_actions_are_pinned_by_commit(bake):

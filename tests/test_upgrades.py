@@ -72,6 +72,7 @@ def test_new_service_is_clean_and_equals_the_template(create):
     assert (project / ".venv").exists()
     assert run(["git", "status", "--porcelain"], project) == ""
     assert ".cruft.json" in run(["git", "ls-files"], project)
+    assert run(["git", "ls-files", "--stage", "manage.py"], project).startswith("100755 ")
     assert "SUCCESS" in run(["cruft", "check"], project)
     assert run(["cruft", "diff"], project) == ""
 
@@ -87,6 +88,37 @@ def test_service_of_a_relative_path_finds_its_template(template, tmp_path, path)
     assert record["template"] == str(template.folder)
     initialize(project)
     assert "SUCCESS" in run(["cruft", "check"], project)
+
+
+@pytest.mark.parametrize(
+    ("origin", "recorded"),
+    [("https://example.com/team/t.git", True), ("git@example.com:t.git", True), ("/gone/t", False)],
+)
+def test_clone_records_where_others_can_clone_it(template_copy, tmp_path, origin, recorded):
+    run(["git", "init", "--quiet"], template_copy)
+    run(["git", "remote", "add", "origin", origin], template_copy)
+    commit(template_copy)
+    command = ["cookiecutter", ".", "--no-input", "setup=false", "--output-dir", str(tmp_path)]
+    run(command, template_copy, HOME=str(tmp_path))
+    record = json.loads((tmp_path / "prayer_room_api" / ".cruft.json").read_text())
+    assert record["template"] == (origin if recorded else str(template_copy))
+    assert record["commit"] == run(["git", "rev-parse", "HEAD"], template_copy).strip()
+
+
+def test_template_in_a_folder_of_a_repository_is_recorded(template_copy, tmp_path):
+    repository = tmp_path / "repository"
+    (repository / "templates").mkdir(parents=True)
+    template_copy.rename(repository / "templates" / "django")
+    run(["git", "init", "--quiet"], repository)
+    commit(repository)
+    address = f"git+file://{repository}"
+    options = ["--no-input", "setup=false", "--output-dir", str(tmp_path)]
+    command = ["cookiecutter", address, "--directory", "templates/django", *options]
+    run(command, tmp_path, HOME=str(tmp_path))
+    record = json.loads((tmp_path / "prayer_room_api" / ".cruft.json").read_text())
+    assert record["template"] == f"file://{repository}"
+    assert record["directory"] == "templates/django"
+    assert record["commit"] == run(["git", "rev-parse", "HEAD"], repository).strip()
 
 
 def test_answers_can_be_changed_later(create, template, tmp_path):

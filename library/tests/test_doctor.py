@@ -371,8 +371,13 @@ class TestTemplate:
     def test_version_and_commit_are_those_of_the_record(self, settings, tmp_path):
         settings.BASE_DIR = tmp_path
         context = {"cookiecutter": {"_version": "1.2.3"}}
-        for commit, shown in (("0123456789abcdef", "0123456789ab"), (None, "unknown")):
-            record = {"commit": commit, "context": context}
+        hint = "; record its repository: manage.py upgrade --template URL"
+        for template, commit, shown in (
+            ("https://example.com/t", "0123456789abcdef", "0123456789ab"),
+            ("/home/anna/t", "0123456789abcdef", f"0123456789ab{hint}"),
+            ("https://example.com/t.zip", None, f"unknown{hint}"),
+        ):
+            record = {"template": template, "commit": commit, "context": context}
             (tmp_path / ".cruft.json").write_text(json.dumps(record))
             assert doctor.check_template() == Result(f"1.2.3, commit {shown}")
 

@@ -205,6 +205,19 @@ class TestFiles:
     def test_service_without_them_has_no_problem(self, problems):
         assert problems() == []
 
+    def test_manage_py_that_a_release_command_cannot_run(self, problems, tmp_path):
+        script = tmp_path / "manage.py"
+        script.write_text("#!/usr/bin/env python\r\n")
+        script.chmod(0o644)
+        assert problems(Procfile="release: python manage.py migrate\n") == []
+        (lines, _), (mode, hint) = problems(Procfile="release: ./manage.py migrate\n")
+        assert "line breaks of Windows" in lines
+        assert "not executable" in mode
+        assert "chmod +x manage.py" in hint
+        script.write_text("#!/usr/bin/env python\n")
+        script.chmod(0o755)
+        assert problems() == []
+
     def test_procfile_that_does_not_use_the_command_is_not_compared(self, problems):
         assert problems(Procfile="web: gunicorn x.wsgi\n", app_json="{}") == []
 

@@ -214,7 +214,11 @@ def check_template() -> Result:
     except OSError:
         return Result(f"unknown: there is no {path.name}")
     version = state["context"]["cookiecutter"]["_version"]
-    return Result(f"{version}, commit {(state['commit'] or 'unknown')[:12]}")
+    text = f"{version}, commit {(state['commit'] or 'unknown')[:12]}"
+    # A path, or the address of a zip, cannot be cloned elsewhere.
+    if not state["commit"] or state["template"].startswith(("/", ".", "~")):
+        text += "; record its repository: manage.py upgrade --template URL"
+    return Result(text)
 
 
 def get_checks() -> dict[str, Callable[[], Result]]:

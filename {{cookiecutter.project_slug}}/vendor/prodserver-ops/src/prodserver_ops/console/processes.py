@@ -1,6 +1,7 @@
 """Check that the processes in ``PRODUCTION_PROCESSES`` can start: backends and arguments."""
 
 import json
+import os
 import re
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -101,7 +102,22 @@ def find_file_problems() -> Iterator[tuple[str, str]]:
         for name in started - set(names):
             problem = f"{file} starts {name!r}, which PRODUCTION_PROCESSES does not name."
             yield problem, f"Name {name!r} there, or remove the line from {file}."
+    yield from _find_script_problems(base)
     yield from _find_app_problems(base / "app.json")
+
+
+def _find_script_problems(base: Path) -> Iterator[tuple[str, str]]:
+    """Return why ./manage.py, which deploys run, cannot be run as it is."""
+    script = base / "manage.py"
+    files = [base / name for name in ("Procfile", "app.json")]
+    if not any(path.exists() and "./manage.py" in path.read_text() for path in files):
+        return
+    if b"\r\n" in script.read_bytes():
+        hint = "Run: git add --renormalize . && git rm --cached -rq . && git reset --hard"
+        yield "manage.py has the line breaks of Windows, so that ./manage.py does not start.", hint
+    if not os.access(script, os.X_OK):
+        hint = "Run: chmod +x manage.py && git update-index --chmod=+x manage.py"
+        yield "manage.py is not executable, but the release command runs ./manage.py.", hint
 
 
 def _find_app_problems(path: Path) -> Iterator[tuple[str, str]]:
