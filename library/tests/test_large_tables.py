@@ -3,11 +3,12 @@
 import pytest
 from django.contrib import admin
 from django.contrib.auth import get_user_model
+from django.db import connection
 from django.urls import reverse
 from django.utils import timezone
 
 from prodserver_ops.console import admin as ops_admin
-from prodserver_ops.console import large_tables
+from prodserver_ops.console import large_tables, list_limits
 from prodserver_ops.console.large_tables import LargeTableAdmin, describe_count
 from prodserver_ops.models import DigestDelivery
 
@@ -73,3 +74,75 @@ def test_no_list_of_a_large_table_has_facets():
     large = [each for each in admin.site._registry.values() if isinstance(each, LargeTableAdmin)]
     assert large
     assert {each.show_facets for each in large} == {admin.ShowFacets.NEVER}
+
+
+class TestLimits:
+    """The limits of each list, also of those that are no LargeTableAdmin."""
+
+    SCHEDULES = reverse("admin:django_celery_beat_periodictask_changelist")
+
+    def refusal(self, client, url, query):
+        response = client.get(url, query)
+        if response.status_code != 302:
+            return None
+        assert response.url == url
+        return [str(message) for message in client.get(url).context["messages"]]
+
+    @pytest.mark.parametrize("url", [LIST, SCHEDULES])
+    @pytest.mark.parametrize("search", [" ".join("a" * 11), "a" * 201])
+    def test_searches_with_many_words_or_characters_are_refused(self, administrator, url, search):
+        problem = ["Search for at most 10 words and 200 characters."]
+        assert self.refusal(administrator, url, {"q": search}) == problem
+        assert administrator.get(url, {"q": search[:15]}).status_code == 200
+
+    def test_long_query_strings_are_refused(self, administrator):
+        query = {"name__icontains": ["a" * 50] * 40}
+        assert self.refusal(administrator, self.SCHEDULES, query) == [
+            "This address has too many filters."
+        ]
+
+    @pytest.mark.parametrize("lookup", ["reason__icontains", "reason__iregex", "digest__contains"])
+    def test_lookups_of_texts_in_the_address_are_refused(self, administrator, lookup, caplog):
+        assert administrator.get(LIST, {lookup: "a"}).status_code == 400
+        assert administrator.get(LIST, {"status__exact": "sent"}).status_code == 200
+        assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+    def test_fields_with_completion_search_for_few_words(self, deliveries, rf):
+        model_admin = admin.site._registry[DigestDelivery]
+        rows, _ = model_admin.get_search_results(
+            rf.get("/"), DigestDelivery.objects.all(), " ".join(f"w{n}" for n in range(99))
+        )
+        sql = str(rows.query)
+        assert "w9" in sql
+        assert "w10" not in sql
+
+    def test_lists_do_not_take_all_threads(self, administrator, settings):
+        taken = 0
+        while list_limits.slots.acquire(blocking=False):
+            taken += 1
+        try:
+            assert taken == settings.WEB_THREADS // 2
+            assert administrator.get(LIST, {"q": "a"}).status_code == 503
+            assert administrator.get(LIST).status_code == 200
+        finally:
+            for _ in range(taken):
+                list_limits.slots.release()
+        assert administrator.get(LIST, {"q": "a"}).status_code == 200
+
+    @pytest.mark.skipif(connection.vendor != "postgresql", reason="has no timeout")
+    @pytest.mark.django_db(transaction=True)
+    def test_list_that_takes_long_is_ended(self, administrator, monkeypatch):
+        monkeypatch.setattr(list_limits, "SECONDS", 1)
+
+        def search(self, request, queryset, term):
+            slow = ["(SELECT pg_sleep(20)) IS NOT NULL"] if term else []
+            return queryset.extra(where=slow), False
+
+        for url in (LIST, self.SCHEDULES):
+            model_admin = administrator.get(url).context["cl"].model_admin
+            monkeypatch.setattr(type(model_admin), "get_search_results", search)
+            (problem,) = self.refusal(administrator, url, {"q": "a"})
+            assert problem == "This list took longer than 1 seconds. Search or filter for less."
+        with connection.cursor() as cursor:
+            cursor.execute("SHOW statement_timeout")
+            assert cursor.fetchone() == ("30s",)

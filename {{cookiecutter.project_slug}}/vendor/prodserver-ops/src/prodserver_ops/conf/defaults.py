@@ -73,6 +73,8 @@ def limit_database(database: dict[str, Any]) -> dict[str, Any]:
 #: Exceptions with which Django rejects invalid requests, which anyone can send.
 REJECTIONS = (
     "DisallowedHost",
+    "DisallowedModelAdminLookup",
+    "DisallowedModelAdminToField",
     "DisallowedRedirect",
     "RequestDataTooBig",
     "SuspiciousFileOperation",

@@ -11,7 +11,7 @@ from django.http import HttpRequest
 from ..mail.digests import get_digests
 from ..models import DelayedTask, DigestDelivery, TaskRun, Token
 from ..web.logins import LoginForm
-from . import schedule_forms
+from . import list_limits, schedule_forms
 from .large_tables import LargeTableAdmin
 from .operations import OperationsAdmin
 
@@ -21,6 +21,7 @@ User = get_user_model()
 admin.site.login_form = admin.site.login_form or LoginForm
 
 schedule_forms.install()
+list_limits.install()
 
 
 class DigestFilter(admin.SimpleListFilter):

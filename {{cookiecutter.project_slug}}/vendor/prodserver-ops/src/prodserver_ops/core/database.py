@@ -106,6 +106,30 @@ def set_limits(connection: BaseDatabaseWrapper, seconds: int) -> None:
         cursor.execute(";".join(f"SET {name} = '{value}'" for name, value in parameters.items()))
 
 
+@contextmanager
+def shorter_timeout(seconds: int) -> Iterator[None]:
+    """Limit each statement of the default connection in the block to ``seconds``, if that is less."""
+    if connection.vendor != "postgresql" or seconds >= settings.DATABASE_STATEMENT_TIMEOUT:
+        yield
+        return
+    import psycopg
+
+    connection.ensure_connection()
+    set_limits(connection, seconds)
+    try:
+        yield
+    finally:
+        # The rollback of a failed transaction also restores it.
+        if connection.connection is not None:
+            with suppress(psycopg.Error):
+                set_limits(connection, settings.DATABASE_STATEMENT_TIMEOUT)
+
+
+def is_timeout(error: Exception) -> bool:
+    """Return whether a statement was canceled because it took too long."""
+    return getattr(error.__cause__, "sqlstate", None) == "57014"
+
+
 def limit_wait(
     raw: "psycopg.Connection[Any]",
     seconds: float | None,
