@@ -6,14 +6,22 @@ NAME is one of
 
 =============  =========================================================================
 ``restore``    a digest is sent between a backup and its restore with pg_dump
+``log``        nobody reads the logs of web and worker
 =============  =========================================================================
 
 Uses a small project with PostgreSQL and RabbitMQ, whose addresses are in library/tests/services.py.
 Prints a line for each, and exits with status 1 if one is worse than it may be.
 """
 
+import fcntl
+import os
+import signal
+import socket
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPConnection
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -182,7 +190,56 @@ def play_restore(recipients=RECIPIENTS):
         return found
 
 
-PLAYS = {"restore": (play_restore, lambda found: not sum_of(found, "twice"))}
+def play_log(requests=96, clients=8):
+    """The reader of the log of web and worker hangs: a pipe of 4 KiB that nobody reads."""
+    with small_project.make(Project, services.RABBITMQ) as project:
+        source, target = os.pipe()
+        fcntl.fcntl(target, fcntl.F_SETPIPE_SZ, 4096)
+        port = free_port()
+        web, worker = (
+            project.start(name, target, PORT=str(port), LOG_FORMAT="json")
+            for name in ("web", "worker")
+        )
+        wait_for(lambda: get(port, "/health/live") == 200, 60)
+        with ThreadPoolExecutor(clients) as threads:
+            statuses = list(threads.map(lambda n: get(port, f"/page/{n}"), range(requests)))
+            ready = get(port, "/health/ready")
+        stops = []
+        for process in (web, worker):
+            start = time.monotonic()
+            process.send_signal(signal.SIGTERM)
+            process.wait(90)
+            stops.append(round(time.monotonic() - start, 1))
+        os.close(target)
+        os.close(source)
+        return {"answered": statuses.count(404), "of": requests, "ready": ready, "stops": stops}
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+def get(port, path):
+    """Return the status of a request, or the name of the error."""
+    try:
+        connection = HTTPConnection("127.0.0.1", port, timeout=30)
+        headers = {"Host": "dummy.example.com", "X-Forwarded-Proto": "https"}
+        connection.request("GET", path, headers=headers)
+        return connection.getresponse().status
+    except OSError as error:
+        return type(error).__name__
+
+
+PLAYS = {
+    "restore": (play_restore, lambda found: not sum_of(found, "twice")),
+    "log": (
+        play_log,
+        lambda found: (
+            found["answered"] == found["of"] and found["ready"] == 200 and max(found["stops"]) < 30
+        ),
+    ),
+}
 
 
 def sum_of(found, prefix):

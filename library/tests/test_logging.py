@@ -1,15 +1,19 @@
 """Logs: one line for each event, with its request or task, without personal data."""
 
+import fcntl
 import io
 import json
 import logging
 import logging.config
+import os
 import re
 import smtplib
+import socket
 import sys
 import time
 from datetime import date
 from decimal import Decimal
+from unittest.mock import Mock
 
 import pytest
 from celery import current_app
@@ -347,3 +351,75 @@ class TestProcess:
         out, err = capsys.readouterr()
         assert out == ""
         assert re.fullmatch(r"\S+ INFO command django: migrated\n", err)
+
+
+class TestReader:
+    """The reader of the log hangs."""
+
+    @pytest.fixture(params=["pipe", "pipe of another user", "socket"])
+    def ends(self, request, monkeypatch):
+        """The reader, which does not read, and the handler."""
+        if request.param == "socket":
+            reader, writer = socket.socketpair()
+            descriptor = writer.detach()
+            read = reader.recv
+        else:
+            source, descriptor = os.pipe()
+            fcntl.fcntl(descriptor, fcntl.F_SETPIPE_SZ, 4096)
+            reader = os.fdopen(source, "rb", buffering=0)
+            read = reader.read
+        if request.param == "pipe of another user":
+            monkeypatch.setattr(os, "open", Mock(side_effect=PermissionError))
+        monkeypatch.setattr(logs, "PATIENCE", 0.2)
+        with reader, open(descriptor, "w") as stream:
+            handler = logs.PatientHandler(stream)
+            handler.setFormatter(logs.TextFormatter())
+            yield read, handler
+            handler.close()
+
+    def log(self, handler, text):
+        handler.handle(logging.makeLogRecord({"name": "test", "msg": text, "levelname": "INFO"}))
+
+    def fill(self, handler):
+        number = 0
+        while not handler.lost:
+            number += 1
+            self.log(handler, f"event {number} {'x' * 900}")
+        return number
+
+    def test_events_are_dropped_and_counted(self, ends):
+        read, handler = ends
+        number = self.fill(handler)
+        start = time.monotonic()
+        for _ in range(100):
+            self.log(handler, "lost")
+        # Only the first waits; a hundred would take twenty seconds.
+        assert time.monotonic() - start < 10
+        text = read(10**7).decode()
+        assert f"event {number - 1} " in text
+        assert "event lost" not in text
+        self.log(handler, "back")
+        lines = read(10**7).decode().splitlines()[-2:]
+        assert "101 log events were lost: nobody read them for" in lines[0]
+        assert lines[1].endswith("test: back")
+        assert "back again" in (self.log(handler, "back again"), read(10**7).decode())[1]
+
+    def test_an_event_that_was_cut_ends_its_line(self, ends):
+        read, handler = ends
+        self.fill(handler)
+        text = read(10**7).decode()
+        self.log(handler, "x" * 7000)
+        text += read(10**7).decode()
+        self.log(handler, "whole")
+        text += read(10**7).decode()
+        assert text.splitlines()[-1].endswith("test: whole")
+
+    def test_a_reader_that_is_gone_stops_nothing(self, capsys):
+        source, descriptor = os.pipe()
+        os.close(source)
+        with open(descriptor, "w") as stream:
+            handler = logs.PatientHandler(stream)
+            self.log(handler, "nobody")
+            handler.close()
+        assert handler.lost == 1
+        assert capsys.readouterr().err == ""

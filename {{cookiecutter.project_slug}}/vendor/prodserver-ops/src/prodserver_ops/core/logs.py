@@ -6,11 +6,16 @@ redacted in every event, whichever library logs it; see ``redaction.py``.
 
 import json
 import logging
+import os
 import re
 import secrets
+import select
+import socket
+import stat
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from contextvars import ContextVar
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
@@ -46,6 +51,9 @@ MAX_EVENT = 16_000
 
 #: Maximum number of fields of an event that were passed with ``extra``.
 MAX_FIELDS = 100
+
+#: How long an event waits for a reader that does not read, in seconds.
+PATIENCE = 1
 
 #: The attributes of every event. Others were passed with ``extra``.
 STANDARD = {*vars(logging.makeLogRecord({})), "message", "asctime", "context"}
@@ -96,7 +104,94 @@ def get_process() -> str:
 
 def make_handler() -> logging.Handler:
     """Return the handler of all events: stdout for a process, stderr for a command."""
-    return logging.StreamHandler(_stream)
+    return logging.StreamHandler() if _stream is None else PatientHandler(_stream)
+
+
+class PatientHandler(logging.StreamHandler[TextIO]):
+    """Writes events, and drops those that a reader does not take within ``PATIENCE``.
+
+    A reader that hangs must not stop requests, tasks or the end of the process. After the first
+    event that was dropped, others are not waited for. Once the reader is back, a line says how many
+    were lost.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__(stream)
+        self.lost, self.lost_at, self.is_cut = 0, 0.0, False
+        self._fd = -1
+        self._socket: socket.socket | None = None
+        try:
+            fd = stream.fileno()
+            mode = os.fstat(fd).st_mode
+        except (OSError, AttributeError, ValueError):
+            return  # It is no file.
+        if stat.S_ISSOCK(mode):
+            self._socket = socket.socket(fileno=os.dup(fd))
+        elif stat.S_ISFIFO(mode):
+            try:
+                # Opened again, because other processes share the flags of stdout.
+                self._fd = os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_NONBLOCK)
+            except OSError:
+                self._fd = os.dup(fd)  # It belongs to another user, for example.
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write an event, after the number of those that were lost before it."""
+        if self._fd < 0 and self._socket is None:
+            super().emit(record)
+            return
+        try:
+            text = self.format(record)
+        except Exception:
+            self.handleError(record)
+            return
+        if self.lost:
+            seconds = round(time.monotonic() - self.lost_at)
+            note = f"{self.lost} log events were lost: nobody read them for {seconds} seconds"
+            lost = logger.makeRecord(logger.name, logging.WARNING, "", 0, note, (), None)
+            text = f"{self.format(lost)}{self.terminator}{text}"
+        if self.write(text, 0 if self.lost else PATIENCE):
+            self.lost = 0
+            return
+        self.lost_at = self.lost_at if self.lost else time.monotonic()
+        self.lost += 1
+
+    def write(self, text: str, seconds: float) -> bool:
+        """Write a line within so many seconds; return whether all of it is written."""
+        encoding = self.stream.encoding or "utf-8"
+        data = f"{text}{self.terminator}".encode(encoding, errors="backslashreplace")
+        if self.is_cut:
+            data = b"\n" + data
+        deadline = time.monotonic() + seconds
+        written = 0
+        poll = select.poll()
+        poll.register(self._fd if self._socket is None else self._socket, select.POLLOUT)
+        try:
+            while written < len(data):
+                wait = max(0.0, deadline - time.monotonic())
+                if not poll.poll(wait * 1000):
+                    break
+                with suppress(BlockingIOError):
+                    written += self._write(data[written : written + select.PIPE_BUF])
+        except OSError:
+            pass  # The reader is gone.
+        if written:
+            self.is_cut = written < len(data)
+        return written == len(data)
+
+    def _write(self, data: bytes) -> int:
+        if self._socket is not None:
+            return self._socket.send(data, socket.MSG_DONTWAIT)
+        return os.write(self._fd, data)
+
+    def close(self) -> None:
+        """Close what was opened; stdout stays open."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
+        super().close()
 
 
 def _log_crash(
