@@ -20,6 +20,7 @@ SLUG/migrations/0002_seed_schedules.py
 SLUG/migrations/0003_moderators.py
 SLUG/templates/answer.html
 SLUG/templates/moderate.html
+SLUG/templates/try.html
 SLUG/templates/email/moderator_digest.html
 SLUG/templates/email/moderator_digest.txt
 SLUG/templates/email/notification.html

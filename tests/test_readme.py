@@ -67,7 +67,7 @@ def check_processes(command, folder, environment, log):
         pytest.fail("port 8000 is in use; the README's commands need it")
     process = Process(["bash", "-c", command], folder, environment, log)
     try:
-        process.wait_for_text(f"Open {ADDRESS}", seconds=180)
+        process.wait_for_text("Sign in:", seconds=180)
         process.wait_for_text(" ready.")
         process.wait_for_text("beat: Starting...")
         wait_for(lambda: reachable(8000), 30, process.text)

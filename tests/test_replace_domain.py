@@ -19,6 +19,7 @@ DELETED = [
     "migrations/0*.py",
     "templates/answer.html",
     "templates/moderate.html",
+    "templates/try.html",
     "templates/email/",
 ]
 
