@@ -45,7 +45,6 @@ SLUG/static/docs.css
 SLUG/static/docs.js
 SLUG/static/site.css
 SLUG/tasks.py
-SLUG/templates/403_csrf.html
 SLUG/templates/answer.html
 SLUG/templates/base.html
 SLUG/templates/docs.html

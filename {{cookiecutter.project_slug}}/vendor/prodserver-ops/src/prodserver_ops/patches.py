@@ -707,6 +707,20 @@ PATCHES = (
         },
     ),
     Patch(
+        "django.core.mail.backends.console.EmailBackend",
+        OVERRIDES,
+        "mail.console",
+        "E-mails of development are also kept.",
+        {"send_messages": "(self, email_messages)"},
+    ),
+    Patch(
+        "whitenoise.storage.CompressedManifestStaticFilesStorage",
+        OVERRIDES,
+        "web.static",
+        "Pages need no manifest.",
+        {"stored_name": "(self, name)", "hashed_files": ""},
+    ),
+    Patch(
         "django.template.autoreload",
         USES,
         "development.templates",

@@ -7,7 +7,7 @@ from django.db import DataError
 from rest_framework import pagination, permissions, serializers, status
 from rest_framework.authentication import BaseAuthentication
 from rest_framework.authtoken.serializers import AuthTokenSerializer
-from rest_framework.exceptions import NotFound
+from rest_framework.exceptions import ErrorDetail, NotFound, UnsupportedMediaType
 from rest_framework.request import Request
 from rest_framework.response import Response
 from rest_framework.throttling import BaseThrottle
@@ -42,6 +42,10 @@ def exception_handler(error: Exception, context: dict[str, Any]) -> Response | N
         return Response(
             {"detail": "The request is too large."}, status.HTTP_413_REQUEST_ENTITY_TOO_LARGE
         )
+    if isinstance(error, UnsupportedMediaType):
+        parsers = context["view"].get_parsers() if context.get("view") else []
+        types = ", ".join(parser.media_type for parser in parsers)
+        error.detail = ErrorDetail(f"{error.detail} Use the Content-Type {types}.", error.default_code)
     return default_exception_handler(error, context)
 
 

@@ -300,6 +300,7 @@ class Defaults(ProcessDefaults):
     THROTTLE_LOGINS = True
     AUTHENTICATION_BACKENDS = ["prodserver_ops.web.logins.ThrottledBackend"]
     SECURE_REFERRER_POLICY = "same-origin"
+    CSRF_FAILURE_VIEW = "prodserver_ops.web.errors.csrf_failure"
     # Pages load resources only from this service and run no inline scripts or styles.
     SECURE_CSP = {
         "default-src": ["'self'"],
@@ -463,7 +464,7 @@ class ProductionDefaults(ProductionProcessDefaults, Defaults):
     # Static files: hashed names, compressed, cached by browsers forever
     STORAGES = {
         "default": {"BACKEND": "django.core.files.storage.FileSystemStorage"},
-        "staticfiles": {"BACKEND": "whitenoise.storage.CompressedManifestStaticFilesStorage"},
+        "staticfiles": {"BACKEND": "prodserver_ops.web.static.ManifestStorage"},
     }
     WHITENOISE_KEEP_ONLY_HASHED_FILES = True
 

@@ -5,12 +5,17 @@ Granian, the time limit for stopping.
 """
 
 import inspect
+import logging
 from collections.abc import Callable
 from typing import Any
 
+from django.apps import apps
 from django.conf import settings
+from django.contrib.staticfiles.storage import staticfiles_storage
 from django.core.management import CommandError
 from django_prodserver.backends.base import BaseServerBackend
+
+logger = logging.getLogger(__name__)
 
 
 def port_in_use(port: int, variable: str = "PORT") -> CommandError:
@@ -19,6 +24,14 @@ def port_in_use(port: int, variable: str = "PORT") -> CommandError:
         f"Port {port} is already in use. "
         f"Stop the process that uses it, or set {variable} to another port."
     )
+
+
+def warn_about_static_files() -> None:
+    """Log one line if the pages have no styles, because no static files were collected."""
+    if not apps.is_installed("django.contrib.staticfiles"):
+        return
+    if getattr(staticfiles_storage, "hashed_files", None) == {}:
+        logger.warning("Pages have no styles. Run: python manage.py collectstatic")
 
 
 class PythonServer(BaseServerBackend):

@@ -20,6 +20,7 @@ from ...conf.verification import verify_module
 from ...core import logs
 from ...core.database import find_pooler
 from ...scheduling import heartbeats
+from ...web.servers import warn_about_static_files
 
 #: The commands for one kind of process, each with the base class of its backends.
 COMMANDS = {"server": BaseServerBackend, "worker": BaseWorkerBackend}
@@ -94,6 +95,8 @@ class Command(BaseProcessCommand):
         sys.argv[1:] = ["prodserver", process_name]
         logs.configure(process_name)
         self.stdout = OutputWrapper(sys.stdout)
+        if process_name == "web":
+            warn_about_static_files()
         if process_name in heartbeats.get_others():
             heartbeats.start_heartbeat(process_name)
             if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
