@@ -224,6 +224,8 @@ class Team:
             self.python("-c", PREPARE)
         except CommandFailed as error:
             self.result.refused = find_reason(str(error))
+            if not self.result.refused:
+                self.result.broken["start"] = shorten(str(error))
             return
         if self.package != SLUG:
             (step,) = self.dish.kitchen.recipes[RENAMED].shown
@@ -406,11 +408,11 @@ LOGINS = {"/api/token/": True, "/api/jwt/": True, "/admin/login/": False, "/acco
 
 
 def find_reason(text):
-    """Return the first message of the checks."""
+    """Return the first message of the checks, or an empty text if none of them failed."""
     for line in text.splitlines():
         if re.search(r"\(\w+\.[EWC]\d+\)", line) and not line.startswith("System check"):
             return line.strip()[:300]
-    return shorten(text)
+    return ""
 
 
 def make_teams(changes, number, seed):

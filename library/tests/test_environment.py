@@ -52,7 +52,10 @@ def read(monkeypatch):
     """Return a function that reads the settings with only these variables set."""
 
     def read(**variables):
-        monkeypatch.setattr(os, "environ", {"DJANGO_MODE": "sample"} | variables)
+        for name in [*os.environ]:
+            monkeypatch.delenv(name)
+        for name, value in ({"DJANGO_MODE": "sample"} | variables).items():
+            monkeypatch.setenv(name, value)
         return use(SampleSettings)[0]
 
     return read

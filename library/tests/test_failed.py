@@ -87,10 +87,10 @@ def give_up(numbers):
 
 def return_known_tasks():
     """Requeue failed tasks as a starting worker does, and wait for its thread."""
-    before = set(threading.enumerate())
     failed.return_known_tasks(SimpleNamespace(app=current_app))
-    for thread in set(threading.enumerate()) - before:
-        thread.join(timeout=20)
+    for thread in threading.enumerate():
+        if thread.name == "failed tasks":
+            thread.join(timeout=20)
 
 
 def get_all(done, count):

@@ -290,7 +290,8 @@ class TestWithoutResults:
     """A service that stores none: Celery would return None, or name a page of its documentation."""
 
     @pytest.fixture
-    def app(self):
+    def app(self, settings):
+        settings.CELERY_BROKER_URL = "memory://"
         app = CeleryApp("no-results", set_as_current=False, broker="memory://")
         app.conf.task_ignore_result = True
         return app

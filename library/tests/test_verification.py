@@ -55,7 +55,10 @@ def make(monkeypatch):
             "MIDDLEWARE": ["django.middleware.csrf.CsrfViewMiddleware"],
             "__module__": __name__,
         }
-        monkeypatch.setattr(os, "environ", {"DJANGO_MODE": mode} | variables)
+        for name in [*os.environ]:
+            monkeypatch.delenv(name)
+        for name, value in ({"DJANGO_MODE": mode} | variables).items():
+            monkeypatch.setenv(name, value)
         base = type("Settings", (conf.Defaults,), names | (values or {}))
         own = {"__module__": __name__} | (in_mode or {})
         type("TestSettings", order(base, conf.TestDefaults), own)

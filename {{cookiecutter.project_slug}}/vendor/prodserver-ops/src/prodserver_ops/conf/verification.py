@@ -119,8 +119,7 @@ def verify_class(chosen: cbs.BaseSettings, values: dict[str, Any]) -> None:
 
     def locate(name: str) -> str:
         owner = find_owner(mode, name)
-        variable = getattr(vars(owner).get(name), "env_name", None)
-        if variable in os.environ:
+        if variable := find_variable(owner, name):
             return f"variable {variable}"
         return get_place(mode if is_library(owner) else owner)
 
@@ -150,8 +149,13 @@ def find_owner(mode: type, name: str) -> type:
 def is_inherited(mode: type, name: str) -> bool:
     """Return whether a mode has the value of another class of the service."""
     owner = find_owner(mode, name)
-    variable = getattr(vars(owner).get(name), "env_name", None)
-    return owner is not mode and not is_library(owner) and variable not in os.environ
+    return owner is not mode and not is_library(owner) and not find_variable(owner, name)
+
+
+def find_variable(owner: type, name: str) -> str:
+    """Return the environment variable that a setting has its value from; "" if there is none."""
+    variable = getattr(vars(owner).get(name), "env_name", "")
+    return variable if variable in os.environ else ""
 
 
 # The order of classes

@@ -241,4 +241,4 @@ def return_known_tasks(sender: Any, **kwargs: Any) -> None:
                 logger.info("Failed tasks that this worker knows: %d requeued", count)
 
     # In a thread, so that a broker that hangs does not block the worker.
-    threading.Thread(target=run, daemon=True).start()
+    threading.Thread(target=run, name="failed tasks", daemon=True).start()
