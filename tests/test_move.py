@@ -340,3 +340,163 @@ def test_old_service_moves_here_and_back(
     worker.kill_all()
     for name, count in get_counts().items():
         assert name == "scheduled" or count == 1
+
+
+#: Two more apps, with renames that the database has had, rows that a migration has created, and code
+#: that imports Django's own user.
+MORE_APPS = {
+    "halls/__init__.py": "",
+    "halls/models.py": """\
+from django.db import models
+class Hall(models.Model):
+    title = models.CharField(max_length=50)
+    class Meta:
+        db_table = "great_hall"
+""",
+    "halls/migrations/__init__.py": "",
+    "halls/migrations/0001_initial.py": """\
+from django.db import migrations, models
+class Migration(migrations.Migration):
+    initial = True
+    operations = [migrations.CreateModel("Hall", [
+        ("id", models.AutoField(primary_key=True)), ("name", models.CharField(max_length=50)),
+    ])]
+""",
+    "halls/migrations/0002_rename.py": """\
+from django.db import migrations
+class Migration(migrations.Migration):
+    dependencies = [("halls", "0001_initial")]
+    operations = [
+        migrations.AlterModelTable("Hall", "great_hall"),
+        migrations.RenameField("Hall", "name", "title"),
+    ]
+""",
+    "halls/migrations/0003_seed.py": """\
+from django.db import migrations
+def seed(apps, editor):
+    for title in ("Attic", "Cellar", "Tower"):
+        apps.get_model("halls", "Hall").objects.create(title=title)
+class Migration(migrations.Migration):
+    dependencies = [("halls", "0002_rename")]
+    operations = [migrations.RunPython(seed)]
+""",
+    "bookings/__init__.py": "",
+    "bookings/views.py": "from django.contrib.auth.models import User\n",
+    "bookings/models.py": """\
+from django.conf import settings
+from django.db import models
+class Booking(models.Model):
+    hall = models.ForeignKey("halls.Hall", models.CASCADE)
+    guest = models.ForeignKey(settings.AUTH_USER_MODEL, models.CASCADE)
+""",
+    "bookings/migrations/__init__.py": "",
+    "bookings/migrations/0001_initial.py": """\
+from django.conf import settings
+from django.db import migrations, models
+class Migration(migrations.Migration):
+    initial = True
+    dependencies = [("halls", "0001_initial"),
+        migrations.swappable_dependency(settings.AUTH_USER_MODEL)]
+    operations = [migrations.CreateModel("Booking", [
+        ("id", models.AutoField(primary_key=True)),
+        ("hall", models.ForeignKey("halls.Hall", models.CASCADE)),
+        ("guest", models.ForeignKey(settings.AUTH_USER_MODEL, models.CASCADE)),
+    ])]
+""",
+}
+
+BROKEN = """\
+from django.db import migrations
+def fail(apps, editor):
+    raise ValueError("not today")
+class Migration(migrations.Migration):
+    dependencies = [("bookings", "0001_initial")]
+    operations = [migrations.RunPython(fail)]
+"""
+
+FILL_MORE = """
+from bookings.models import Booking
+from django.contrib.auth import get_user_model
+from django_celery_beat.models import IntervalSchedule, PeriodicTask
+from halls.models import Hall
+Booking.objects.create(hall=Hall.objects.get(title="Tower"), guest=get_user_model().objects.get(id=1))
+interval = IntervalSchedule.objects.create(every=1, period="hours")
+PeriodicTask.objects.create(name="report", task="x.report", interval=interval, queue="reports")
+"""
+
+CHECK_MORE = """
+from bookings.models import Booking
+from django_celery_beat.models import PeriodicTask
+from halls.models import Hall
+print(sorted(Hall.objects.values_list("title", flat=True)), Booking.objects.get().guest.username,
+    PeriodicTask.objects.get(name="report").queue)
+"""
+
+
+@pytest.mark.long
+def test_service_with_several_apps_moves_here(
+    bake, make_service, postgres_url, rabbitmq_url, tmp_path
+):
+    """Applied renames and data migrations are not repeated; a failure changes nothing."""
+    service = make_service(
+        bake(project_slug="inn", example="none"), **production_variables(postgres_url, rabbitmq_url)
+    )
+    service.install()
+    old, project = tmp_path / "old", service.folder
+    write_old_project(old, "oldapp", False, "oldest")
+    settings = old / "oldproject" / "settings.py"
+    more = '"django_celery_beat", "halls", "bookings", "oldapp"]'
+    settings.write_text(settings.read_text().replace('"oldapp"]', more))
+    for folder in (old, project):
+        for name, text in MORE_APPS.items():
+            path = folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+    for command in (
+        ["makemigrations", "oldapp"],
+        ["migrate", "--verbosity=0"],
+        ["shell", "-v0", "-c", FILL.replace("OLDAPP", "oldapp")],
+        ["shell", "-v0", "-c", FILL_MORE],
+    ):
+        subprocess.run(
+            ["python", "manage.py", *command],
+            cwd=old,
+            env=service.environment | {"DJANGO_SETTINGS_MODULE": "oldproject.settings"},
+            check=True,
+        )
+    bring_code(project, "oldapp", False)
+    settings = project / "inn" / "settings.py"
+    text = settings.read_text()
+    settings.write_text(text.replace('        "inn",\n', '        "inn", "halls", "bookings",\n'))
+    (project / "inn" / "migrations" / "0001_initial.py").unlink()
+    service.run("python manage.py makemigrations inn", DJANGO_MODE="")
+    broken = project / "bookings" / "migrations" / "0002_broken.py"
+    broken.write_text(BROKEN)
+
+    def adopt():
+        done = subprocess.run(
+            ["python", "manage.py", "adopt"],
+            cwd=project,
+            env=service.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        return done.returncode, done.stdout
+
+    status, output = adopt()
+    assert status == 1
+    assert output.endswith(
+        "CommandError: ValueError: not today\nNothing is adopted: PostgreSQL has undone all changes."
+        " Repair the migration, and run adopt again\n"
+    )
+    broken.unlink()
+    status, output = adopt()
+    assert status == 0, output
+    assert "warning: bookings/views.py:1 imports User" in output
+    assert "warning: the schedule report uses the queue reports, which no worker" in output
+    assert "Nothing to adopt" in adopt()[1]
+    service.run("python manage.py check --database default")
+    service.run("python manage.py migrate --check")
+    assert service.shell(CHECK_MORE) == "['Attic', 'Cellar', 'Tower'] user0 reports\n"
+    assert "all there" in service.shell(CHECK.replace("SLUG", "inn"))

@@ -6,6 +6,7 @@ columns, indexes and constraints, and creates the other tables. docs/move.md des
 a service.
 """
 
+import ast
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from django.conf import settings
 from django.contrib.auth import get_user_model
 from django.contrib.auth.models import Group, Permission
 from django.contrib.contenttypes.models import ContentType
-from django.db import migrations, models
+from django.db import migrations, models, router
 from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.backends.base.schema import BaseDatabaseSchemaEditor
 from django.db.migrations.executor import MigrationExecutor
@@ -24,6 +25,9 @@ from django.db.migrations.migration import Migration
 from django.db.migrations.operations.base import Operation
 from django.db.migrations.state import ProjectState
 from django.db.models import Q
+from django_celery_beat.models import PeriodicTask
+
+from ..scheduling import queues
 
 #: The label of this library's app.
 OPS = "ops"
@@ -41,11 +45,10 @@ def find_foreign_history(connection: BaseDatabaseWrapper) -> str | None:
             if any(key[0] == label for key in loader.applied_migrations):
                 return f"{label} is migrated, but {'.'.join(first)} is not"
     labels = {label for label, _ in loader.applied_migrations}
-    if user.app_label not in labels:
-        return None
-    if OPS not in labels and (problem := _find_misfit(connection, loader, user.app_label)):
-        return f"{user.app_label} is migrated, but {OPS} is not, and {problem}"
-    if user.db_table not in connection.introspection.table_names():
+    for label in sorted(_own_labels() & labels):
+        if problem := _find_misfit(connection, loader, label):
+            return f"{label} is migrated, but {problem}"
+    if user.app_label in labels and user.db_table not in connection.introspection.table_names():
         return f"{user.app_label} is migrated, but there is no {user.db_table}"
     return None
 
@@ -57,13 +60,9 @@ def _find_misfit(
 
     In a project that this library is added to, none are missing.
     """
-    nodes = [key for key in loader.applied_migrations if key[0] == label and key in loader.graph]
-    state = loader.project_state(nodes)
     tables = set(connection.introspection.table_names())
-    for model in state.apps.get_models():
+    for model in _get_applied_models(connection, loader, {label}):
         options = model._meta
-        if options.app_label != label or not options.managed or options.swapped:
-            continue
         if options.db_table not in tables:
             return f"there is no {options.db_table}"
         with connection.cursor() as cursor:
@@ -72,6 +71,23 @@ def _find_misfit(
         if missing := columns - {column.name for column in found}:
             return f"{options.db_table} has no {', '.join(sorted(missing))}"
     return None
+
+
+def _get_applied_models(
+    connection: BaseDatabaseWrapper, loader: MigrationLoader, labels: set[str]
+) -> list[Any]:
+    """Return the models of apps whose tables the applied migrations have created."""
+    applied = [key for key in loader.applied_migrations if key[0] in labels and key in loader.graph]
+    models = loader.project_state(applied).apps.get_models() if applied else []
+    return [
+        model
+        for model in models
+        if model._meta.app_label in {label for label, _ in applied}
+        and model._meta.managed
+        and not model._meta.proxy
+        and not model._meta.swapped
+        and router.allow_migrate_model(connection.alias, model)
+    ]
 
 
 def _own_labels() -> set[str]:
@@ -85,23 +101,43 @@ def _own_labels() -> set[str]:
 
 
 def adopt(connection: BaseDatabaseWrapper) -> Iterable[str]:
-    """Apply all migrations and keep existing tables; yield a line for each kept table."""
+    """Apply all migrations and keep existing tables; yield a line for each kept table.
+
+    What is recorded as applied is not repeated: the tables get what its models have and they lack.
+    Run it in a transaction.
+    """
     executor = MigrationExecutor(connection)
     executor.recorder.ensure_schema()
-    tables = set(connection.introspection.table_names())
     applied, own = executor.loader.applied_migrations, _own_labels()
+    yield from _complete(connection, _get_applied_models(connection, executor.loader, own))
+    tables = set(connection.introspection.table_names())
     plan = executor.migration_plan(executor.loader.graph.leaf_nodes(), clean_start=True)
     state = ProjectState(real_apps=executor.loader.unmigrated_apps)
     for migration, _ in plan:
         key = migration.app_label, migration.name
-        if migration.app_label in own:
-            yield from _adopt_migration(connection, migration, state, tables)
-            if key not in applied:
-                executor.recorder.record_applied(*key)
-        elif key in applied:
+        if key in applied:
             migration.mutate_state(state, preserve=False)
+        elif migration.app_label in own:
+            yield from _adopt_migration(connection, migration, state, tables)
+            executor.recorder.record_applied(*key)
         else:
             state = executor.apply_migration(state, migration)
+        if connection.in_atomic_block:
+            # PostgreSQL refuses to alter a table with rows that are not checked yet.
+            connection.check_constraints()
+
+
+def _complete(connection: BaseDatabaseWrapper, models: list[Any]) -> Iterable[str]:
+    """Create the tables of models, or add what they lack."""
+    tables = set(connection.introspection.table_names())
+    with connection.schema_editor() as editor:
+        for model in models:
+            if model._meta.db_table not in tables:
+                editor.create_model(model)
+                yield f"created {model._meta.db_table}"
+            else:
+                lines = _fit_model(editor, model)
+                yield from (line for line in lines if not line.endswith("added: nothing"))
 
 
 def _adopt_migration(
@@ -144,30 +180,45 @@ def _fit(
     columns = {column.name for column in description}
     match operation:
         case migrations.CreateModel():
-            added = [field for field in model._meta.local_fields if field.column not in columns]
-            for field in added:
-                _add_field(editor, model, field)
-            for field in model._meta.local_many_to_many:
-                through = field.remote_field.through
-                names = connection.introspection.table_names()
-                if through._meta.auto_created and through._meta.db_table not in names:
-                    editor.create_model(through)
-            for index in model._meta.indexes:
-                if index.name not in constraints:
-                    editor.add_index(model, index)
-            for constraint in model._meta.constraints:
-                if constraint.name not in constraints:
-                    editor.add_constraint(model, constraint)
-            new = ", ".join(field.column for field in added) or "nothing"
-            yield f"kept {table} for {label}.{operation.name}; added: {new}"
+            yield from _fit_model(editor, model)
         case migrations.AddField():
             field = model._meta.get_field(operation.name)
-            if field.many_to_many or field.column not in columns:
+            if field.many_to_many:
+                through = field.remote_field.through._meta.db_table
+                is_missing = through not in connection.introspection.table_names()
+            else:
+                is_missing = field.column not in columns
+            if is_missing:
                 _add_field(editor, model, field)
         case migrations.AddIndex() if operation.index.name not in constraints:
             editor.add_index(model, operation.index)
         case migrations.AddConstraint() if operation.constraint.name not in constraints:
             editor.add_constraint(model, operation.constraint)
+
+
+def _fit_model(editor: BaseDatabaseSchemaEditor, model: Any) -> Iterable[str]:
+    """Add the columns, indexes and constraints that the table of a model lacks."""
+    connection, table = editor.connection, model._meta.db_table
+    with connection.cursor() as cursor:
+        description = connection.introspection.get_table_description(cursor, table)
+        constraints = connection.introspection.get_constraints(cursor, table)
+    columns = {column.name for column in description}
+    added = [field for field in model._meta.local_fields if field.column not in columns]
+    for field in added:
+        _add_field(editor, model, field)
+    for field in model._meta.local_many_to_many:
+        through = field.remote_field.through
+        names = connection.introspection.table_names()
+        if through._meta.auto_created and through._meta.db_table not in names:
+            editor.create_model(through)
+    for index in model._meta.indexes:
+        if index.name not in constraints:
+            editor.add_index(model, index)
+    for constraint in model._meta.constraints:
+        if constraint.name not in constraints:
+            editor.add_constraint(model, constraint)
+    new = ", ".join(field.column for field in added) or "nothing"
+    yield f"kept {table} for {model._meta.label}; added: {new}"
 
 
 def _add_field(editor: BaseDatabaseSchemaEditor, model: Any, field: Any) -> None:
@@ -178,6 +229,40 @@ def _add_field(editor: BaseDatabaseSchemaEditor, model: Any, field: Any) -> None
         table, column = editor.quote_name(model._meta.db_table), editor.quote_name(field.column)
         value = editor.quote_value(default)
         editor.execute(f"ALTER TABLE {table} ALTER COLUMN {column} SET DEFAULT {value}")
+
+
+def find_user_imports() -> list[str]:
+    """Return where the service's own code imports ``auth.User``, if its users are of another model.
+
+    Django reports such code only when it runs. Migrations use historical models.
+    """
+    if get_user_model()._meta.label == "auth.User":
+        return []
+    found = []
+    base = Path(settings.BASE_DIR)
+    folders = [Path(apps.get_app_config(label).path) for label in _own_labels() - {OPS}]
+    for path in sorted({path for folder in folders for path in folder.rglob("*.py")}):
+        if "migrations" in path.parts:
+            continue
+        found += [
+            f"{path.relative_to(base)}:{node.lineno} imports User of django.contrib.auth.models; "
+            "use get_user_model()"
+            for node in ast.walk(ast.parse(path.read_bytes()))
+            if isinstance(node, ast.ImportFrom)
+            and node.module == "django.contrib.auth.models"
+            and any(alias.name == "User" for alias in node.names)
+        ]
+    return found
+
+
+def find_unconsumed_schedules() -> list[str]:
+    """Return the schedules of the earlier service whose queue no worker of this one consumes."""
+    rows = PeriodicTask.objects.exclude(queue=None).exclude(queue="")
+    return [
+        f"the schedule {row.name} uses the queue {row.queue}, which no worker consumes: add it to "
+        "QUEUES in the settings, or clear the queue of the schedule in the admin"
+        for row in rows.exclude(queue__in=queues.get_consumed()).order_by("name")
+    ]
 
 
 def copy_permissions() -> int:
