@@ -8,7 +8,7 @@ import subprocess
 
 import pytest
 
-from tests.generate import SOURCES, replace
+from tests.generate import LIBRARY, SOURCES, replace
 from tests.servers import wait_for
 
 SLUG = "weekly"
@@ -184,7 +184,7 @@ def start_in_each_deployment(service, name):
     path = service.folder / "app.json"
     app = json.loads(path.read_text())
     app["formation"][name] = {"quantity": 1}
-    command = ["python", "manage.py", "heartbeat", name]
+    command = ["python", "-m", "prodserver_ops.heartbeat", name]
     check = {"type": "startup", "name": f"{name} runs", "command": command, "attempts": 5}
     app["healthchecks"][name] = [check]
     path.write_text(json.dumps(app, indent=2) + "\n")
@@ -304,6 +304,12 @@ def test_image_contains_another_app_and_no_secrets(bake, answers):
         "rooms/models.py",
         "rooms/migrations/0001_initial.py",
         "rooms/templates/rooms/room.html",
+        "rooms/static/rooms/room.css",
+        "rooms/locale/de/LC_MESSAGES/django.mo",
+        f"{package}/templates/base.html",
+        f"{LIBRARY}/pyproject.toml",
+        ".python-version",
+        "uv.lock",
     ):
         assert not docker_ignores(patterns, path), path
     for path in (
@@ -311,6 +317,19 @@ def test_image_contains_another_app_and_no_secrets(bake, answers):
         ".git/config",
         ".venv/bin/python",
         "dump.sql",
+        "backups/x.dump",
+        "backups/restore.py",
+        "terraform/terraform.tfstate",
+        "terraform.tfstate",
+        "media/photo.jpg",
+        "media/upload.py",
+        "db.sqlite3",
+        "certificates/key.pem",
+        f"{package}/.env",
+        f"{package}/db.sqlite3",
+        f"{package}/key.pem",
+        f"{package}/templates/.env",
+        "rooms/.git/config.py",
         "staticfiles/site.css",
         "tests/test_pages.py",
         "var/db.sqlite3",

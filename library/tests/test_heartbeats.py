@@ -2,7 +2,11 @@
 
 import os
 import socket
+import subprocess
+import sys
+import time
 from datetime import timedelta
+from pathlib import Path
 from queue import SimpleQueue
 
 import pytest
@@ -11,9 +15,10 @@ from django.db import OperationalError
 from django.db.models import F
 from django.utils import timezone
 
+from prodserver_ops import heartbeat
 from prodserver_ops.conf import processes
 from prodserver_ops.console import doctor, problems
-from prodserver_ops.models import Heartbeat
+from prodserver_ops.models import HEARTBEAT_AGE, Heartbeat
 from prodserver_ops.scheduling import heartbeats
 from prodserver_ops.web import health
 
@@ -189,3 +194,66 @@ class TestCommand:
         assert error.value.code == 1
         expected = f"heartbeat {seconds} seconds ago" if seconds else "no heartbeat"
         assert capsys.readouterr().out == f"worker on {HOST}: {expected}\n"
+
+
+class TestFile:
+    """The check of the file, which imports nothing of the service."""
+
+    @pytest.fixture(autouse=True)
+    def _folder(self, monkeypatch, tmp_path, settings):
+        monkeypatch.setenv("TMPDIR", str(tmp_path))
+        settings.BASE_DIR = tmp_path / "service"
+        settings.BASE_DIR.mkdir()
+
+    def check(self, base, process="worker"):
+        command = [sys.executable, "-m", "prodserver_ops.heartbeat", process]
+        environment = os.environ | {"PYTHONPATH": str(Path(heartbeat.__file__).parents[1])}
+        done = subprocess.run(command, cwd=base, env=environment, capture_output=True, text=True)
+        assert done.stderr == ""
+        return done.returncode, done.stdout
+
+    def test_reports_a_process_that_runs_until_it_ends(self, settings, tmp_path):
+        base = settings.BASE_DIR
+        assert self.check(base) == (1, f"worker in {base}: no heartbeat\n")
+        heartbeats.record("worker")
+        assert self.check(base) == (0, f"worker in {base}: heartbeat 0 seconds ago\n")
+        assert self.check(base, "beat")[0] == self.check(tmp_path)[0] == 1
+        heartbeats.forget()
+        assert self.check(base)[0] == 1
+
+    def test_reports_the_last_of_several_and_their_age(self, settings):
+        heartbeat.touch("worker", settings.BASE_DIR)
+        (path,) = Path(heartbeat.get_folder()).iterdir()
+        assert path.stat().st_mode & 0o777 == 0o600
+        os.utime(path, (0, time.time() - 61))
+        assert self.check(settings.BASE_DIR)[0] == 1
+        path.with_suffix(".1").touch()
+        assert self.check(settings.BASE_DIR)[0] == 0
+
+    def test_is_recorded_while_the_database_is_unavailable(self, settings, monkeypatch):
+        monkeypatch.setattr(Heartbeat.objects, "update_or_create", fail)
+        with pytest.raises(OperationalError):
+            heartbeats.record("worker")
+        assert heartbeat.get_age("worker", settings.BASE_DIR) < 60
+
+    def test_folder_of_another_user_is_not_used(self, settings, tmp_path):
+        (tmp_path / f"prodserver-{os.getuid()}").symlink_to(tmp_path)
+        with pytest.raises(FileExistsError):
+            heartbeat.touch("worker", settings.BASE_DIR)
+        heartbeats.record("worker")  # The database has it.
+        assert heartbeats.is_alive("worker")
+
+    def test_imports_no_other_package(self):
+        code = "import sys; import prodserver_ops.heartbeat; print(*sys.modules)"
+        environment = os.environ | {"PYTHONPATH": str(Path(heartbeat.__file__).parents[1])}
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        packages = {name.partition(".")[0] for name in done.stdout.split()}
+        assert not packages & {"django", "celery", "cbs", "tempfile", "logging"}
+
+    def test_has_the_age_of_those_in_the_database(self):
+        assert heartbeat.MAX_AGE == HEARTBEAT_AGE
+
+
+def fail(**options):
+    raise OperationalError

@@ -249,7 +249,7 @@ class TestFiles:
             "has no health check of the process 'loop'.",
             "starts 'beat', which PRODUCTION_PROCESSES does not name.",
         ]
-        assert '"manage.py", "heartbeat", "loop"' in found[1][1]
+        assert '"-m", "prodserver_ops.heartbeat", "loop"' in found[1][1]
 
     def test_check_reports_them(self, problems):
         problems(Procfile=self.PROCFILE)

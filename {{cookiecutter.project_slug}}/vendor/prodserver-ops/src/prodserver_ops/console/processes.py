@@ -110,7 +110,8 @@ def _find_script_problems(base: Path) -> Iterator[tuple[str, str]]:
     """Return why ./manage.py, which deploys run, cannot be run as it is."""
     script = base / "manage.py"
     files = [base / name for name in ("Procfile", "app.json")]
-    if not any(path.exists() and "./manage.py" in path.read_text() for path in files):
+    runs = any(path.exists() and "./manage.py" in path.read_text() for path in files)
+    if not runs or not script.exists():
         return
     if b"\r\n" in script.read_bytes():
         hint = "Run: git add --renormalize . && git rm --cached -rq . && git reset --hard"
@@ -132,7 +133,7 @@ def _find_app_problems(path: Path) -> Iterator[tuple[str, str]]:
             line = f'Write "{name}": ' + '{"quantity": 1} in formation.'
             yield f"app.json does not start the process {name!r} of PRODUCTION_PROCESSES.", line
         if checks and name not in checks and name in heartbeats.get_processes():
-            command = ["python", "manage.py", "heartbeat", name]
+            command = ["python", "-m", "prodserver_ops.heartbeat", name]
             check = {"type": "startup", "name": f"{name} runs", "command": command}
             line = json.dumps({name: [check | {"attempts": 5, "wait": 5, "timeout": 30}]})[1:-1]
             hint = f"Write {line} in healthchecks."

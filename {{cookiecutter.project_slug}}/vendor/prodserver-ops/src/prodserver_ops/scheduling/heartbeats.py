@@ -1,9 +1,9 @@
-"""Heartbeats: all processes record in the database that they are running.
+"""Heartbeats: all processes record in the database, and in a file, that they are running.
 
 Heartbeats work with every broker, and show whether a process hangs: a worker sends them from the
 loop that receives tasks, and beat from each pass over the schedules. A web process sends them even
 if all its threads are busy; use ``/health/ready`` to find that. Ages are measured by the database's
-clock.
+clock. ``prodserver_ops.heartbeat`` reads the files.
 """
 
 import atexit
@@ -25,6 +25,7 @@ from django.utils.module_loading import import_string
 from django_prodserver.backends.base import BaseWorkerBackend
 from django_prodserver.backends.workers.celery import CeleryBeat, CeleryWorker
 
+from .. import heartbeat
 from ..core import logs
 from ..models import Heartbeat
 
@@ -94,6 +95,8 @@ def record(process: str) -> None:
     global _recorded_at
     if _recorded_at is not None and time.monotonic() - _recorded_at < INTERVAL:
         return
+    with contextlib.suppress(OSError):  # The check says that there is no file.
+        heartbeat.touch(process, settings.BASE_DIR)
     Heartbeat.objects.update_or_create(
         process=process, host=socket.gethostname(), pid=os.getpid(), defaults={"seen_at": Now()}
     )
@@ -108,6 +111,7 @@ def record_beat() -> None:
 
 def forget() -> None:
     """Delete the heartbeat of this process when it exits."""
+    heartbeat.remove_all(settings.BASE_DIR)
     with contextlib.suppress(DatabaseError, InterfaceError):
         Heartbeat.objects.filter(host=socket.gethostname(), pid=os.getpid()).delete()
 
