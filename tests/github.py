@@ -178,6 +178,8 @@ class GitHub:
 
     def evaluate(self, text):
         """Return the value of a variable of a step, which names secrets."""
+        if text == "${{ github.token }}":
+            return "token of GitHub"
         match = re.fullmatch(
             r"\$\{\{ secrets\.(\w+)(?: (&&|\|\|) ('yes'|github\.token))? \}\}", text
         )

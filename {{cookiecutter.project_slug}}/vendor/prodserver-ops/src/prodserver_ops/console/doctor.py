@@ -117,7 +117,8 @@ def check_queue() -> Result:
         )
     if problem := "; ".join(queues.describe_unconsumed(counts).values()):
         return Result(problem, ERROR, get_next_command("settings"))
-    return Result("no task was given up, and each queue is consumed")
+    waiting = sum(counts.values())
+    return Result(f"no task was given up, and each queue is consumed; {waiting} messages wait")
 
 
 def check_delayed() -> Result:
