@@ -32,6 +32,7 @@ PYTHONS = ("3.14", "3.13", "3.12")
 #: The files that contain the Python version of the service, and their lines.
 PYTHON_FILES = {
     ".python-version": "{}\n",
+    ".devcontainer/devcontainer.json": "devcontainers/python:{}",
     "Dockerfile": "FROM python:{}-slim",
     "compose.dev.yaml": "FROM python:{}-slim",
 }

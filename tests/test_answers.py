@@ -90,15 +90,15 @@ def test_invalid_answer_at_a_prompt_is_asked_again(run_cookiecutter):
 
 
 def test_other_choices_are_asked_only_if_they_are_wanted(run_cookiecutter):
-    answers = ["One", *[""] * 9, "n", "y", "2", "2", *[""] * 6, "y", ""]
+    answers = ["One", *[""] * 9, "n", "y", "2", "2", *[""] * 6, "y", "", ""]
     folder, done = run_cookiecutter(stdin="\n".join(answers) + "\n")
     assert done.returncode == 0, done.stdout
     assert (folder / "one" / "LICENSE").read_text().startswith("MIT License")
     assert (folder / "one" / "compose.yaml").exists()
     folder, done = run_cookiecutter("license=MIT", stdin="\n".join([*answers[:11], "n"]) + "\n")
     assert done.returncode == 0, done.stdout
-    assert done.stdout.count("[12/22]") == 1
-    assert "[13/22]" not in done.stdout
+    assert done.stdout.count("[12/23]") == 1
+    assert "[13/23]" not in done.stdout
     assert (folder / "one" / "LICENSE").exists()
     assert not (folder / "one" / "compose.yaml").exists()
 
@@ -128,7 +128,7 @@ def test_unsupported_combination_is_refused_with_the_nearest_supported_one(
 
 def test_unsupported_combination_at_a_prompt_is_asked_again(run_cookiecutter):
     # The 18th question is the one about WebSockets.
-    answers = [*[""] * 10, "n", "y", *[""] * 5, "2", "1", *[""] * 4]
+    answers = [*[""] * 10, "n", "y", *[""] * 5, "2", "1", *[""] * 5]
     folder, done = run_cookiecutter(stdin="\n".join(answers) + "\n")
     assert done.returncode == 0, done.stdout
     assert "choose web_server=uvicorn" in done.stdout

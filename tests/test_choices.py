@@ -23,6 +23,8 @@ WORDS = [
     ({"queues": "high"}, r"worker.high|high_queue|\.high\b"),
     ({"deploy": "systemd"}, r"systemd|systemctl"),
     ({"deploy": "dockerfile"}, r"docker build|dockerignore"),
+    ({"ci": "gitlab"}, r"gitlab|merge.request"),
+    ({"ci": "github"}, r"\.github\b|pull.request|dependabot|actions/"),
     ({"compose": True}, r"docker compose|compose\.ya?ml|nginx\.conf"),
 ]
 
@@ -33,8 +35,9 @@ IGNORED = (".cruft.json", ".gitignore", "docs/recipes.md")
 @pytest.mark.parametrize(("answers", "words"), WORDS, ids=str)
 def test_words_of_a_choice_occur_only_if_it_was_chosen(bake, answers, words):
     with_choice = bake(**answers)
-    others = {"web_server": "granian"} if answers == {"web_server": "gunicorn"} else {}
-    without = bake(**others)
+    # The words of a default occur in services without another answer.
+    others = {"gunicorn": {"web_server": "granian"}, "github": {"ci": "gitlab"}}
+    without = bake(**others.get(next(iter(answers.values())), {}))
     found = {
         project: [
             path

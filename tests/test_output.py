@@ -15,15 +15,15 @@ from tests.generate import SOURCES, TEMPLATE
 
 FILES = """
 .cruft.json
+.devcontainer/devcontainer.json
+.editorconfig
 .env.example
-.github/dependabot.yml
-.github/workflows/ci.yml
-.github/workflows/upgrade.yml
 .gitattributes
 .gitignore
 .ignore
 .pre-commit-config.yaml
 .python-version
+AGENTS.md
 Procfile
 Procfile.dev
 README.md
@@ -83,7 +83,6 @@ tests/test_submissions.py
 
 #: Files that a choice adds.
 IMAGE_FILES = """
-.github/workflows/image.yml
 .dockerignore
 Dockerfile
 docs/image.md
@@ -94,6 +93,12 @@ compose.yaml
 docs/compose.md
 nginx.conf
 """
+
+#: The files of each CI service.
+CI_FILES = {
+    "github": ".github/dependabot.yml .github/workflows/ci.yml .github/workflows/upgrade.yml",
+    "gitlab": ".gitlab-ci.yml .gitlab/workflows/ci.yml .gitlab/workflows/upgrade.yml",
+}
 
 #: Answers that cover every choice that changes the output.
 ANSWERS = {
@@ -106,6 +111,8 @@ ANSWERS = {
     "redis": {"broker": "redis"},
     "systemd": {"deploy": "systemd"},
     "postgresql": {"broker": "postgresql"},
+    "gitlab": {"ci": "gitlab"},
+    "gitlab and compose": {"ci": "gitlab", "compose": True},
     "mit": {"license": "MIT"},
     "apache": {"license": "Apache-2.0"},
     "short": {"project_slug": "q", "project_name": "Q", "timezone": "Europe/London"},
@@ -141,9 +148,10 @@ def texts(project, *endings):
 @pytest.mark.parametrize("answers", ANSWERS.values(), ids=ANSWERS)
 def test_answers_generate_the_exact_set_of_files(bake, answers):
     project = bake(**answers)
-    expected = FILES.replace("SLUG", project.name).split()
+    ci = answers.get("ci", "github")
+    expected = FILES.replace("SLUG", project.name).split() + CI_FILES[ci].split()
     if answers.get("compose") or answers.get("deploy") == "dockerfile":
-        expected += IMAGE_FILES.split()
+        expected += [*IMAGE_FILES.split(), f".{ci}/workflows/image.yml"]
     if answers.get("compose"):
         expected += COMPOSE_FILES.split()
     if "license" in answers:
@@ -161,6 +169,19 @@ def test_a_service_is_small(default_project):
     assert len(names) < 80
     python = [(default_project / name).read_text() for name in names if name.endswith(".py")]
     assert sum(text.count("\n") for text in python) < 2_800
+
+
+def test_the_guide_for_assistants_is_short_and_names_what_exists(default_project):
+    text = (default_project / "AGENTS.md").read_text()
+    assert text.count("\n") < 60
+    names = re.findall(r"`((?:[\w.-]+/)*[\w-]+(?:/|\.\w+))(?: [^`]*)?`", text)
+    assert {"vendor/prodserver-ops/", "openapi.yaml", "docs/tasks.md"} <= set(names)
+    made = {".env", "uv.lock", "var/"}
+    package = default_project / default_project.name
+    library = default_project / SOURCES.parent
+    for name in set(names) - made:
+        places = (default_project / name, package / name, library / name)
+        assert any(place.exists() for place in places), name
 
 
 def test_contract_tests_are_few(default_project):
@@ -192,7 +213,8 @@ def test_python_files_are_valid_and_pass_ruff(project):
         assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_toml_yaml_and_procfiles_are_valid(project):
+def test_toml_yaml_json_and_procfiles_are_valid(project):
+    assert all(json.loads(text) for text in texts(project, ".json").values())
     for text in texts(project, ".toml").values():
         assert tomllib.loads(text)
     for text in texts(project, ".yml", ".yaml").values():

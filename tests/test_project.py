@@ -38,6 +38,18 @@ def test_generated_tests_pass_on_postgresql_and_rabbitmq(
     service.run("pytest -q")
 
 
+def test_gitlab_runs_the_same_command(bake):
+    project = bake(ci="gitlab", broker="redis")
+    (included,) = yaml.safe_load((project / ".gitlab-ci.yml").read_text())["include"]
+    jobs = {}
+    for path in project.glob(included["local"]):
+        jobs |= yaml.safe_load(path.read_text())
+    assert set(jobs) == {"test", "upgrade", "merge-request"}
+    assert jobs["test"]["script"] == ["pip install uv", "uv run --locked manage.py ci"]
+    assert jobs["test"]["services"] == ["postgres:16", "redis:7"]
+    assert jobs["test"]["variables"]["CELERY_BROKER_URL"] == "redis://redis:6379/1"
+
+
 @pytest.mark.parametrize("answers", [{}, {"monitoring": "flower", "broker": "postgresql"}])
 def test_the_workflow_runs_the_command_that_runs_linters_and_tests(bake, answers):
     project = bake(**answers)
