@@ -303,7 +303,7 @@ class Template:
         for path in library.rglob("*.py"):
             path.write_text(re.sub(r"\bcore\.headers\b", "core.metadata", path.read_text()))
         replace(service / "Procfile", "release: ./manage.py", "release: python manage.py")
-        (workflow,) = service.glob("*ci.folder*/workflows/*github*ci.yml*")
+        (workflow,) = service.glob("*.folder*/workflows/*github*ci.yml*")
         replace(workflow, "timeout-minutes: 15", "timeout-minutes: 16")
         replace(self.folder / "local_extensions.py", '[*text.split(), "1"]', '[*text.split(), "2"]')
         version = json.loads((self.folder / "cookiecutter.json").read_text())["_version"]
