@@ -96,11 +96,12 @@ def photograph(texts):
         page.fill("#id_password", "secret")
         page.click("[type=submit]")
         for name, path in {
+            "home": "/",
             "operations": "/admin/ops/taskrun/operations/",
             "moderation": "/admin/prayer_room_api/submission/2/change/",
         }.items():
             page.goto(URL + path)
-            page.screenshot(path=IMAGES / f"{name}.png", full_page=True)
+            page.screenshot(path=IMAGES / f"{name}.png", full_page=name != "home")
         page = browser.new_page(viewport={"width": 640, "height": 200})
         page.goto(f"{URL}/emails/moderator.html")
         page.screenshot(path=IMAGES / "digest.png", full_page=True)

@@ -72,7 +72,7 @@ def test_relative_links_lead_to_files(default_project):
 
 
 #: The workflows that may write.
-PERMISSIONS = {"release.yml": {"contents": "write"}}
+PERMISSIONS = {"example.yml": {"contents": "write"}, "release.yml": {"contents": "write"}}
 
 #: The jobs that may write; these run no code of others.
 WRITERS = {
