@@ -1,7 +1,7 @@
 """Accessibility: axe finds no violation in the service's own pages and e-mail.
 
 On a desktop in the light theme and on a phone in the dark one. Pages that are Django's alone,
-such as the form of a group, are not looked at.
+such as the form of a group, and Swagger's at ``/api/docs/`` are not looked at.
 """
 
 import shutil
@@ -36,8 +36,12 @@ PAGES = [
     "/emails/",
     "/admin/",
     "/admin/ops/taskrun/operations/",
+    "/admin/{slug}/submission/",
     "/admin/{slug}/submission/2/change/",
 ]
+
+#: What Django's own parts of these pages violate: the search box of a list has no visible label.
+DJANGO = ("label-title-only", 'id="searchbar"')
 
 EMAILS = ["moderator", "daily", "weekly", "answer"]
 
@@ -78,6 +82,7 @@ def find_violations(page, options=None):
         f"{violation['id']}: {node['html']}"
         for violation in response["violations"]
         for node in violation["nodes"]
+        if not (violation["id"] == DJANGO[0] and DJANGO[1] in node["html"])
     ]
 
 
