@@ -6,6 +6,7 @@ NAME is one of
 
 =============  =========================================================================
 ``restore``    a digest is sent between a backup and its restore with pg_dump
+``locks``      a table is locked in a digest, and all sessions are ended three times
 ``log``        nobody reads the logs of web and worker
 =============  =========================================================================
 
@@ -26,6 +27,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+import psycopg
 import small_project
 from small_project import Mailbox, services, wait_for
 
@@ -190,6 +192,36 @@ def play_restore(recipients=RECIPIENTS):
         return found
 
 
+def play_locks(recipients=RECIPIENTS, seconds=25):
+    """A table is locked for a while in a digest, and all sessions are ended three times."""
+    with small_project.make(Project, services.RABBITMQ) as project:
+        mailbox = project.mailbox
+        mailbox.delay = 0.05
+        project.create(recipients)
+        project.start("worker")
+        project.shell(RESUME)
+        project.wait_for_all(recipients // 4)
+        with psycopg.connect(project.database) as connection:
+            connection.execute("LOCK TABLE ops_digestdelivery")
+            time.sleep(seconds)
+        project.wait_for_all(recipients // 2)
+        after_lock = mailbox.count_repeated()
+        for _ in range(3):
+            project.query(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+                "WHERE datname = current_database() AND pid <> pg_backend_pid()"
+            )
+            time.sleep(2.3)
+        project.wait_for_all(recipients)
+        project.rest()
+        return {
+            "recipients": recipients,
+            "missing": recipients - len(mailbox.messages),
+            "twice after the lock": after_lock,
+            "twice after the sessions": mailbox.count_repeated() - after_lock,
+        }
+
+
 def play_log(requests=96, clients=8):
     """The reader of the log of web and worker hangs: a pipe of 4 KiB that nobody reads."""
     with small_project.make(Project, services.RABBITMQ) as project:
@@ -233,6 +265,7 @@ def get(port, path):
 
 PLAYS = {
     "restore": (play_restore, lambda found: not sum_of(found, "twice")),
+    "locks": (play_locks, lambda found: not sum_of(found, "twice") and not found["missing"]),
     "log": (
         play_log,
         lambda found: (

@@ -7,7 +7,9 @@ import threading
 from collections import Counter
 from concurrent.futures import as_completed
 from datetime import UTC, datetime, timedelta
+from unittest.mock import patch
 
+import psycopg
 import pytest
 import time_machine
 from celery.exceptions import SoftTimeLimitExceeded
@@ -15,11 +17,13 @@ from django.contrib.auth import get_user_model
 from django.core import mail
 from django.core.mail.backends.locmem import EmailBackend
 from django.db import IntegrityError, connection
+from django.db import OperationalError as DatabaseAway
 from django.utils import timezone
 from django_celery_beat.models import CrontabSchedule, IntervalSchedule, PeriodicTask
 from kombu.exceptions import OperationalError
 
 from prodserver_ops.console import doctor
+from prodserver_ops.core import database
 from prodserver_ops.mail import attempts, deliveries, tasks, transport
 from prodserver_ops.mail.digests import DailyDigest, Notification, registry
 from prodserver_ops.models import Attempt, DigestDelivery, DigestRun
@@ -1110,3 +1114,101 @@ class TestSeveralConnections:
         over.set()
         assert [status for _, status, _ in statuses()] == ["sent", *["sending"] * 4]
         assert Attempt.objects.filter(unknown=1).count() == 4
+
+
+@pytest.mark.skipif("connection.vendor != 'postgresql'")
+@pytest.mark.django_db(transaction=True, serialized_rollback=True)
+class TestUnavailableDatabase:
+    """The process knows what it has sent, and stores it later."""
+
+    @pytest.fixture
+    def other(self, settings, monkeypatch):
+        """Another session of the database."""
+        monkeypatch.setattr(database, "PERSIST_INTERVAL", 0.05)
+        settings.EMAIL_CONNECTIONS = 2
+        with psycopg.connect(**connection.get_connection_params(), autocommit=True) as other:
+            yield other
+
+    @pytest.fixture
+    def after_first(self, server, monkeypatch):
+        """A function that sets what happens once the first e-mail is accepted."""
+        send_messages = Server.send_messages
+
+        def set_event(function):
+            once = iter([function])
+
+            def send(server, messages):
+                count = send_messages(server, messages)
+                next(once, lambda: None)()
+                return count
+
+            monkeypatch.setattr(Server, "send_messages", send)
+
+        return set_event
+
+    def finish(self, run, chunk, number):
+        for _ in range(10):
+            if deliveries.send_chunk(run, chunk):
+                break
+        assert len(recipients()) == len(set(recipients())) == number
+
+    def test_lost_session_repeats_nothing(self, run, readers, other, after_first, caplog):
+        pid = connection.connection.info.backend_pid
+        after_first(lambda: other.execute("SELECT pg_terminate_backend(%s)", [pid]))
+        chunk = readers[0].pk // deliveries.CHUNK
+        # Another process may have the lock now.
+        assert not deliveries.send_chunk(run, chunk)
+        assert 1 <= len(recipients()) < 3
+        self.finish(run, chunk, 3)
+        assert "The database is unavailable, trying again" in caplog.text
+
+    def test_locked_table_repeats_nothing(self, run, readers, other, after_first, caplog):
+        with connection.cursor() as cursor:
+            cursor.execute("SET lock_timeout = '200ms'")
+        locked = threading.Event()
+
+        def lock():
+            with other.transaction():
+                other.execute("LOCK TABLE ops_digestdelivery")
+                locked.set()
+                waiting.wait(20)
+
+        waiting = threading.Event()
+        warn = database.logger.warning
+        thread = threading.Thread(target=lock)
+
+        def start():
+            thread.start()
+            assert locked.wait(20)
+
+        after_first(start)
+
+        def release(*args):
+            warn(*args)
+            waiting.set()
+
+        with patch.object(database.logger, "warning", release):
+            self.finish(run, readers[0].pk // deliveries.CHUNK, 3)
+        thread.join(20)
+        assert "The database is unavailable, trying again" in caplog.text
+
+    def test_lost_session_repeats_no_notification(self, make_user, monkeypatch, other, after_first):
+        notification = SampleNotification()
+        monkeypatch.setitem(registry, notification.name, notification)
+        notification.keys = {pk := make_user("author").pk}
+        deliveries.request_notification(notification.name, pk)
+        pid = connection.connection.info.backend_pid
+        after_first(lambda: other.execute("SELECT pg_terminate_backend(%s)", [pid]))
+        deliveries.send_notification(notification, pk)
+        assert len(mail.outbox) == 1
+        assert notification.keys == set()
+        assert not Attempt.objects.exists()
+
+    def test_gives_up_after_some_time(self, monkeypatch):
+        monkeypatch.setattr(database, "PERSIST_SECONDS", 0)
+
+        def fail():
+            raise DatabaseAway("away")
+
+        with pytest.raises(DatabaseAway):
+            database.persist(fail)

@@ -96,7 +96,7 @@ class TestRecognition:
         assert recognition.find_restore() is None
 
     @on_postgresql
-    @pytest.mark.django_db(transaction=True)
+    @pytest.mark.django_db(transaction=True, serialized_rollback=True)
     def test_a_restored_dump_has_another_identity(self):
         # The origin has an identity of its own in each database, also after VACUUM FULL.
         identity, timeline = recognition.get_identity()

@@ -4,8 +4,9 @@ By default, neither Django nor PostgreSQL limits how long a client waits for a s
 is unreachable.
 """
 
+import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -24,6 +25,8 @@ from django.db.backends.base.base import BaseDatabaseWrapper
 
 if TYPE_CHECKING:
     import psycopg
+
+logger = logging.getLogger(__name__)
 
 #: Options of each connection. The timeout for connecting is 5 seconds. A connection is lost if the
 #: server acknowledges nothing for 25 seconds, whether or not the client has sent data.
@@ -55,6 +58,9 @@ TEMPORARY_ERRORS = (OperationalError, InterfaceError)
 #: The SQLSTATEs of temporary errors for which psycopg has another class. ``limit_connection()`` makes
 #: them an OperationalError: the server is read-only, or it has ended an idle or long transaction.
 TEMPORARY_STATES = {"25006", "25P03", "25P04"}
+
+#: How long ``persist()`` tries, and the time between two attempts, in seconds.
+PERSIST_SECONDS, PERSIST_INTERVAL = 180, 0.5
 
 #: How long the client waits for a result beyond the statement timeout, in seconds.
 GRACE = 5
@@ -186,6 +192,24 @@ def _close(raw: "psycopg.Connection[Any]", connection: BaseDatabaseWrapper | Non
     raw.pgconn.finish()
     if connection is not None and not connection.in_atomic_block:
         connection.close()
+
+
+def persist[T](function: Callable[[], T]) -> T:
+    """Return the result of a function that stores what only this process knows.
+
+    While the database is unavailable, locked or read-only, the function is called again, for
+    ``PERSIST_SECONDS``; then the error is raised.
+    """
+    deadline = time.monotonic() + PERSIST_SECONDS
+    while True:
+        try:
+            return function()
+        except TEMPORARY_ERRORS as error:
+            if time.monotonic() > deadline:
+                raise
+            logger.warning("The database is unavailable, trying again: %s", type(error).__name__)
+        time.sleep(PERSIST_INTERVAL)
+        connection.close_if_unusable_or_obsolete()
 
 
 @contextmanager

@@ -66,7 +66,9 @@ def end(message_id: str, outcome: Outcome) -> bool:
 
     An e-mail is never given up because of a failure of the server.
     """
-    attempt = Attempt.objects.get(message_id=message_id)
+    attempt = Attempt.objects.filter(message_id=message_id).first()
+    if attempt is None:
+        return True  # It was given up just now, but the database did not reply.
     now = timezone.now()
     if outcome.verdict is not Verdict.UNKNOWN:
         attempt.unknown -= 1

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from functools import partial
 from itertools import batched, islice
 from signal import SIGTERM, sigpending
 from typing import Any
@@ -22,6 +23,7 @@ from django.db import connection, transaction
 from django.db.models import BigIntegerField, Exists, ExpressionWrapper, F, OuterRef, QuerySet
 from django.utils import timezone
 
+from ..core.database import persist
 from ..core.locks import try_lock
 from ..core.signals import deferred_sigterm
 from ..models import Attempt, DigestDelivery, DigestRun
@@ -197,12 +199,15 @@ def _send(
         if not runs.exists():
             return True
         record(run, (recipients[0], SENDING, ""))
+    # It holds the lock of the chunk. If it is lost, another process may go on.
+    session = connection.connection
+    done: list[tuple[Any, str, str]] = []
     with deferred_sigterm():
         while following or server.sending:
             for recipient, _ in following:
                 if recipient.pk in repeats:
                     key = _message_id(run, recipient)
-                    attempts.begin(key, killed=key not in unfinished)
+                    persist(partial(attempts.begin, key, killed=key not in unfinished))
             server.start(following)
             try:
                 upcoming.extend(islice(emails, limit - len(upcoming)))
@@ -216,20 +221,42 @@ def _send(
                     rows.append((recipient, SENT, ""))
                     continue
                 if recipient.pk not in repeats:
-                    attempts.begin(key)
-                if attempts.end(key, outcome):
+                    persist(partial(attempts.begin, key))
+                if persist(partial(attempts.end, key, outcome)):
                     rows.append((recipient, FAILED, outcome.reason))
                 if outcome.stops:
                     problem = unusable(outcome)
             stops = problem or time.monotonic() > deadline or SIGTERM in sigpending()
             following = [] if stops else _take_group(upcoming, server, repeats)
-            record(run, *rows, *((recipient, SENDING, "") for recipient, _ in following))
+            done += rows
+            begun_rows = [(recipient, SENDING, "") for recipient, _ in following]
+            if not persist(partial(_record_all, run, rows, begun_rows, done, session)):
+                following = []
             for recipient, status, _ in rows:
                 if status == SENT and recipient.pk in repeats:
-                    attempts.finish(_message_id(run, recipient))
+                    persist(partial(attempts.finish, _message_id(run, recipient)))
     if problem is not None:
         raise problem
-    return not upcoming
+    return not upcoming and connection.connection is session
+
+
+def _record_all(
+    run: DigestRun,
+    rows: Sequence[tuple[Any, str, str]],
+    begun: Sequence[tuple[Any, str, str]],
+    done: Sequence[tuple[Any, str, str]],
+    session: Any,
+) -> bool:
+    """Commit what is new and what is sent next; return whether that may be sent.
+
+    It may not if the session is lost. Then all that was sent is committed again, because a server
+    that crashed may have lost the last commits.
+    """
+    if connection.connection is session:
+        record(run, *rows, *begun)
+        return True
+    record(run, *done)
+    return False
 
 
 def _take_group(
@@ -358,10 +385,10 @@ def send_notification(notification: Notification, pk: Any) -> None:
             # Recorded before the attempt, in which the process may be killed.
             attempts.begin(message_id)
             outcome = server.send(email)
-            if outcome.verdict is Verdict.SENT:
-                notification.mark_sent(obj)
-                attempts.finish(message_id)
-            elif attempts.end(message_id, outcome):
-                notification.mark_sent(obj)
+            if outcome.verdict is Verdict.SENT or persist(
+                partial(attempts.end, message_id, outcome)
+            ):
+                persist(partial(notification.mark_sent, obj))
+                persist(partial(attempts.finish, message_id))
             if outcome.stops:
                 raise unusable(outcome)

@@ -13,6 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from enum import Enum
+from functools import partial
 from itertools import islice
 from queue import SimpleQueue
 from typing import Any
@@ -21,6 +22,7 @@ from celery.exceptions import SoftTimeLimitExceeded
 from django.conf import settings
 from django.core import mail
 
+from ..core.database import persist
 from ..core.limits import entries
 from ..core.locks import try_lock
 from ..scheduling.restores import find_restore
@@ -175,13 +177,13 @@ class Server:
     def _judge(self, error: Exception | None) -> Outcome:
         if error is None:
             if self.failures is not None:
-                entries.delete(FAILURES)
+                persist(partial(entries.delete, FAILURES))
                 self.failures = None
             return Outcome(Verdict.SENT)
         if isinstance(error, SoftTimeLimitExceeded):
             return Outcome(Verdict.UNKNOWN, "the task exceeded its time limit", stops=True)
         verdict, reason = classify_error(error)
-        return Outcome(verdict, reason, self.count(verdict, reason))
+        return Outcome(verdict, reason, persist(partial(self.count, verdict, reason)))
 
     def count(self, verdict: Verdict, reason: str) -> bool:
         """Count a failed e-mail; return whether the server itself has failed."""
