@@ -7,6 +7,7 @@ NAME is one of
 =============  =========================================================================
 ``restore``    a digest is sent between a backup and its restore with pg_dump
 ``locks``      a table is locked in a digest, and all sessions are ended three times
+``migrations`` two deploys migrate an empty database at once
 ``log``        nobody reads the logs of web and worker
 =============  =========================================================================
 
@@ -20,6 +21,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPConnection
@@ -222,6 +224,21 @@ def play_locks(recipients=RECIPIENTS, seconds=25):
         }
 
 
+def play_migrations():
+    """Two deploys migrate an empty database at once."""
+    database = services.create(services.POSTGRESQL, "migrations")
+    with tempfile.TemporaryDirectory() as folder:
+        project = Project(folder, database, services.URLS[services.RABBITMQ])
+        try:
+            with ThreadPoolExecutor(2) as threads:
+                done = list(threads.map(project.call, ["migrate", "migrate"]))
+        finally:
+            project.close()
+            services.delete(services.POSTGRESQL, database)
+    waited = sum("Another process is migrating" in each.stdout for each in done)
+    return {"statuses": [each.returncode for each in done], "waited": waited}
+
+
 def play_log(requests=96, clients=8):
     """The reader of the log of web and worker hangs: a pipe of 4 KiB that nobody reads."""
     with small_project.make(Project, services.RABBITMQ) as project:
@@ -266,6 +283,10 @@ def get(port, path):
 PLAYS = {
     "restore": (play_restore, lambda found: not sum_of(found, "twice")),
     "locks": (play_locks, lambda found: not sum_of(found, "twice") and not found["missing"]),
+    "migrations": (
+        play_migrations,
+        lambda found: found["statuses"] == [0, 0] and found["waited"] == 1,
+    ),
     "log": (
         play_log,
         lambda found: (

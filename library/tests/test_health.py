@@ -6,7 +6,7 @@ from threading import Event
 from unittest.mock import Mock
 
 import pytest
-from django.db import connections
+from django.db import OperationalError, connection, connections
 from django.test import Client
 
 from prodserver_ops.web import health
@@ -17,10 +17,10 @@ def _close_databases_in_memory(monkeypatch):
     """Close the connections of check threads; Django keeps databases in memory open."""
 
     def close_all():
-        for connection in connections.all(initialized_only=True):
-            if connection.connection is not None:
-                connection.connection.close()
-                connection.connection = None
+        for each in connections.all(initialized_only=True):
+            if each.connection is not None:
+                each.connection.close()
+                each.connection = None
 
     monkeypatch.setattr(connections, "close_all", close_all)
 
@@ -67,11 +67,12 @@ def test_not_ready_names_the_failed_check_and_no_secret(client, caplog, fail, na
 def test_deep_check_requires_heartbeats(client, monkeypatch, alive, status):
     monkeypatch.setattr(health, "CHECKS", {"database": lambda: None, "broker": lambda: None})
     monkeypatch.setattr(health, "check_queues", lambda: None)
+    monkeypatch.setattr(health, "check_writes", lambda: None)
     monkeypatch.setattr(health.heartbeats, "is_alive", lambda process: alive or process == "beat")
     response = client.get("/health/ready?deep")
     assert response.status_code == status
     workers = dict.fromkeys(health.heartbeats.get_workers(), "ok" if alive else "unavailable")
-    others = dict.fromkeys(("database", "broker", "beat", "queues"), "ok")
+    others = dict.fromkeys(("database", "broker", "writes", "beat", "queues"), "ok")
     assert response.json()["checks"] == workers | others
     assert "worker" in workers
 
@@ -136,3 +137,21 @@ def test_every_method_gets_the_same_response(client, monkeypatch, method):
     assert getattr(client, method)("/health/ready").status_code == 200
     monkeypatch.setattr(health, "CHECKS", {"database": lambda: 1 / 0})
     assert getattr(Client(), method)("/health/ready").status_code == 503
+
+
+@pytest.mark.django_db
+def test_database_can_be_written():
+    health.check_writes()
+
+
+@pytest.mark.django_db(transaction=True, serialized_rollback=True)
+def test_read_only_database_is_an_error():
+    on, off = {
+        "postgresql": ("SET default_transaction_read_only = on", "RESET ALL"),
+        "sqlite": ("PRAGMA query_only = 1", "PRAGMA query_only = 0"),
+    }[connection.vendor]
+    with connection.cursor() as cursor:
+        cursor.execute(on)
+        with pytest.raises(OperationalError):
+            health.check_writes()
+        cursor.execute(off)

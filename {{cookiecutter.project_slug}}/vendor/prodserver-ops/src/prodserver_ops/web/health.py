@@ -2,8 +2,8 @@
 
 ``GET /health/live`` returns 200 while the process responds. ``GET /health/ready`` returns
 200 if the database and the broker are available, otherwise 503, and the result of each check in
-JSON. ``GET /health/ready?deep`` also requires recent heartbeats of each worker and of beat, and that
-no messages wait in a queue that no process consumes. A check takes at most about ``READY_TIMEOUT``,
+JSON. ``GET /health/ready?deep`` also requires that the database can be written, recent heartbeats
+of each worker and of beat, and that no messages wait in a queue that no process consumes. A check takes at most about ``READY_TIMEOUT``,
 even if a server does not respond. All methods get the same response. Requests at the same time
 share one check, and those within a second its results, so that nobody can overload it.
 """
@@ -18,12 +18,14 @@ from threading import Lock, Thread
 
 # The service's app: creating it with Django settings makes it the default in all threads.
 from celery import current_app
-from django.db import connection
+from django.db import connection, transaction
+from django.db.models import F
 from django.http import HttpRequest, HttpResponse, JsonResponse
 
 from ..broker import count_messages
 from ..core import concurrently
 from ..core.urls import get_path
+from ..models import Origin
 from ..scheduling import heartbeats, queues
 
 logger = logging.getLogger(__name__)
@@ -39,6 +41,13 @@ def check_database() -> None:
     """Raise an exception if the database does not respond to a query."""
     with connection.cursor() as cursor:
         cursor.execute("SELECT 1")
+
+
+def check_writes() -> None:
+    """Raise an exception if the database cannot be written, like a standby; change nothing."""
+    with transaction.atomic():
+        Origin.objects.update(restored_at=F("restored_at"))
+        transaction.set_rollback(True)
 
 
 def check_broker() -> None:
@@ -76,7 +85,7 @@ def get_deep_checks() -> dict[str, Callable[[], None]]:
     """Return the checks of ``/health/ready?deep`` by name."""
     processes = heartbeats.get_processes()
     beats = {name: partial(check_heartbeat, name) for name in processes}
-    return {**CHECKS, **beats, "queues": check_queues}
+    return {**CHECKS, "writes": check_writes, **beats, "queues": check_queues}
 
 
 #: How long the results of checks are used again, in seconds.

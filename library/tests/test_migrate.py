@@ -1,0 +1,60 @@
+"""``migrate`` runs once at a time: two deploys would create the same tables."""
+
+import io
+import threading
+
+import pytest
+from django.core.management import CommandError, call_command
+from django.db import connection
+
+from prodserver_ops.core.locks import get_lock
+from prodserver_ops.management.commands import migrate
+
+pytestmark = [
+    pytest.mark.django_db(transaction=True, serialized_rollback=True),
+    pytest.mark.skipif("connection.vendor != 'postgresql'"),
+]
+
+
+@pytest.fixture
+def other(monkeypatch):
+    """The lock of another process."""
+    monkeypatch.setattr(migrate, "INTERVAL", 0.01)
+    session = connection.copy()
+    session.inc_thread_sharing()
+    lock = get_lock("migrate", session)
+    assert lock.acquire()
+    yield lock
+    session.close()
+
+
+class Output(io.StringIO):
+    """Calls a function when something is written for the first time."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def write(self, text):
+        if not self.getvalue():
+            self.function()
+        return super().write(text)
+
+
+def test_waits_for_another_process(other):
+    output = Output(lambda: threading.Timer(0.2, other.release).start())
+    call_command("migrate", stdout=output)
+    assert output.getvalue().startswith("Another process is migrating: waiting for it.\n")
+    assert "No migrations to apply" in output.getvalue()
+    # The lock is free again.
+    assert other.acquire()
+
+
+def test_gives_up_after_some_time(other, monkeypatch):
+    monkeypatch.setattr(migrate, "WAIT_SECONDS", 0)
+    with pytest.raises(CommandError, match="migrating for too long"):
+        call_command("migrate", stdout=io.StringIO())
+
+
+def test_a_plan_waits_for_nobody(other):
+    call_command("migrate", plan=True, stdout=io.StringIO())
