@@ -88,6 +88,7 @@ def test_pull_request_of_an_upgrade(github, template, tmp_path, uv):
     assert "secret UPGRADE_TOKEN" in log
     changed = github.git("diff", "--name-only", f"main...{BRANCH}", folder=github.origin)
     assert ".cruft.json" in changed
+    assert "uv.lock" in changed
     assert ".github" not in changed
 
     # The same again changes nothing.

@@ -279,11 +279,11 @@ class Template:
             "    USE_TZ = True\n",
             '    USE_TZ = True\n    CITY = "{{ cookiecutter.city }}"\n',
         )
-        replace(
-            library / "models.py",
-            "    seen_at = models.DateTimeField(",
-            "    note = models.TextField(null=True)\n    seen_at = models.DateTimeField(",
-        )
+        models = library / "models.py"
+        before, name, after = models.read_text().partition("class Heartbeat(")
+        field = "    seen_at = models.DateTimeField("
+        note = "    note = models.TextField(null=True)\n"
+        models.write_text(before + name + after.replace(field, note + field, 1))
         latest = sorted((library / "migrations").glob("0*.py"))[-1].stem
         (library / "migrations" / f"{int(latest[:4]) + 1:04}_note.py").write_text(
             "from django.db import migrations, models\n\n\n"

@@ -112,13 +112,21 @@ class Merge:
     @classmethod
     def load(cls) -> "Merge":
         """Return the stored merge, or raise CommandError."""
-        try:
+        with suppress(FileNotFoundError):
             return cls(**json.loads(get_state_path().read_text()))
-        except FileNotFoundError:
+        # In another clone, such as one of the branch of the weekly pull request
+        commit = git("log", "-1", "--format=%H", "--", RECORD)
+        before, after = (read_version(each) for each in (f"{commit}^", commit))
+        if before is None:
             raise CommandError(
                 "no upgrade to continue; `upgrade --report FROM` reports what changed since a "
                 "release such as 2.0.0, or since a commit or branch of the service"
-            ) from None
+            )
+        return cls(
+            git("rev-parse", f"{commit}^"),
+            f"Template {before} → {after}",
+            conflicts=execute(["git", "grep", "-l", "^<<<<<<< "]).stdout.splitlines(),
+        )
 
 
 @dataclass(frozen=True)
@@ -632,6 +640,9 @@ def build_report(uv: str, change: Merge, *, with_tests: bool) -> tuple[bool, str
     problem = ""
     if set(change.conflicts) <= {get_schema()}:
         problem = install(uv, change)
+    elif "pyproject.toml" not in change.conflicts:
+        # Whoever resolves the conflicts on the branch of a pull request does not install first.
+        execute([uv, "lock", "--quiet"])
     sections = [
         f"# {change.title}",
         list_section("Conflicts", change.conflicts, CONFLICTS),
