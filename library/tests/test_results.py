@@ -290,8 +290,9 @@ class TestWithoutResults:
     """A service that stores none: Celery would return None, or name a page of its documentation."""
 
     @pytest.fixture
-    def app(self, settings):
+    def app(self, settings, monkeypatch):
         settings.CELERY_BROKER_URL = "memory://"
+        monkeypatch.delenv("CELERY_BROKER_URL", raising=False)  # Celery prefers it.
         app = CeleryApp("no-results", set_as_current=False, broker="memory://")
         app.conf.task_ignore_result = True
         return app
