@@ -24,6 +24,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from http.client import HTTPConnection
 from pathlib import Path
 
@@ -271,13 +272,13 @@ def free_port():
 
 def get(port, path):
     """Return the status of a request, or the name of the error."""
-    try:
-        connection = HTTPConnection("127.0.0.1", port, timeout=30)
-        headers = {"Host": "dummy.example.com", "X-Forwarded-Proto": "https"}
-        connection.request("GET", path, headers=headers)
-        return connection.getresponse().status
-    except OSError as error:
-        return type(error).__name__
+    headers = {"Host": "dummy.example.com", "X-Forwarded-Proto": "https"}
+    with closing(HTTPConnection("127.0.0.1", port, timeout=30)) as connection:
+        try:
+            connection.request("GET", path, headers=headers)
+            return connection.getresponse().status
+        except OSError as error:
+            return type(error).__name__
 
 
 PLAYS = {

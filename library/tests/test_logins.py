@@ -392,6 +392,7 @@ settings.configure(
         "django.contrib.auth.backends.ModelBackend",
         "allauth.account.auth_backends.AuthenticationBackend",
     ],
+    WEB_THREADS=2,
     # Its own limit is off, so that the library's alone counts.
     ACCOUNT_RATE_LIMITS=False, ACCOUNT_LOGIN_METHODS={"username", "email"},
     ACCOUNT_EMAIL_VERIFICATION="none",

@@ -92,7 +92,7 @@ def test_settings_of_a_part_hold_too(part):
 def test_production_still_replaces_what_the_service_does_not_set(make):
     get = make("prod")
     assert (get("DEBUG"), get("SESSION_COOKIE_SECURE"), get("LOG_FORMAT")) == (False, True, "json")
-    assert get("STORAGES")["staticfiles"]["BACKEND"].startswith("whitenoise.")
+    assert get("STORAGES")["staticfiles"]["BACKEND"].startswith("prodserver_ops.web.static.")
     assert make("staging")("EMAIL_BACKEND").endswith("dummy.EmailBackend")
 
 
