@@ -19,7 +19,10 @@ def write_example(folder):
     with tempfile.TemporaryDirectory() as output:
         command = [sys.executable, "-m", "cookiecutter", str(ROOT), "--no-input", "setup=no"]
         environment = os.environ | {"COOKIECUTTER_CONFIG": os.devnull}
-        subprocess.run([*command, "--output-dir", output], env=environment, check=True)
+        command += ["--output-dir", output]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        if done.returncode:
+            sys.exit(done.stdout + done.stderr)
         (service,) = Path(output).iterdir()
         folder.mkdir(parents=True, exist_ok=True)
         for path in service.iterdir():

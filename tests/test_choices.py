@@ -97,7 +97,7 @@ def test_another_web_server_is_one_row_and_its_files(cookies, template_copy):
     assert "prodserver-ops[api,made_up,sentry]" in (project / "pyproject.toml").read_text()
     settings = (project / project.name / "settings.py").read_text()
     assert '"web": processes.made_up(self),' in settings
-    assert "(made_up) |" in (project / "README.md").read_text()
+    assert "(made_up) |" in (project / "docs" / "processes.md").read_text()
 
 
 SCHEDULES = {
@@ -136,8 +136,8 @@ def test_table_of_schedules_replaces_those_of_the_example(project):
     assert re.findall(r'CreateSchedule\(\n +"(.*)"', migration) == list(SCHEDULES)
     assert "interval=timedelta(hours=1)," in migration
     assert 'crontab="0 6 * * *",' in migration
-    readme = (project / "README.md").read_text()
-    assert '| `report-hourly` | every hour | `write_report("all")` |' in readme
+    document = (project / "docs" / "schedules.md").read_text()
+    assert '| `report-hourly` | every hour | `write_report("all")` |' in document
     tasks = (project / "prayer_room_api/tasks.py").read_text()
     assert tasks.count("raise NotImplementedError") == 1
     assert "def write_report(*args):" in tasks

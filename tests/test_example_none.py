@@ -86,9 +86,9 @@ def test_tasks_module_says_where_a_task_goes_and_has_none(none_project):
 
 
 def paste_readme_snippets(project):
-    """Add the README's schedule and digest: the snippets exactly as they stand there."""
+    """Add the documents' schedule and digest: the snippets exactly as they stand there."""
     package = project / project.name
-    task, migration, digest, _ = python_blocks(project / "README.md")
+    task, migration, digest, _ = python_blocks(project)
     append(package / "tasks.py", task)
     migration_path(project).write_text(migration)
     (package / "digests.py").write_text(digest)

@@ -88,16 +88,18 @@ User.objects.create_user("anna", "anna@example.com")
 """
 
 
-def python_blocks(readme):
-    """Return the README's Python code blocks, exactly as they stand there."""
-    return re.findall(r"^```python\n(.*?)^```$", readme.read_text(), re.M | re.S)
+def python_blocks(project):
+    """Return the Python code blocks of the documents, exactly as they stand there."""
+    names = ("schedules.md", "email.md")
+    text = "".join((project / "docs" / name).read_text() for name in names)
+    return re.findall(r"^```python\n(.*?)^```$", text, re.M | re.S)
 
 
 def migration_path(project):
-    """Return the path that the README gives its schedule's migration."""
-    readme = (project / "README.md").read_text()
+    """Return the path that docs/schedules.md gives its migration."""
+    document = (project / "docs" / "schedules.md").read_text()
     pattern = rf"`({project.name}/migrations/\d{{4}}_\w+\.py)`:\n\n```python"
-    (name,) = re.findall(pattern, readme)
+    (name,) = re.findall(pattern, document)
     return project / name
 
 
@@ -145,10 +147,9 @@ def run_failing(service, command):
 
 
 def add_what_the_readme_shows(service):
-    """Add the README's schedule and digest: the snippets exactly as they stand there."""
+    """Add the documents' schedule and digest: the snippets exactly as they stand there."""
     package = service.folder / service.folder.name
-    readme = service.folder / "README.md"
-    task, migration, digest, digest_task = python_blocks(readme)
+    task, migration, digest, digest_task = python_blocks(service.folder)
     append(package / "tasks.py", task)
     migration_path(service.folder).write_text(migration)
     append(package / "digests.py", digest)

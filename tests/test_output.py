@@ -62,10 +62,15 @@ SLUG/templates/unsubscribe.html
 SLUG/urls.py
 SLUG/wsgi.py
 app.json
+docs/api.md
 docs/deploy.md
+docs/email.md
 docs/move.md
+docs/processes.md
 docs/recipes.md
 docs/restore.md
+docs/schedules.md
+docs/settings.md
 docs/tasks.md
 docs/upgrades.md
 manage.py
@@ -271,7 +276,7 @@ def test_context_and_output_contain_no_secrets(default_project):
     ]
 
 
-def test_readme_documents_every_environment_variable_of_the_settings(default_project):
+def test_documents_name_every_environment_variable_of_the_settings(default_project):
     own = (default_project / "prayer_room_api" / "settings.py").read_text()
     settings = own + (default_project / SOURCES / "conf" / "defaults.py").read_text()
     read = set(re.findall(r"^    ([A-Z_]+) = env", settings, re.M))
@@ -279,7 +284,7 @@ def test_readme_documents_every_environment_variable_of_the_settings(default_pro
     read |= set(re.findall(r'key="([A-Z_]+)"', settings))
     read |= set(re.findall(r'BROKER_VARIABLE = "([A-Z_]+)"', own))
     assert {"SECRET_KEY", "DATABASE_URL", "RABBITMQ_URL", "ALLOWED_HOSTS", "PORT"} <= read
-    table = (default_project / "README.md").read_text().split("## Settings")[1]
+    table = (default_project / "docs" / "settings.md").read_text()
     first_column = "\n".join(re.findall(r"^\| (.*?) \|", table, re.M))
     documented = set(re.findall(r"`([A-Z_]+)`", first_column))
     assert documented == read | {"DJANGO_MODE"}
@@ -316,5 +321,5 @@ def test_another_broker_is_one_row_and_its_files(cookies, template_copy):
     project = result.project_path
     settings = (project / project.name / "settings.py").read_text()
     assert 'BROKER_VARIABLE = "MADE_UP_URL"' in settings
-    assert "| `MADE_UP_URL` |" in (project / "README.md").read_text()
+    assert "| `MADE_UP_URL` |" in (project / "docs" / "settings.md").read_text()
     assert "dokku made-up:create" in (project / "docs" / "deploy.md").read_text()

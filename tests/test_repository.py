@@ -78,6 +78,7 @@ PERMISSIONS = {"example.yml": {"contents": "write"}, "release.yml": {"contents":
 WRITERS = {
     ("upgrade.yml", "pull-request"): {"contents": "write", "pull-requests": "write"},
     ("newest.yml", "issue"): {"issues": "write"},
+    ("docs.yml", "publish"): {"pages": "write", "id-token": "write"},
 }
 
 

@@ -38,9 +38,9 @@ def test_home_page_leads_through_the_service(service):
     page = fetch(port)[1]
     commands = [html.unescape(text) for text in re.findall(r"<pre.*?<code>(.*?)</code>", page)]
     assert len(commands) == 3
-    readme = (service.folder / "README.md").read_text()
+    document = (service.folder / "docs" / "api.md").read_text()
     for command in commands:
-        assert command.replace(f":{port}/", ":8000/") in readme
+        assert command.replace(f":{port}/", ":8000/") in document
     done = subprocess.run(
         ["bash", "-c", "\n".join(commands)],
         input="secret-1234\n",

@@ -2,7 +2,7 @@
 
 If it is not set, the mode is development; the other modes are ``test``, ``staging`` and ``prod``.
 The base classes contain settings that most services do not change: database, e-mail, broker, logs,
-security. The README lists the environment variables.
+security. docs/settings.md lists the environment variables.
 
 https://django-classy-settings.readthedocs.io/
 """
