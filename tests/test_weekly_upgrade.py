@@ -1,11 +1,14 @@
 """The weekly workflow of a service: its steps, with a repository that refuses what GitHub refuses."""
 
+import base64
+import runpy
 import shutil
 
 import pytest
 
+from tests.generate import ROOT
 from tests.github import GitHub
-from trials.time_travel import Template, run
+from trials.time_travel import PACKAGE, VENDOR, Template, run
 
 pytestmark = pytest.mark.slow
 
@@ -125,3 +128,19 @@ def test_pull_request_of_an_upgrade(github, template, tmp_path, uv):
     assert status == 0, log
     changed = github.git("diff", "--name-only", f"main...{BRANCH}-2", folder=github.origin)
     assert WORKFLOW in changed
+
+
+def test_token_of_the_pushing_job_is_in_no_file(tmp_path, monkeypatch):
+    """The checkout does not have it; a push sends it as actions/checkout would."""
+    path = ROOT / PACKAGE / VENDOR / "propose_upgrade.py"
+    get_credentials = runpy.run_path(str(path))["get_credentials"]
+    monkeypatch.setenv("GH_TOKEN", "secret")
+    monkeypatch.delenv("GITHUB_SERVER_URL", raising=False)
+    assert get_credentials() == {}
+    monkeypatch.setenv("GITHUB_SERVER_URL", "https://github.example.com")
+    variables = get_credentials()
+    command = ["git", "config", "--get-urlmatch", "http.extraheader"]
+    found = run([*command, "https://github.example.com/team/rooms"], tmp_path, **variables)
+    login = base64.b64decode(found.rpartition(" ")[2]).decode()
+    assert login == "x-access-token:secret"
+    run([*command, "https://example.com/other"], tmp_path, ok=1, **variables)

@@ -132,7 +132,8 @@ class Service:
         """Run the workflow, and do what the team does with its pull request."""
         status, log = self.github.run_workflow()
         if status:
-            reason = next((line for line in log.splitlines()[::-1] if line.strip()), "no output")
+            lines = [line for line in log.splitlines() if line.strip()] or ["no output"]
+            reason = next((line for line in lines if "refusing" in line), lines[-1])
             self.notes.append(f"log: {reason[:150]}")
             return
         for pull in self.github.pulls():

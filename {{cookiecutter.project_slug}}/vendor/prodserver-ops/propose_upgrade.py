@@ -11,6 +11,7 @@ team may push workflow files; ``CAN_PUSH_WORKFLOWS`` says whether there is one. 
 left out, and the pull request lists them. Needs git, and ``gh`` with ``GH_TOKEN``.
 """
 
+import base64
 import json
 import os
 import subprocess
@@ -93,6 +94,19 @@ def run(*command: str, env: Mapping[str, str] | None = None, text: str | None = 
     if done.returncode:
         raise Refused(f"{' '.join(command[:3])}: {done.stderr.strip() or done.stdout.strip()}")
     return done.stdout.strip()
+
+
+def get_credentials() -> dict[str, str]:
+    """Return variables that let git use ``GH_TOKEN`` on GitHub; no file of the checkout has it."""
+    token, server = os.environ.get("GH_TOKEN"), os.environ.get("GITHUB_SERVER_URL")
+    if not token or not server:
+        return {}
+    login = base64.b64encode(f"x-access-token:{token}".encode()).decode()
+    return {
+        "GIT_CONFIG_COUNT": "1",
+        "GIT_CONFIG_KEY_0": f"http.{server}/.extraheader",
+        "GIT_CONFIG_VALUE_0": f"Authorization: Basic {login}",
+    }
 
 
 def make_commit(upgrade: str, title: str, *, with_workflows: bool) -> tuple[str, list[str]]:
@@ -190,6 +204,7 @@ def propose(folder: Path) -> None:
 
 
 if __name__ == "__main__":
+    os.environ.update(get_credentials())
     try:
         propose(Path(sys.argv[1]))
     except Refused as error:
