@@ -165,6 +165,16 @@ class TestReload:
             reloading.get_address(processes.gunicorn(settings, bind="unix:/run/web.sock")) is None
         )
 
+    def test_prompt_is_shown_without_the_end_of_its_line(self, monkeypatch, capfdbinary):
+        code = "print('a line\\n(Pdb) ', end='', flush=True); import time; time.sleep(60)"
+        monkeypatch.setattr(reloading, "get_command", lambda name: [sys.executable, "-c", code])
+        child = reloading.Child("web")
+        while len(child.lines) < 2:
+            time.sleep(0.01)
+        child.stop(timeout=30)
+        assert list(child.lines) == ["a line\n", "(Pdb) \n"]
+        assert capfdbinary.readouterr().out == b"a line\n(Pdb) \n"
+
     @pytest.mark.parametrize(
         ("ignored", "status"), [(False, -signal.SIGTERM), (True, -signal.SIGKILL)]
     )

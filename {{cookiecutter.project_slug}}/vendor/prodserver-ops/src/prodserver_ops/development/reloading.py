@@ -7,6 +7,7 @@ home page, and by the web server that takes the place of web.
 import errno
 import logging
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -49,6 +50,9 @@ INTERVAL = 1
 
 #: How long to wait for the other processes before the addresses are printed, in seconds.
 START_TIMEOUT = 30
+
+#: After what time an incomplete line of the output is shown, in seconds.
+PROMPT_DELAY = 0.3
 
 #: How many lines of the output of a process are kept.
 KEPT_LINES = 200
@@ -104,9 +108,15 @@ class Child:
         self.reader.start()
 
     def copy_output(self) -> None:
-        """Copy the output of the process to the terminal; the prompt of a debugger is no line."""
+        """Copy the output of the process to the terminal, until it ends."""
         rest = b""
-        while data := os.read(self.output.fileno(), 65536):
+        while True:
+            # honcho shows only whole lines, but the prompt of a debugger waits for an answer.
+            wait = PROMPT_DELAY if rest and not sys.stdout.isatty() else None
+            is_ready = select.select([self.output], [], [], wait)[0]
+            data = os.read(self.output.fileno(), 65536) if is_ready else b"\n"
+            if not data:
+                return
             sys.stdout.buffer.write(data)
             sys.stdout.buffer.flush()
             *lines, rest = (rest + data).split(b"\n")
