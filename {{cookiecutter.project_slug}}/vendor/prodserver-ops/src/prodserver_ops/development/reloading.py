@@ -170,8 +170,10 @@ class Supervisor:
         threading.Thread(target=wait_for_parent, args=[self.stopped], daemon=True).start()
         if self.name == "web":
             threading.Thread(target=self.announce, daemon=True).start()
+        changes = {"migrations/"}
         while not self.stopped.is_set():
-            self.wait_for_migrations()
+            if any("migrations" in Path(path).parts for path in changes):
+                self.wait_for_migrations()
             get_failure_path(self.name).unlink(missing_ok=True)
             child = Child(self.name)
             if changes := self.watch(child):
