@@ -71,7 +71,7 @@ def test_home_page_leads_through_the_service(service):
             page.click("output a")
         assert "is pending" in page.inner_text("output")
         opened.value.fill("#id_response", "Yes, please come.")
-        opened.value.click("[name=_save]")
+        opened.value.click("[name=_save]:visible")
         page.bring_to_front()
         page.wait_for_selector("text=is answered", timeout=60_000)
         page.click("#welcome-state a:has-text('your submission was answered')", timeout=60_000)

@@ -111,7 +111,7 @@ class Child:
         """Copy the output of the process to the terminal, until it ends."""
         rest = b""
         while True:
-            # honcho shows only whole lines, but the prompt of a debugger waits for an answer.
+            # honcho shows only whole lines, but a debugger waits at its prompt.
             wait = PROMPT_DELAY if rest and not sys.stdout.isatty() else None
             is_ready = select.select([self.output], [], [], wait)[0]
             data = os.read(self.output.fileno(), 65536) if is_ready else b"\n"
