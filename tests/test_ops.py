@@ -117,6 +117,7 @@ ALL_OK = dict.fromkeys(
         "pile-ups",
         "e-mail",
         "deliveries",
+        "tables",
         "template",
     ),
     "ok",

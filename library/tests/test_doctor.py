@@ -71,6 +71,7 @@ class TestCommand:
                 "pile-ups",
                 "e-mail",
                 "deliveries",
+                "tables",
             )
         ]
 

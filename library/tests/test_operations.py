@@ -17,7 +17,7 @@ from django.urls import reverse
 from django.utils import timezone
 from django_celery_beat.models import IntervalSchedule, PeriodicTask
 
-from prodserver_ops.console import doctor, operations, problems
+from prodserver_ops.console import doctor, operations, problems, retention
 from prodserver_ops.models import Heartbeat, ScheduleRun, TaskRun
 from prodserver_ops.tasks import delete_records
 from prodserver_ops.worker import record
@@ -238,7 +238,7 @@ class TestRecord:
         assert TaskRun.objects.get().arguments == ""
 
     def test_old_and_too_many_rows_are_deleted(self, monkeypatch):
-        monkeypatch.setattr(record, "KEEP_ROWS", 2)
+        monkeypatch.setattr(retention, "KEEP_ROWS", 2)
         make_run(started_at=timezone.now() - timedelta(days=8))
         kept = [make_run().pk for _ in range(3)][1:]
         delete_records()

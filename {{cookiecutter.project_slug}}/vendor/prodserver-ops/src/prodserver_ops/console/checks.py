@@ -140,6 +140,21 @@ def check_recipients(app_configs: Any = None, **kwargs: Any) -> Messages:
 
 
 @checks.register
+def check_retention(app_configs: Any = None, **kwargs: Any) -> Messages:
+    """Report entries of ``KEEP_DAYS`` that have no effect, or delete what is needed."""
+    from . import retention
+
+    return [
+        checks.Error(
+            f"KEEP_DAYS: {problem}.",
+            hint=f"The names are {', '.join(retention.DEFAULTS)}.",
+            id="retention.E001",
+        )
+        for problem in retention.find_problems()
+    ]
+
+
+@checks.register
 def check_time_zone(app_configs: Any = None, **kwargs: Any) -> Messages:
     """Report times without a time zone, which are ambiguous when clocks change."""
     if settings.USE_TZ:

@@ -19,6 +19,7 @@ from django.core import checks, mail
 from django.db import connection
 from django.db.migrations.executor import MigrationExecutor
 from django.db.models import QuerySet
+from django.template.defaultfilters import filesizeformat
 from django.utils import timezone
 from django_celery_beat.models import PeriodicTask
 
@@ -34,7 +35,7 @@ from ..scheduling.timing import InvalidSchedule
 from ..web import health
 from ..worker import delayed
 from ..worker.app import get_failed_queue
-from . import problems
+from . import problems, retention
 
 #: Time limit of the checks that run at the same time, in seconds.
 CHECK_TIMEOUT = 6
@@ -202,6 +203,15 @@ def check_deliveries() -> Result:
     return Result(f"e-mails that wait for another attempt: {Attempt.objects.count()}")
 
 
+def check_tables() -> Result:
+    """Return the size of the library's tables, and how long their rows are kept."""
+    sizes = retention.get_sizes()
+    largest = [f"{name} {filesizeformat(size)}" for name, size in list(sizes.items())[:3]]
+    size = f"{filesizeformat(sum(sizes.values()))}; {', '.join(largest)}; " if sizes else ""
+    days = [f"{name} {days or 'for ever'}" for name, days in retention.get_days().items()]
+    return Result(f"{size}kept for days: {', '.join(days)}".replace("\xa0", " "))
+
+
 def get_record() -> Path:
     """Return the path of the file in which a generated service records its template."""
     return Path(settings.BASE_DIR, ".cruft.json")
@@ -236,6 +246,7 @@ def get_checks() -> dict[str, Callable[[], Result]]:
         "pile-ups": check_pile_ups,
         "e-mail": check_email,
         "deliveries": check_deliveries,
+        "tables": check_tables,
         **({"template": check_template} if get_record().exists() else {}),
     }
 
@@ -250,6 +261,7 @@ def get_requirements() -> dict[str, str]:
         "delayed": "database",
         **dict.fromkeys(heartbeats.get_processes(), "database"),
         "deliveries": "database",
+        "tables": "database",
     }
 
 

@@ -46,7 +46,6 @@ MAX_NOTES = 1000
 
 #: Maximum number and age of rows.
 KEEP_ROWS = 100_000
-KEEP_DAYS = timedelta(days=7)
 
 #: The states of Celery that are recorded, and their statuses.
 STATUSES = {
@@ -310,11 +309,3 @@ def write_rest(**others: Any) -> None:
     """Write the remaining notes when a worker process exits."""
     if _recorder is not None and _recorder.pid == os.getpid():
         _recorder.write()
-
-
-def delete_old_runs() -> None:
-    """Delete the rows that exceed the maximum age or number."""
-    TaskRun.objects.filter(started_at__lt=timezone.now() - KEEP_DAYS).delete()
-    newest = TaskRun.objects.order_by("-pk").values_list("pk", flat=True).first()
-    if newest is not None:
-        TaskRun.objects.filter(pk__lte=newest - KEEP_ROWS).delete()
