@@ -8,6 +8,7 @@ NAME is one of
 ``restore``    a digest is sent between a backup and its restore with pg_dump
 ``locks``      a table is locked in a digest, and all sessions are ended three times
 ``migrations`` two deploys migrate an empty database at once
+``years``      the tables have the rows of ten years
 ``log``        nobody reads the logs of web and worker
 =============  =========================================================================
 
@@ -16,6 +17,7 @@ Prints a line for each, and exits with status 1 if one is worse than it may be.
 """
 
 import fcntl
+import json
 import os
 import signal
 import socket
@@ -240,6 +242,99 @@ def play_migrations():
     return {"statuses": [each.returncode for each in done], "waited": waited}
 
 
+#: Rows of ten years that nothing deleted, by table: an INSERT with a number in ``n``.
+YEARS = {
+    "ops_digestrun": (
+        3650,
+        "(digest, period_start, period_end, queued_at, finished_at) SELECT 'news', t - "
+        "interval '1 day', t, t, t FROM (SELECT date_trunc('day', now()) - n * interval '1 day' "
+        "AS t FROM generate_series(3650, 1, -1) AS n) AS days",
+    ),
+    "ops_digestdelivery": (
+        1000,
+        "(digest, recipient_id, period_end, status, reason, created_at) SELECT 'news', u.id, t, "
+        "'sent', '', t FROM (SELECT date_trunc('day', now()) - n * interval '1 day' AS t "
+        "FROM generate_series(3650, 1, -1) AS n) AS days, "
+        "(SELECT id FROM dummy_user ORDER BY id LIMIT {0}) AS u ORDER BY t",
+    ),
+    "ops_taskrun": (
+        3_000_000,
+        "(task_id, name, arguments, started_at, duration, status, error, host) "
+        "SELECT n, 'task', '', now() - n * interval '0.02 s', 0.1, 'succeeded', '', 'host' "
+        "FROM generate_series({0}, 1, -1) AS n",
+    ),
+    "ops_schedulerun": (
+        1_000_000,
+        "(schedule_id, due_at, attempts, published_at, started_at) SELECT (SELECT min(id) FROM "
+        "django_celery_beat_periodictask), t, 1, t, t FROM (SELECT now() - n * interval '5 s' AS t "
+        "FROM generate_series({0}, 1, -1) AS n) AS times",
+    ),
+    "django_session": (
+        1_000_000,
+        "(session_key, session_data, expire_date) SELECT n, 'x', now() - n * interval '1 minute' "
+        "FROM generate_series(1, {0}) AS n",
+    ),
+}
+
+#: Times each part in a process, in seconds.
+TIMES = """
+import json, time
+from celery import current_app
+from django.contrib.auth import get_user_model
+from django.contrib.staticfiles import storage
+from django.test import Client
+from django.utils import timezone
+from prodserver_ops.console import problems, retention
+from prodserver_ops.mail.tasks import resume_deliveries
+from prodserver_ops.models import DigestDelivery
+current_app.loader.import_default_modules()
+storage.staticfiles_storage._wrapped = storage.StaticFilesStorage()  # Nothing is collected.
+times = {}
+def measure(name, function):
+    start = time.perf_counter()
+    function()
+    times[name] = max(times.get(name, 0), round(time.perf_counter() - start, 3))
+admin = get_user_model().objects.create_superuser("admin", "", "x")
+client = Client(headers={"host": "dummy.example.com", "x-forwarded-proto": "https"})
+client.force_login(admin)
+for path in ("", "ops/taskrun/operations/", "ops/taskrun/", "ops/digestdelivery/"):
+    def get(path=path):
+        response = client.get(f"/admin/{path}")
+        assert response.status_code == 200, (path, response.status_code)
+    get()
+    measure(f"page {path}", get)
+measure("resume", resume_deliveries)
+for kind, find in problems.FINDERS.items():
+    measure("finders", lambda: find({}))
+until = time.monotonic() + SECONDS
+deleted = 0
+for batches in retention.get_batches(timezone.now()):
+    while time.monotonic() < until:
+        start = time.perf_counter()
+        count = next(batches, None)
+        times["batch"] = max(times.get("batch", 0), round(time.perf_counter() - start, 3))
+        if count is None:
+            break
+        deleted += count
+times["rows deleted a second"] = round(deleted / SECONDS)
+print("TIMES" + json.dumps(times))
+"""
+
+
+def play_years(part=1.0, seconds=60):
+    """Ten years of rows: pages, passes and deletion; ``part`` is that of the rows."""
+    with small_project.make(Project, services.RABBITMQ) as project:
+        project.create(1000)
+        with psycopg.connect(project.database, autocommit=True) as connection:
+            found = {"rows": 0}
+            for table, (count, sql) in YEARS.items():
+                statement = f"INSERT INTO {table} {sql.format(int(count * part))}"
+                found["rows"] += connection.execute(statement).rowcount
+            connection.execute("ANALYZE")
+        times = project.shell(f"SECONDS = {seconds}\n{TIMES}").rpartition("TIMES")[2]
+        return found | json.loads(times)
+
+
 def play_log(requests=96, clients=8):
     """The reader of the log of web and worker hangs: a pipe of 4 KiB that nobody reads."""
     with small_project.make(Project, services.RABBITMQ) as project:
@@ -287,6 +382,10 @@ PLAYS = {
     "migrations": (
         play_migrations,
         lambda found: found["statuses"] == [0, 0] and found["waited"] == 1,
+    ),
+    "years": (
+        play_years,
+        lambda found: max(v for k, v in found.items() if k.startswith(("page", "resume", "b"))) < 1,
     ),
     "log": (
         play_log,

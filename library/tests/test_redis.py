@@ -12,13 +12,16 @@ from uuid import uuid4
 
 import pytest
 import services
+from celery import Celery
 from django.conf import settings
 from kombu import Connection, Exchange, Queue
 from kombu.transport.redis import Channel
 from redis import Redis
 from redis.exceptions import OutOfMemoryError, RedisError
 
+from prodserver_ops import broker
 from prodserver_ops.broker import envelopes, redis, renewal
+from prodserver_ops.console import checks
 
 
 def wait_for(condition):
@@ -45,7 +48,9 @@ def full_redis(tmp_path):
 
         wait_for(is_up)
         yield SimpleNamespace(
-            url=f"redis://127.0.0.1:{port}/1", fill=lambda: client.config_set("maxmemory", 1)
+            url=f"redis://127.0.0.1:{port}/1",
+            client=client,
+            fill=lambda: client.config_set("maxmemory", 1),
         )
         client.close()
         process.kill()
@@ -278,3 +283,27 @@ class TestHeldMessages:
         two.qos.restore_visible(interval=1)
         assert two.basic_get(package) is None
         message.ack()
+
+
+class TestMemory:
+    @pytest.fixture
+    def app(self, full_redis, monkeypatch):
+        """An app on a server of its own, which is the default app of the checks."""
+        app = Celery(set_as_current=False, broker=full_redis.url)
+        app.conf.broker_transport_options = redis.get_options(settings)
+        monkeypatch.setattr(checks, "current_app", app)
+        return app
+
+    def test_server_that_deletes_queues_is_an_error(self, app, full_redis):
+        assert broker.find_problem(app, 5) is None
+        full_redis.client.config_set("maxmemory", "100mb")
+        for policy, is_error in (("volatile-lru", False), ("allkeys-lru", True)):
+            full_redis.client.config_set("maxmemory-policy", policy)
+            assert bool(checks.check_broker()) == is_error
+            assert bool(broker.find_problem(app, 5)) == is_error
+        assert "its maxmemory-policy is allkeys-lru" in checks.check_broker()[0].msg
+
+    def test_server_that_is_full_is_a_problem_and_no_error(self, app, full_redis):
+        full_redis.fill()
+        assert "Redis has no memory left for tasks" in broker.find_problem(app, 5)
+        assert checks.check_broker() == []

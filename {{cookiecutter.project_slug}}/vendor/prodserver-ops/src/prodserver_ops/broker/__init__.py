@@ -168,6 +168,8 @@ def find_problem(app: Celery, timeout: float) -> str | None:
 
     ``timeout`` limits the time to connect, in seconds. Raises other errors of the broker.
     """
+    if problem := find_eviction(app, timeout) or call(app, "find_full_memory", timeout):
+        return problem
     if not hasattr(find(app.conf.broker_url).load(), "explain"):
         return None
     with app.connection_for_write(connect_timeout=timeout) as connection:
@@ -179,6 +181,25 @@ def find_problem(app: Celery, timeout: float) -> str | None:
                     return problem
                 raise
     return None
+
+
+def find_eviction(app: Celery, timeout: float) -> str | None:
+    """Return what to do about a server that deletes messages when it is full, or None.
+
+    ``timeout`` limits the time to connect, in seconds. Raises an exception if the broker is
+    unavailable.
+    """
+    return call(app, "find_eviction", timeout)
+
+
+def call(app: Celery, name: str, timeout: float) -> str | None:
+    """Call a function of the broker's module with a channel, if the module has it."""
+    module = find(app.conf.broker_url).load()
+    if not hasattr(module, name):
+        return None
+    function: Callable[[Any], str | None] = getattr(module, name)
+    with app.connection_for_write(connect_timeout=timeout) as connection:
+        return function(connection.channel())
 
 
 def count_messages(app: Celery, names: Iterable[str], timeout: float) -> dict[str, int]:

@@ -25,6 +25,9 @@ DATABASE = 1
 #: How long to wait for a connection or a reply, in seconds.
 TIMEOUT = 5
 
+#: From which part of its maxmemory on a server is full.
+FULL = 0.95
+
 #: How long a worker that is killed may keep others from looking for messages, in seconds.
 MUTEX_TIMEOUT = 20
 
@@ -318,3 +321,29 @@ def get_priority(priority: int) -> int:
     0 is the highest, and that of messages without one. The others are 3, 6 and 9, the lowest.
     """
     return 3 + (-priority - 1) * 7 // 100 if priority < 0 else 0
+
+
+def find_eviction(channel: Channel) -> str | None:
+    """Return what to do about a server that deletes queues when its memory is full, or None."""
+    with channel.conn_or_acquire() as client:
+        memory = client.info("memory")
+    policy = memory.get("maxmemory_policy", "noeviction")
+    if not memory.get("maxmemory") or not policy.startswith("allkeys-"):
+        return None
+    return (
+        f"Redis deletes queued tasks when its memory is full: its maxmemory-policy is {policy}; "
+        "set it to noeviction"
+    )
+
+
+def find_full_memory(channel: Channel) -> str | None:
+    """Return what to do about a server without memory for more messages, or None."""
+    with channel.conn_or_acquire() as client:
+        memory = client.info("memory")
+    used, limit = memory["used_memory"], memory.get("maxmemory", 0)
+    if not limit or used <= limit * FULL:
+        return None
+    return (
+        f"Redis has no memory left for tasks: {used // 2**20} of {limit // 2**20} MB are used; "
+        "raise its maxmemory, or delete other keys"
+    )

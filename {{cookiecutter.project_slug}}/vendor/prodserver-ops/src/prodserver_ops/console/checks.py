@@ -19,6 +19,7 @@ from django.db.models import FileField, IntegerField
 from django.db.utils import OperationalError
 from django.urls import get_resolver
 
+from .. import broker
 from ..api import schema
 from ..conf import verification
 from ..core.database import find_pooler
@@ -32,6 +33,9 @@ from ..scheduling.operations import (
 )
 
 Messages = list[checks.CheckMessage]
+
+#: How long a check waits for the broker, in seconds.
+BROKER_TIMEOUT = 3
 
 
 @checks.register
@@ -114,6 +118,16 @@ def check_queues(app_configs: Any = None, **kwargs: Any) -> Messages:
         )
         for name, users in queues.find_unconsumed().items()
     ]
+
+
+@checks.register(deploy=True)
+def check_broker(app_configs: Any = None, **kwargs: Any) -> Messages:
+    """Report a broker that deletes queued tasks when its memory is full, if it is running."""
+    try:
+        problem = broker.find_eviction(current_app, BROKER_TIMEOUT)
+    except Exception:
+        return []  # The command doctor reports it.
+    return [checks.Error(f"{problem}.", id="broker.E001")] if problem else []
 
 
 @checks.register
