@@ -8,6 +8,7 @@ NAME is one of
 ``restore``    a digest is sent between a backup and its restore with pg_dump
 ``locks``      a table is locked in a digest, and all sessions are ended three times
 ``migrations`` two deploys migrate an empty database at once
+``standby``    PostgreSQL crashes in a digest, and its standby is promoted
 ``years``      the tables have the rows of ten years
 ``log``        nobody reads the logs of web and worker
 =============  =========================================================================
@@ -17,26 +18,37 @@ Prints a line for each, and exits with status 1 if one is worse than it may be.
 """
 
 import fcntl
+import glob
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import ExitStack, closing
 from http.client import HTTPConnection
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 import psycopg
 import small_project
+from servers import Wire
 from small_project import Mailbox, services, wait_for
 
 RECIPIENTS = 3000
+
+#: A token that does not exist, which a web process looks for in the database.
+TOKEN = f"Token 1-{'x' * 43}"
+
+#: Where Debian keeps the programs of PostgreSQL.
+POSTGRESQL = "/usr/lib/postgresql/*/bin"
 
 DIGESTS = """
 from django.contrib.auth import get_user_model
@@ -57,11 +69,19 @@ class News(DailyDigest):
 """
 
 TASKS = """
+import time
+from celery import shared_task
+from django.contrib.auth.models import Group
 from prodserver_ops.mail.tasks import digest_task
 
 @digest_task
 def send_news():
     return "news"
+
+@shared_task
+def write(number):
+    time.sleep(0.3)
+    Group.objects.get_or_create(name=f"group {number}")
 """
 
 #: Creates users, and a schedule of the digest that was due at midnight.
@@ -242,6 +262,101 @@ def play_migrations():
     return {"statuses": [each.returncode for each in done], "waited": waited}
 
 
+class Servers:
+    """A PostgreSQL server and its standby, behind an address that leads to one of them."""
+
+    def __init__(self, folder):
+        self.folder, self.programs = Path(folder), Path(max(glob.glob(POSTGRESQL)))
+        shutil.chown(folder, "postgres")
+        self.ports = {name: free_port() for name in ("primary", "standby")}
+        self.run("initdb", "-U", "postgres", "--auth=trust", "--no-sync", "-D", "primary")
+        self.start("primary")
+        self.run(
+            *("pg_basebackup", "-U", "postgres", "-h", "127.0.0.1", "-R", "-D", "standby"),
+            *("-p", self.ports["primary"]),
+        )
+        self.start("standby")
+        self.wire = Wire(self.ports["primary"])
+        self.url = f"postgres://postgres@127.0.0.1:{self.wire.port}/postgres"
+
+    def run(self, name, *arguments):
+        user = ["runuser", "-u", "postgres", "--"] if os.geteuid() == 0 else []
+        subprocess.run(
+            [*user, self.programs / name, *map(str, arguments)],
+            cwd=self.folder,
+            check=True,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+
+    def start(self, name):
+        options = f"-p {self.ports[name]} -c listen_addresses=127.0.0.1 -k {self.folder}"
+        self.run("pg_ctl", "-w", "-D", name, "-o", options, "-l", f"{name}.log", "start")
+
+    def fail_over(self):
+        """Let the server crash, and promote its standby."""
+        self.run("pg_ctl", "-w", "-D", "primary", "-m", "immediate", "stop")
+        self.wire.target = ("127.0.0.1", self.ports["standby"])
+        self.wire.reset()
+        self.run("pg_ctl", "-w", "-D", "standby", "promote")
+
+    def close(self):
+        self.wire.close()
+        self.run("pg_ctl", "-w", "-D", "standby", "-m", "immediate", "stop")
+
+
+def play_standby(recipients=RECIPIENTS, tasks=60, clients=8):
+    """A server crashes and its standby is promoted: tasks, a digest and web go on."""
+    with ExitStack() as stack:
+        servers = Servers(stack.enter_context(tempfile.TemporaryDirectory()))
+        stack.callback(servers.close)
+        project = stack.enter_context(
+            small_project.make(Project, services.RABBITMQ, database=servers.url)
+        )
+        mailbox, port, statuses, end = project.mailbox, free_port(), [], threading.Event()
+        mailbox.delay = 0.05
+        project.create(recipients)
+        for name in ("worker", "web"):
+            project.start(name, PORT=str(port))
+        wait_for(lambda: get(port, "/health/ready") == 200, 60)
+
+        def ask(number):
+            while not end.is_set():
+                statuses.append(
+                    (time.monotonic(), get(port, "/api/token/", "DELETE", Authorization=TOKEN))
+                )
+                time.sleep(0.2)
+
+        threads = [threading.Thread(target=ask, args=[n], daemon=True) for n in range(clients)]
+        for thread in threads:
+            thread.start()
+        project.shell(
+            f"{RESUME}\nfrom news.tasks import write\n"
+            f"for number in range({tasks}): write.delay(number)"
+        )
+        project.wait_for_all(recipients // 4)
+        start = time.monotonic()
+        servers.fail_over()
+        promoted = time.monotonic()
+        project.wait_for_all(recipients, 300)
+        count = "SELECT count(*) FROM auth_group"
+        wait_for(lambda: project.query(count) == [(tasks,)], 120, lambda: project.query(count))
+        end.set()
+        project.rest()
+        back = [at for at, status in statuses if status != 401 and at > promoted]
+        assert statuses[0][1] == 401, statuses[0]
+        return {
+            "recipients": recipients,
+            "missing": recipients - len(mailbox.messages),
+            "twice": mailbox.count_repeated(),
+            "tasks lost": tasks - project.query(count)[0][0],
+            "promoted after": round(promoted - start, 1),
+            "web back after": round(max(back, default=promoted) - promoted, 1),
+            "waits": "E-mail waits" in project.call("doctor").stdout,
+        }
+
+
 #: Rows of ten years that nothing deleted, by table: an INSERT with a number in ``n``.
 YEARS = {
     "ops_digestrun": (
@@ -365,12 +480,12 @@ def free_port():
         return server.getsockname()[1]
 
 
-def get(port, path):
+def get(port, path, method="GET", **headers):
     """Return the status of a request, or the name of the error."""
-    headers = {"Host": "dummy.example.com", "X-Forwarded-Proto": "https"}
+    headers |= {"Host": "dummy.example.com", "X-Forwarded-Proto": "https"}
     with closing(HTTPConnection("127.0.0.1", port, timeout=30)) as connection:
         try:
-            connection.request("GET", path, headers=headers)
+            connection.request(method, path, headers=headers)
             return connection.getresponse().status
         except OSError as error:
             return type(error).__name__
@@ -382,6 +497,15 @@ PLAYS = {
     "migrations": (
         play_migrations,
         lambda found: found["statuses"] == [0, 0] and found["waited"] == 1,
+    ),
+    "standby": (
+        play_standby,
+        lambda found: (
+            not found["missing"]
+            and not found["tasks lost"]
+            and found["twice"] <= 16
+            and found["web back after"] < 10
+        ),
     ),
     "years": (
         play_years,

@@ -31,6 +31,7 @@ from ..scheduling.operations import (
     DeleteSchedule,
     get_migrations,
 )
+from . import retention
 
 Messages = list[checks.CheckMessage]
 
@@ -156,8 +157,6 @@ def check_recipients(app_configs: Any = None, **kwargs: Any) -> Messages:
 @checks.register
 def check_retention(app_configs: Any = None, **kwargs: Any) -> Messages:
     """Report entries of ``KEEP_DAYS`` that have no effect, or delete what is needed."""
-    from . import retention
-
     return [
         checks.Error(
             f"KEEP_DAYS: {problem}.",
