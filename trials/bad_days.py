@@ -296,8 +296,8 @@ class Servers:
 
     def fail_over(self):
         """Let the server crash, and promote its standby."""
-        self.run("pg_ctl", "-w", "-D", "primary", "-m", "immediate", "stop")
         self.wire.target = ("127.0.0.1", self.ports["standby"])
+        self.run("pg_ctl", "-w", "-D", "primary", "-m", "immediate", "stop")
         self.wire.reset()
         self.run("pg_ctl", "-w", "-D", "standby", "promote")
 
