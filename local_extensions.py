@@ -114,7 +114,7 @@ def text_check(max_length):
         if not text.strip():
             reject(field, text, "must not be blank")
         check_length(field, text, max_length)
-        if re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", text):
+        if local_schedules.CONTROL.search(text):
             reject(field, text, "must not contain control characters")
 
     return check_text
@@ -276,6 +276,8 @@ def check_schedules(context, field):
             schedules = json.loads(schedules or "{}")
         except ValueError as error:
             reject(field, schedules, f"is not valid JSON: {error}")
+        except RecursionError:
+            reject(field, schedules, "has too many levels")
     if problem := local_schedules.find_problem(schedules):
         reject(field, schedules, problem)
     answers[field] = schedules

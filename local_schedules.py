@@ -29,6 +29,12 @@ RESERVED_TASKS = frozenset({"F", "OperationalError", "Submission", "timezone"}) 
     "shared_task",
 }
 
+#: Control characters, also those that change the direction of text and so hide what code does.
+CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+
+#: How many levels the arguments of a task may have.
+MAX_LEVELS = 10
+
 UNITS = ("days", "hours", "minutes", "seconds")
 
 #: The fields of a crontab: lowest and highest number, and names.
@@ -68,7 +74,7 @@ def find_schedule_problem(name, schedule):
     task = schedule.get("task")
     if not isinstance(task, str) or not re.fullmatch(r"[a-z_][a-z0-9_]{0,99}", task):
         return f"task must be the name of a function in tasks.py, not {task!r}"
-    if keyword.iskeyword(task) or task in RESERVED_TASKS:
+    if keyword.iskeyword(task) or task in RESERVED_TASKS or task.startswith("__"):
         return f"task cannot be {task}: this name is reserved"
     if ("crontab" in schedule) == ("interval" in schedule):
         return "it must have either a crontab or an interval"
@@ -78,7 +84,20 @@ def find_schedule_problem(name, schedule):
         return 'interval must be an object such as {"minutes": 5}'
     if not isinstance(schedule.get("args", []), list):
         return "args must be a list"
-    return None
+    return find_argument_problem(schedule.get("args", []))
+
+
+def find_argument_problem(value, level=1):
+    """Return what is wrong with an argument or what it contains, or None."""
+    if level > MAX_LEVELS:
+        return f"args must have at most {MAX_LEVELS} levels"
+    if isinstance(value, str) and CONTROL.search(value):
+        return f"args must not contain control characters: {value!r}"
+    items = [*value, *value.values()] if isinstance(value, dict) else value
+    items = items if isinstance(items, list) else []
+    return next(
+        (found for item in items if (found := find_argument_problem(item, level + 1))), None
+    )
 
 
 def is_crontab(text):

@@ -150,6 +150,15 @@ GOOD = {"task": "clean", "crontab": "0 3 * * *"}
 @pytest.mark.parametrize(
     ("schedules", "problem"),
     [
+        ({"a": {"task": "__import__", "crontab": "* * * * *"}}, "task cannot be __import__"),
+        (
+            {"a": {"task": "f", "crontab": "* * * * *", "args": [[[[[[[[[[[1]]]]]]]]]]]}},
+            "args must have at most 10 levels",
+        ),
+        (
+            {"a": {"task": "f", "crontab": "* * * * *", "args": [{"a": "\u202e"}]}},
+            "args must not contain control characters",
+        ),
         ([], "must be an object"),
         ({" ": GOOD}, "blank"),
         ({"x" * 201: GOOD}, "longer than 200"),

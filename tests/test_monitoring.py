@@ -65,7 +65,7 @@ def test_flower_shows_workers_and_tasks_to_its_account_only(service):
     flower = service.start("flower")
     wait_for(lambda: get(service, "/api/tasks")[0] == 200, 30, flower.text)
     for account in (None, "admin:wrong", "other:a-password-for-this-test"):
-        for path in ("/", "/workers", "/api/tasks", "/api/workers"):
+        for path in ("/", "/workers", "/api/tasks", "/api/workers", "/metrics"):
             assert get(service, path, account)[0] == 401
     # Other users of the host can read the arguments of a process.
     assert "a-password" not in Path(f"/proc/{flower.popen.pid}/cmdline").read_text()

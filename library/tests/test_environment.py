@@ -4,11 +4,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from django.conf import settings
 
-from prodserver_ops import broker
+from prodserver_ops import apps, broker
+from prodserver_ops.conf import environment, flower
 from prodserver_ops.conf.defaults import Defaults, ProductionDefaults
 from prodserver_ops.conf.environment import EnvironmentVariableError, use
 
@@ -282,3 +284,17 @@ def test_command_exits_with_that_line_and_status_1():
     )
     assert (result.returncode, result.stdout) == (1, "")
     assert result.stderr == 'PORT: got "80a", expected an integer from 1 to 65535\n'
+
+
+def test_password_of_flower_has_no_comma():
+    with pytest.raises(environment.RedactedError):
+        flower.account("admin:a-password,for-this-test")
+    assert flower.account("admin:a-password-for-this-test")
+
+
+def test_other_users_cannot_read_the_embedded_database(monkeypatch, tmp_path):
+    path = tmp_path / "var" / "db.sqlite3"
+    database = {"ENGINE": "django.db.backends.sqlite3", "NAME": path}
+    monkeypatch.setattr(apps, "settings", Mock(DATABASES={"default": database}))
+    apps.create_database_folder()
+    assert path.parent.stat().st_mode & 0o777 == 0o700

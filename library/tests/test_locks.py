@@ -55,6 +55,27 @@ def test_lock_in_a_file_has_one_holder_at_a_time(settings, tmp_path):
     second.release()
 
 
+def test_file_of_a_lock_keeps_its_content_and_is_no_link(settings, tmp_path):
+    settings.LOCK_DIR = tmp_path / "locks"
+    lock = locks.FileLock("lock", connection)
+    assert lock.acquire()
+    lock.release()
+    modes = [path.stat().st_mode & 0o777 for path in (settings.LOCK_DIR, lock.path)]
+    assert modes == [0o700, 0o600]
+    lock.path.write_text("content")
+    assert lock.acquire()
+    lock.release()
+    assert lock.path.read_text() == "content"
+    lock.path.unlink()
+    lock.path.symlink_to(tmp_path / "file")
+    with pytest.raises(OSError, match="symbolic links"):
+        lock.acquire()
+
+
+def test_locks_of_tests_are_in_the_folder_of_the_project(settings):
+    assert settings.VAR_DIR in settings.LOCK_DIR.parents
+
+
 def test_lock_ends_with_its_connection(other):
     if connection.vendor != "postgresql":
         pytest.skip("only a PostgreSQL lock depends on a connection; set DATABASE_URL")

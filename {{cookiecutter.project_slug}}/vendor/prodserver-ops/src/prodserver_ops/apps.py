@@ -79,7 +79,10 @@ def start_alerts(**kwargs: Any) -> None:
 
 
 def create_database_folder() -> None:
-    """Create the folder of the embedded database; SQLite creates only the file."""
+    """Create the folder of the embedded database, which other users cannot read.
+
+    SQLite creates only the file.
+    """
     database = settings.DATABASES["default"]
     if database["ENGINE"] == "django.db.backends.sqlite3":
-        Path(database["NAME"]).parent.mkdir(parents=True, exist_ok=True)
+        Path(database["NAME"]).parent.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -536,6 +536,13 @@ PATCHES = (
         {"apply_env_options": "() be3247b8"},
     ),
     Patch(
+        "flower.views.monitor",
+        REPLACES,
+        "web.flower",
+        "Only its account sees the metrics.",
+        {"Metrics.get": "(self)"},
+    ),
+    Patch(
         "gunicorn.workers.gthread.ThreadWorker",
         OVERRIDES,
         "web.gunicorn_worker",

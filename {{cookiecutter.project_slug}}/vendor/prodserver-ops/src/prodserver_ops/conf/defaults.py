@@ -14,7 +14,6 @@ import os
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
-from tempfile import gettempdir
 from typing import Any
 
 import django
@@ -408,7 +407,7 @@ class TestDefaults(Defaults):
 
     # Concurrent test runs do not share locks
     def LOCK_DIR(self) -> Path:
-        return Path(gettempdir()) / f"{self.PACKAGE}-{os.getpid()}"
+        return Path(self.VAR_DIR, "locks", f"tests-{os.getpid()}")
 
     PASSWORD_HASHERS = ["django.contrib.auth.hashers.MD5PasswordHasher"]
 

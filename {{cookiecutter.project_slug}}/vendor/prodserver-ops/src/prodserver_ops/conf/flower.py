@@ -12,11 +12,14 @@ from .environment import RedactedError, env, expects, integer, or_empty, port
 PASSWORD_LENGTH = 16
 
 
-@expects(f"NAME:PASSWORD, with a password of {PASSWORD_LENGTH} characters or more")
+@expects(f"NAME:PASSWORD without commas, with a password of {PASSWORD_LENGTH} characters or more")
 def account(text: str) -> str:
-    """Return the name and password of an account, separated by a colon."""
+    """Return the name and password of an account, separated by a colon.
+
+    Flower would split them at a comma into several accounts.
+    """
     name, _, password = text.partition(":")
-    if not name or len(password) < PASSWORD_LENGTH:
+    if not name or len(password) < PASSWORD_LENGTH or "," in text:
         raise RedactedError("an invalid account")
     return text
 

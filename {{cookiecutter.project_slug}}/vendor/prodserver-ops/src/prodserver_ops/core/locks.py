@@ -1,6 +1,7 @@
 """Locks between processes, released automatically when their holder dies."""
 
 import hashlib
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -53,8 +54,10 @@ class FileLock:
         """Try to take the lock without waiting; return whether it is held now."""
         import fcntl  # Available only on Unix, like everything that uses this lock.
 
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = self.path.open("w")
+        self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        # The file is neither emptied nor found through a link, which another user may have made.
+        number = os.open(self.path, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o600)
+        self.file = os.fdopen(number, "w")
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

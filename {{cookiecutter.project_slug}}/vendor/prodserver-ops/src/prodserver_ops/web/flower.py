@@ -29,6 +29,11 @@ class Flower(CeleryFlower):
         if settings.FLOWER_BASIC_AUTH:
             # Not an argument, which other users of the host could read
             os.environ["FLOWER_BASIC_AUTH"] = settings.FLOWER_BASIC_AUTH
+        from flower.views.monitor import Metrics  # type: ignore[import-untyped]
+        from tornado.web import authenticated
+
+        # Metrics contain the names of workers and tasks; Flower shows them to everybody.
+        Metrics.get = authenticated(Metrics.get)
         signal.signal(signal.SIGTERM, lambda *_: sys.exit())
         # Flower is a plugin of Celery's full command line.
         from celery.bin.celery import celery
