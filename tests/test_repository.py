@@ -72,10 +72,11 @@ def test_relative_links_lead_to_files(default_project):
 
 
 #: The workflows that may write.
-PERMISSIONS = {"example.yml": {"contents": "write"}, "release.yml": {"contents": "write"}}
+PERMISSIONS = {"example.yml": {"contents": "write"}}
 
 #: The jobs that may write; these run no code of others.
 WRITERS = {
+    ("ci.yml", "release"): {"contents": "write"},
     ("upgrade.yml", "pull-request"): {"contents": "write", "pull-requests": "write"},
     ("newest.yml", "issue"): {"issues": "write"},
     ("docs.yml", "publish"): {"pages": "write", "id-token": "write"},
@@ -95,6 +96,16 @@ def steps(folder):
             assert job["timeout-minutes"] <= 60, path
             found += job["steps"]
     return found
+
+
+def test_only_a_push_to_main_is_released_after_all_tests():
+    """A pull request, and a branch of a fork that is named main, cannot start it."""
+    jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())["jobs"]
+    assert {*jobs["release"]["needs"]} == jobs.keys() - {"release"}
+    for condition in ("github.event_name == 'push'", "github.ref == 'refs/heads/main'"):
+        assert condition in jobs["release"]["if"]
+    texts = [path.read_text() for path in ROOT.glob(".github/workflows/*.yml")]
+    assert not [text for text in texts if "workflow_run" in text or "pull_request_target" in text]
 
 
 def test_the_workflow_lints():

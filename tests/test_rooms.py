@@ -76,6 +76,9 @@ IMPORTS_IN_FUNCTIONS = {
     ("worker/results.py", "django_celery_results.models.TaskResult"),
     ("apps.py", "core.sentry"),  # It is not needed without SENTRY_DSN.
     ("core/database.py", "psycopg"),  # SQLite does not need it.
+    # Flower is optional.
+    ("web/flower.py", "flower.views.monitor.Metrics"),
+    ("web/flower.py", "tornado.web.authenticated"),
     ("core/locks.py", "fcntl"),  # Available only on Unix.
     # Production does not have drf-spectacular.
     ("management/commands/openapi.py", "api.openapi.generate_schema"),

@@ -37,6 +37,12 @@ def test_teams_that_change_their_services(request, uv):
     run_trial(uv, "teams", "--alone", 1, "--combinations", 1)
 
 
+def test_attacks_on_the_web_process(request, uv):
+    require_server(request, "PostgreSQL", 5432, "docker run -d -p 5432:5432 postgres:16")
+    require_server(request, "RabbitMQ", 5672, "docker run -d -p 5672:5672 rabbitmq:4")
+    run_trial(uv, "attacks", "--short")
+
+
 def test_ten_years_in_one_time_zone(uv):
     run_trial(uv, "ten_years", 1)
 

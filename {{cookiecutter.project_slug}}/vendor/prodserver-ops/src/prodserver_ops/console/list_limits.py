@@ -46,7 +46,7 @@ def limit(view: Callable[..., HttpResponse]) -> Callable[..., HttpResponse]:
         if not slots.acquire(blocking=False):
             return HttpResponse(
                 "Too many people search at the moment. Try again in a few seconds.",
-                status=503,
+                status=429,
                 content_type="text/plain; charset=utf-8",
                 headers={"Retry-After": str(SECONDS)},
             )
