@@ -9,6 +9,7 @@ docs/images/*.png.
 
 import html
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -27,6 +28,7 @@ PORT = "8765"
 URL = f"http://127.0.0.1:{PORT}"
 
 CREATE_DATA = """
+from prayer_room_api.admin import answer
 from prayer_room_api.tasks import send_moderator_digest
 from prodserver_ops.mail.tasks import send_notification
 User.objects.create_superuser("admin", "admin@example.com", "secret", first_name="Alex")
@@ -37,6 +39,7 @@ for text in (
     "The evening meeting moved to the large hall. Is there room for two more people?",
 ):
     Submission.objects.create(author=sam, body=text)
+answer(Submission.objects.get(pk=3), "Yes, there is.", User.objects.get(username="admin"))
 send_moderator_digest.delay()
 send_notification.delay("welcome", 1)
 """
@@ -78,6 +81,12 @@ def wait_for_service():
         except URLError:
             time.sleep(1)
     sys.exit("the service is not ready after a minute")
+
+
+def shorten(text):
+    """Return the output of the setup without the paths and the packages that uv lists."""
+    listed = re.compile(r"^( \+ |Using |Creating |\s*(Building|Built) ).*\n", re.M)
+    return listed.sub("", text)
 
 
 def photograph(texts):
@@ -130,7 +139,7 @@ def main():
             doctor = run(uv, "run", "manage.py", "doctor", folder=project, check=False)
             photograph(
                 {
-                    "generation": f"$ uvx cookiecutter . --no-input\n{generation}",
+                    "generation": f"$ uvx cookiecutter . --no-input\n{shorten(generation)}",
                     "doctor": f"$ uv run manage.py doctor\n{doctor.replace(folder, '/home/alex')}",
                 }
             )
