@@ -34,7 +34,7 @@ def test_home_page_leads_through_the_service(service):
     honcho.wait_for_text("Sign in:     as admin", seconds=60)
     assert reachable(port)
 
-    # The commands of the page and of the README work as they are printed.
+    # The commands of the page and of docs/api.md work as they are printed.
     page = fetch(port)[1]
     commands = [html.unescape(text) for text in re.findall(r"<pre.*?<code>(.*?)</code>", page)]
     assert len(commands) == 3
