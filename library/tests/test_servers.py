@@ -1,10 +1,15 @@
 """The web servers: ``check`` reports arguments that they would reject."""
 
+from datetime import timedelta
+from unittest.mock import Mock
+
 import pytest
 from django.utils.module_loading import import_string
+from gunicorn.config import Config
 
 from prodserver_ops.conf import processes
 from prodserver_ops.console import checks
+from prodserver_ops.web.gunicorn import Logger
 
 SERVERS = ["gunicorn", "granian", "uvicorn"]
 
@@ -103,3 +108,13 @@ def test_arguments_add_to_the_usual_ones_or_replace_them(settings):
     assert arguments["threads"] == settings.WEB_THREADS
     assert processes.granian(settings, workers=7)["ARGS"]["workers"] == 7
     assert processes.uvicorn(settings, timeout_keep_alive=9)["ARGS"]["timeout_keep_alive"] == 9
+
+
+def test_gunicorn_does_not_log_requests_again(capfd):
+    config = Config()
+    config.set("accesslog", "-")
+    response = Mock(status="200 OK", sent=1, headers=[])
+    request = Mock(headers=[("USER-AGENT", "hunter2")])
+    environ = {"REQUEST_METHOD": "GET", "RAW_URI": "/?token=hunter2", "SERVER_PROTOCOL": "HTTP/1.1"}
+    Logger(config).access(response, request, environ, timedelta(seconds=1))
+    assert "hunter2" not in "".join(capfd.readouterr())

@@ -596,6 +596,7 @@ PATCHES = (
         {
             "glogging.Logger.setup": "(self, cfg) ca528641",
             "glogging.Logger.error_log": "",
+            "glogging.Logger.access": "(self, resp, req, environ, request_time)",
             "config.Config.parser": "(self)",
             "config.Config.set": "(self, name, value)",
             "config.Config.worker_class_str": "(self)",

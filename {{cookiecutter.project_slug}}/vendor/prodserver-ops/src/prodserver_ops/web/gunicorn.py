@@ -47,3 +47,6 @@ class Logger(GunicornLogger):
         super().setup(cfg)
         self.error_log.handlers.clear()
         self.error_log.propagate = True
+
+    def access(self, resp: Any, req: Any, environ: Any, request_time: Any) -> None:
+        """Log no request again, although Heroku's buildpack turns the log of gunicorn on."""
