@@ -39,4 +39,5 @@ class Command(migrate.Command):
                     time.sleep(INTERVAL)
             super().handle(*args, **options)
         finally:
+            lock.release()  # Before the session, which the server ends a little later.
             session.close()
