@@ -408,11 +408,12 @@ LOGINS = {"/api/token/": True, "/api/jwt/": True, "/admin/login/": False, "/acco
 
 
 def find_reason(text):
-    """Return the first message of the checks, or an empty text if none of them failed."""
+    """Return the first message of a check, or that of a command, or an empty text."""
     for line in text.splitlines():
         if re.search(r"\(\w+\.[EWC]\d+\)", line) and not line.startswith("System check"):
             return line.strip()[:300]
-    return ""
+    (*_, error) = re.findall(r"^[\w.]*\bCommandError: (.+)", text, re.M) or [""]
+    return error[:300]
 
 
 def make_teams(changes, number, seed):
