@@ -182,6 +182,21 @@ def test_units_are_valid_and_hardened(bake, tmp_path, process):
     assert float(score) < 2
 
 
+def test_shell_reads_the_environment_file_of_systemd(bake, tmp_path):
+    project = bake(deploy="systemd")
+    document = (project / "docs" / "deploy.md").read_text()
+    path = tmp_path / "service.env"
+    (block,) = re.findall(r"^cat > (\S+) <<END\n(.*?^END)$", document, re.M | re.S)
+    lines = block[1].replace(":5432/", ":5432/name?sslmode=require&application_name=")
+    (read,) = re.findall(r"^(set -a .*) &&$", document, re.M)
+    script = f"cat > {path} <<END\n{lines}\n{read.replace(block[0], str(path))}\nenv"
+    output = subprocess.run(
+        ["sh", "-ec", script], capture_output=True, text=True, check=True
+    ).stdout
+    assert f"?sslmode=require&application_name={project.name}\n" in output
+    assert "CELERY_BROKER_URL=amqp://" in output
+
+
 def test_service_under_systemd_says_nothing_about_dokku(bake):
     project = bake(deploy="systemd")
     for path in files(project):

@@ -50,6 +50,10 @@ SERVER = "postgres://postgres@127.0.0.1:5432"
 ADDED_EXAMPLE_FILES = ["tests/test_schedules.py", "helpdesk/openapi.py"]
 
 
+#: What a new service does not have yet
+EXCLUDED = (".git", ".cruft.json", ".venv", "uv.lock")
+
+
 @dataclass(frozen=True)
 class Case:
     """A service and what its team did with it."""
@@ -660,7 +664,7 @@ def compare_unedited(template, start, case, end="newest"):
             recorded = record["context"]["cookiecutter"].items()
             answers = {name: value for name, value in recorded if name[0] != "_"}
             fresh = Service(other, template, dataclasses.replace(CASES[case], answers=answers), "")
-            exclude = [option for name in (".git", ".cruft.json") for option in ("-x", name)]
+            exclude = [option for name in EXCLUDED for option in ("-x", name)]
             run(["diff", "-r", *exclude, str(service.folder), str(fresh.folder)], folder)
         except Failed as error:
             result.problem = str(error)
