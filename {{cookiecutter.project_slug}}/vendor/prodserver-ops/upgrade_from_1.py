@@ -125,8 +125,6 @@ NAMES = {
     "overlaps.check_migrations": "console.checks.check_migrations",
     "realtime.send_to_group": "web.channels.send_to_group",
     "runs.start_run": "scheduling.claims.claim",
-    "tasks.KEEP_HEARTBEATS": "tasks.KEEP_HEARTBEATS",
-    "tasks.KEEP_RUNS": "tasks.KEEP_RUNS",
     "tasks.delete_records": "tasks.delete_records",
     "tasks.requeue": "worker.failed.requeue",
 }
