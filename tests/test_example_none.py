@@ -10,7 +10,7 @@ import pytest
 
 from tests.servers import wait_for
 from tests.test_first_week import append, migration_path, python_blocks
-from tests.test_output import FILES, files
+from tests.test_output import CI_FILES, FILES, files
 
 #: Files of the example, which this choice leaves out.
 EXAMPLE_FILES = """
@@ -45,7 +45,7 @@ print(*PeriodicTask.objects.values_list("name", "task"))
 
 
 def test_output_is_the_exact_set_of_files(none_project):
-    names = FILES.replace("SLUG", none_project.name).split()
+    names = FILES.replace("SLUG", none_project.name).split() + CI_FILES["github"].split()
     example = EXAMPLE_FILES.replace("SLUG", none_project.name).split()
     assert set(example) <= set(names)
     assert files(none_project) == sorted(set(names) - set(example))

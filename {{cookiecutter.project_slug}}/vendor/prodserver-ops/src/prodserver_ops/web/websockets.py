@@ -50,7 +50,8 @@ class ErrorMiddleware:
             await self.application(scope, receive, send)
             return
         except (RedisError, DatabaseError) as error:
-            code, problem = TRY_AGAIN_LATER, f"unavailable: {type(error).__name__}"
+            server = "Redis" if isinstance(error, RedisError) else "the database"
+            code, problem = TRY_AGAIN_LATER, f"{server} is unavailable: {type(error).__name__}"
         except (ValueError, RecursionError) as error:
             if not is_invalid_frame(error):
                 raise
