@@ -90,14 +90,6 @@ def pytest_runtest_makereport():
 
 
 @pytest.fixture(scope="session")
-def django_db_modify_db_settings(django_db_modify_db_settings_parallel_suffix, tmp_path_factory):
-    """Use a file for SQLite: threads do not wait for a table of a database in memory."""
-    if connection.vendor == "sqlite":
-        path = tmp_path_factory.mktemp("database") / "test.sqlite3"
-        connection.settings_dict["TEST"]["NAME"] = str(path)
-
-
-@pytest.fixture(scope="session")
 def make_part(request, worker_id):
     """A function that returns the URL of a part of a server; skips if it is not running.
 
