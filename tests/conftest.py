@@ -81,6 +81,14 @@ SERVICE_VARIABLES = {
 }
 
 
+def pytest_configure(config):
+    """Let the processes of tests react to SIGINT.
+
+    A shell lets what it starts in the background ignore it, and its child processes too.
+    """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def pytest_addoption(parser):
     parser.addoption(
         "--require-services",

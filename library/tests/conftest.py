@@ -20,6 +20,7 @@ several runs may take place at the same time.
 
 import os
 import shutil
+import signal
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -54,6 +55,8 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    # A shell lets what it starts in the background ignore SIGINT, and its child processes too.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     # Without pytest-xdist the settings were read before this file.
     is_alone = not config.getoption("numprocesses") and "PYTEST_XDIST_WORKER" not in os.environ
     if config.getoption("--broker") and is_alone:

@@ -109,8 +109,6 @@ def test_interrupted_step_ends_the_command(folder):
         stdout=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        # A shell lets the processes that it starts in the background ignore SIGINT.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     while not Path(folder, "started").exists():
         assert process.poll() is None
