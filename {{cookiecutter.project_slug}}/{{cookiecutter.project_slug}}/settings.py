@@ -121,7 +121,7 @@ class Settings({{ cookiecutter.__modules.split(", ") | select | each("{0}.Defaul
     BROKER_VARIABLE = "{{ cookiecutter._brokers[cookiecutter.broker].variable }}"
 
     # Logs: prefixes of paths with a secret, which is redacted up to the next slash
-    LOG_REDACTED_PATHS = ("/unsubscribe/",)
+    LOG_REDACTED_PATHS: tuple[str, ...] = ("/unsubscribe/",)
 
     # Processes: python manage.py prodserver <process>; keyword arguments become its arguments
     def PRODUCTION_PROCESSES(self):
