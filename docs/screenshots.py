@@ -73,7 +73,7 @@ def environment():
 
 
 def wait_for_service():
-    """Wait until web and worker are at work."""
+    """Wait until web and worker are running."""
     for _ in range(60):
         try:
             with urlopen(f"{URL}/health/ready?deep", timeout=5):

@@ -68,7 +68,7 @@ def wait_for_dispatches(number, *beats, seconds=30):
 
 
 def start_two(service):
-    """Start two beats, and return them at work."""
+    """Start two beats, and return them once they are running."""
     first = service.start("beat")
     wait_for_dispatches(1, first)
     second = service.start("beat")

@@ -117,7 +117,7 @@ def test_beat_notices_a_black_hole_and_recovers(bake, make_service, postgres_url
     beat.wait_for_text("Sending due task deliveries-resume")
     wire.cut()
     cut = time.monotonic()
-    beat.wait_for_text("the database is away", seconds=90)
+    beat.wait_for_text("the database is unavailable", seconds=90)
     print(f"beat noticed after {time.monotonic() - cut:.0f} s")
     assert time.monotonic() - cut < 60 * PATIENCE
     wire.mend()

@@ -3,11 +3,11 @@
     uv run trials/beats.py [ROUNDS] [SEED] [BEATS]
 
 Generates a service and runs a worker and three beats on PostgreSQL (127.0.0.1:5432, user
-postgres, trust) and RabbitMQ (127.0.0.1:5672, guest). All beats are at work. In each round one of them
+postgres, trust) and RabbitMQ (127.0.0.1:5672, guest). All beats are running. In each round one of them
 is paused, killed, disconnected from a server, cut off from it without notice, or its clock jumps. Then
 it compares the runs that the worker recorded with the schedules: none twice, none early, none of
 the crontabs missing, and no schedule of every second without a run for ``GAP`` seconds while a beat that
-nothing disturbs is at work. Exits with status 1 if anything is wrong.
+nothing disturbs is running. Exits with status 1 if anything is wrong.
 """
 
 import collections
@@ -34,13 +34,13 @@ from tests.servers import Wire
 SERVER = "postgres://postgres@127.0.0.1:5432"
 ROUNDS, SEED, BEATS = 1000, 20261125, 3
 
-#: How long no run may be dispatched while a beat is at work, in seconds.
+#: How long no run may be dispatched while a beat is running, in seconds.
 GAP = 5
 
 #: How long a round takes, in seconds.
 ROUND = (0.2, 1.2)
 
-#: How often a round begins although no other beat is at work, and how long others wait, in seconds.
+#: How often a round begins although no other beat is running, and how long others wait, in seconds.
 ALL_AWAY, PATIENCE = 0.2, 4
 
 #: How long a beat may be cut off after its connections work again, in seconds: the servers wait too.
@@ -49,7 +49,7 @@ RECONNECT = 30
 #: Runs that were due shortly before may still be on their way, in seconds.
 UNDERWAY = 15
 
-#: How long the beats may take to be at work again after the last round, in seconds.
+#: How long the beats may take to be running again after the last round, in seconds.
 REST = 30
 
 #: How far ahead of its time a run may be recorded, in seconds: the clocks of two processes.
@@ -307,7 +307,7 @@ def play(service, rounds, rng, number_of_beats):
 
 
 def wait_for_another(service, beats, beat):
-    """Wait until a beat is at work beside the one that is disturbed next."""
+    """Wait until a beat is running beside the one that is disturbed next."""
     deadline = time.monotonic() + PATIENCE
     while not any(other.undisturbed_from for other in beats if other is not beat):
         if time.monotonic() > deadline:
@@ -342,7 +342,7 @@ def compare(notes, beats, start, end):
         "early": early,
         "missing": len(missing),
         "longest gap": round(max(b - a for a, b in gaps), 1),
-        "while a beat is at work": round(find_longest(gaps, spans), 1),
+        "while a beat is running": round(find_longest(gaps, spans), 1),
     }
 
 
@@ -362,7 +362,7 @@ def main(rounds=ROUNDS, seed=SEED, beats=BEATS):
     print(f"{sum(played.values())} rounds: {dict(played)}")
     print(result)
     wrong = result["twice"] or result["early"] or result["missing"]
-    return not wrong and result["while a beat is at work"] < GAP
+    return not wrong and result["while a beat is running"] < GAP
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ part         what it shows
 ``delayed``  500 tasks with an ETA of an hour are 500 rows after 12 minutes, no worker holds one,
              and other tasks run; 20 that are due after 20 seconds run once
 ``killed``   200 delayed tasks while workers get SIGKILL for a minute: none is lost, and only
-             those run again that were at work
+             those that were running run again
 ``starts``   30 starts of a worker leave the failed tasks alone (RabbitMQ)
 ===========  ======================================================================================
 
@@ -159,7 +159,7 @@ def empty(service):
 
 
 def play_long(service, times):
-    """Return how often a long task was started while it was at work: 1."""
+    """Return how often a long task was started while it was running: 1."""
     service.start_workers()
     service.queue("long", times["work"])
     service.wait_for_note(("end", "long"), times["work"] + 120)

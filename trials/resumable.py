@@ -4,7 +4,7 @@
 
 Runs two workers and a beat of a small project on PostgreSQL, with each of the brokers ``rabbitmq``,
 ``redis`` and ``postgresql``, whose addresses are in library/tests/services.py. Several imports of
-10,000 rows are always at work. Processes of the pool, and now and then a whole worker, are killed,
+10,000 rows are always running. Processes of the pool, and now and then a whole worker, are killed,
 and workers are deployed: SIGTERM, and a new one. Then each import must have each row once, and each
 kill may have repeated at most one step, which a file notes. At the end, it compares the time of an
 import with that of a plain loop. Exits with status 1 if anything is wrong.
@@ -26,7 +26,7 @@ from small_project import services
 
 KILLS, DEPLOYS, ROWS, SEED = 1000, 50, 10_000, 20261130
 
-#: How many imports are at work, and how many processes run them.
+#: How many imports run at the same time, and how many processes run them.
 IMPORTS, WORKERS = 3, 2
 
 #: Seconds between two kills, and the part of them that is a whole worker.

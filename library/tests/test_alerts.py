@@ -186,8 +186,8 @@ class TestKinds:
         run = make_run(schedule, 6, published=False)
         make_run(make_schedule("other"), 4, published=False)
         (subject,) = check(2)
-        assert subject.startswith("Dummy: Schedule sample is late: its run of ")
-        assert subject.endswith(" is not queued")
+        assert subject.startswith("Dummy: Schedule sample is late: its run due at ")
+        assert subject.endswith(" has not been queued")
         # Beat gives it up after an hour: the schedule did not recover.
         run.delete()
         make_run(schedule, 1)
@@ -202,7 +202,7 @@ class TestKinds:
         make_run(make_schedule("other"), 9)
         (subject,) = check(2)
         assert "sample is late" in subject
-        assert subject.endswith(" is not started")
+        assert subject.endswith(" has not been started")
         # That of the last run counts: an earlier message may be lost.
         make_run(schedule, -1, started=True)
         Alert.objects.update(since=timezone.now() - 5 * MINUTE)
@@ -232,9 +232,11 @@ class TestKinds:
     def test_process_that_is_dead(self, process):
         Heartbeat.objects.filter(process=process).update(seen_at=timezone.now() - 2 * MINUTE)
         assert check() == []
-        assert check() == [f"Dummy: No {process} is at work: there is no heartbeat"]
+        assert check() == [f"Dummy: No {process} is running: there is no recent heartbeat"]
         beat_heart(process)
-        assert check(2) == [f"Dummy: recovered: No {process} is at work: there is no heartbeat"]
+        assert check(2) == [
+            f"Dummy: recovered: No {process} is running: there is no recent heartbeat"
+        ]
 
     def test_queue_that_grows(self, monkeypatch):
         numbers = iter([10, 2000, 900, 1500, 1400, 1500, 1600, 1700, 1700, 1500, 1400, 1000, 1000])
@@ -244,7 +246,7 @@ class TestKinds:
             lambda app, names, _: lengths(names, dummy=next(numbers)),
         )
         assert check(8) == []
-        assert check() == ["Dummy: The queue dummy grows, and has over 1000 messages"]
+        assert check() == ["Dummy: The queue dummy keeps growing, and has more than 1000 messages"]
         assert check(2) == []
         assert len(check(2)) == 1
 
@@ -276,7 +278,7 @@ class TestKinds:
         failures = (transport.Verdict.UNUSABLE.name, "ConnectionRefusedError: refused", 1)
         entries.set(transport.FAILURES, failures, 60)
         assert check(2) == [
-            "Dummy: E-mail pauses, because none is accepted: ConnectionRefusedError: refused"
+            "Dummy: E-mail is paused, because the mail server accepts none: ConnectionRefusedError: refused"
         ]
         entries.delete(transport.FAILURES)
         assert len(check(2)) == 1
@@ -341,7 +343,7 @@ def test_at_most_a_handful_an_hour(caplog):
         if number % 3 == 0:
             TaskRun.objects.update(status="succeeded")
     assert len(mail.outbox) == alerts.LIMIT.slots
-    assert sum("wait" in record.message for record in caplog.records) >= 1
+    assert sum("not sent yet" in record.message for record in caplog.records) >= 1
     # Nothing is lost: once an hour has passed, the next e-mail has the rest.
     alerts.LIMIT.clear("emailed_at")
     make_task_run(PeriodicTask.objects.last())
@@ -357,7 +359,7 @@ def test_end_of_problems_leaves_emails_to_new_ones():
     assert check(3) == []
     Heartbeat.objects.filter(process="worker").delete()
     (subject,) = check(2)
-    assert subject == "Dummy: No worker is at work: there is no heartbeat"
+    assert subject == "Dummy: No worker is running: there is no recent heartbeat"
     assert "Recovered, or turned off:" in mail.outbox[-1].body
 
 
@@ -497,7 +499,7 @@ def test_webhook_that_fails_does_not_hold_up_email(serve, monkeypatch, caplog, r
     (line,) = [record.message for record in caplog.records if "not sent" in record.message]
     assert line.startswith("Alerts: not sent, posted: ")
     assert "secret" not in line
-    # Tried for ever, it gets a handful an hour.
+    # Tried forever, it gets a handful an hour.
     for _ in range(20):
         alerts.PAUSE.clear("posted_at")
         monkeypatch.setattr(alerts, "_running", {})
@@ -561,7 +563,7 @@ def test_check_that_fails_changes_nothing(monkeypatch, caplog):
     monkeypatch.setitem(alerts.FINDERS, "failed", find)
     assert check(5) == []
     assert alerts.get_open().count() == 1
-    assert sum("are not found" in record.message for record in caplog.records) == 1
+    assert sum("could not look for problems" in record.message for record in caplog.records) == 1
 
 
 # Recipients, and whether anybody is told at all

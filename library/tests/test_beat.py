@@ -1,4 +1,4 @@
-"""Beat: it waits for a database that is away, and stops between two passes."""
+"""Beat: it waits for an unavailable database, and stops between two passes."""
 
 import pytest
 from celery import current_app, signals
@@ -61,7 +61,7 @@ def test_pass_waits_for_a_database_that_is_away(caplog, clock, error):
         waits.append(own.next_pass - clock.now)
         clock.now = own.next_pass
     assert waits == [1, 1, 3, 1]
-    message = f"beat: Waiting: the database is away ({error.__name__})"
+    message = f"beat: Waiting: the database is unavailable ({error.__name__})"
     assert [record.getMessage() for record in caplog.records] == [message] * 2
 
 

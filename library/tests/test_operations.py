@@ -281,7 +281,7 @@ class TestPage:
         TaskRun.objects.create(
             name=sample.name, schedule=schedule, started_at=now - timedelta(minutes=4), host="a"
         )
-        text = "its runs pile up: 3 waiting, 1 at work"
+        text = "its runs pile up: 3 waiting, 1 running"
         assert text in page()
         result = doctor.check_pile_ups()
         assert (result.status, result.message) == ("error", f"{schedule.name}: {text}")

@@ -128,7 +128,7 @@ def test_routes_of_the_service_keep_those_of_the_library(settings):
 
 @pytest.mark.django_db
 class TestMessages:
-    """Messages that wait for ever, of the schedule of an earlier service."""
+    """Messages that no process consumes, of the schedule of an earlier service."""
 
     @pytest.fixture(autouse=True)
     def message(self, monkeypatch):

@@ -107,7 +107,7 @@ def test_failed_renewal_is_tried_again(qos, monkeypatch, caplog):
     with pytest.raises(SystemExit):
         renewal.renew_forever()
     assert len(qos.renewed) == 2
-    assert "Could not renew the tasks at work: ConnectionError" in caplog.text
+    assert "Could not renew the running tasks: ConnectionError" in caplog.text
 
 
 def test_message_after_a_long_rest_is_held():

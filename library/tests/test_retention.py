@@ -134,6 +134,6 @@ def test_valid_days_are_none(settings):
 def test_doctor_shows_sizes_and_days():
     message = doctor.check_tables().message
     assert message.endswith(
-        "kept for days: deliveries 90, runs 7, delayed 1, heartbeats 1, admin_log for ever"
+        "kept for days: deliveries 90, runs 7, delayed 1, heartbeats 1, admin_log forever"
     )
     assert ("ops_" in message) == (connection.vendor == "postgresql")

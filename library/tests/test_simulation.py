@@ -165,7 +165,7 @@ class TestBusiestMinute:
         report, _ = play(
             self.start,
             7,
-            # At 2:00 on Wednesday and Saturday, when the first two are still at work
+            # At 2:00 on Wednesday and Saturday, when the first two are still running
             (make("long", "30 1 * * *", self.start), 3600),
             (make("weekly", "50 1 * * 3,6", self.start), 660),
             (make("nightly", "0 2 * * *", self.start), 10),

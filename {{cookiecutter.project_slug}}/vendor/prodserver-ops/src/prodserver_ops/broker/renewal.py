@@ -113,7 +113,7 @@ def renew_forever() -> None:
             try:
                 qos.renew_held()
             except Exception as error:
-                logger.warning("Could not renew the tasks at work: %s", type(error).__name__)
+                logger.warning("Could not renew the running tasks: %s", type(error).__name__)
 
 
 def check(channels: list[Any] | None) -> None:

@@ -241,7 +241,7 @@ class ProcessDefaults(BaseSettings):  # type: ignore[misc]
     # Maximum size of uploaded files in a request, in bytes; see web/uploads.py
     UPLOAD_MAX_SIZE = 5 * 2**20
 
-    # How many days rows are kept, if not as long as in console/retention.py; None for ever
+    # How many days rows are kept, if not as long as in console/retention.py; None forever
     KEEP_DAYS: dict[str, int | None] = {}
 
     # Whether failed logins are limited; see web/logins.py

@@ -1,10 +1,10 @@
-"""Alerts: administrators are told once of a problem, and once that it is over.
+"""Alerts tell administrators once about a problem, and once when it is over.
 
-Beat and the main process of each worker have a thread for this, so that the death of either is
-noticed. Together they make one check a minute: a process claims it, and the claim of one that was
-killed expires. A problem is a row. It counts once two checks have found it, and is over once two
-in a row have not. An alert that was accepted is repeated only if the process is killed, or the
-connection lost, before that is stored.
+Beat and the main process of each worker run a thread for this, so that each notices when the other
+is gone. Together they make one check a minute: a process claims it, and the claim of a killed process
+expires. A problem is a row. It is reported after two checks have found it, and is over after two
+checks in a row have not. An alert is sent twice only if the process is killed, or loses its
+connection, before it has stored that the alert was sent.
 """
 
 import json
@@ -40,12 +40,12 @@ from .problems import FINDERS, show
 
 logger = logging.getLogger(__name__)
 
-#: Time between two checks, in seconds; how long a check is claimed; and when a process that was
-#: paused no longer tells, because another one may.
+#: Time between two checks, in seconds; how long a check is claimed; and the age of a check, in seconds,
+#: from which a process that was paused sends nothing, because another one may have sent it.
 INTERVAL, CLAIM, MAX_AGE = 60, timedelta(seconds=50), 30
 
-#: At most so many e-mails an hour, and requests to the webhook, whatever breaks. Those without a
-#: new problem leave some to others.
+#: Maximum number of e-mails, and of requests to the webhook, in an hour. Messages without a new
+#: problem use only part of it.
 LIMIT, LIMIT_OVER = Limit("alerts", 6, 3600), 4
 
 #: A server that did not accept an alert gets it again after five minutes.
@@ -57,12 +57,12 @@ TIMEOUT = 10
 #: How many problems a message lists.
 LISTED = 20
 
-#: Mail backends that reach nobody.
+#: E-mail backends that deliver nothing.
 SILENT_BACKENDS = {"console", "dummy", "filebased", "locmem"}
 
 NOBODY = "nobody: ADMINS is empty, and no superuser has an e-mail address"
 
-#: What sends new problems, and those that are over.
+#: Sends new problems, and those that are over.
 type Sender = Callable[[list[Alert], list[Alert]], None]
 
 _running: dict[str, threading.Thread] = {}
@@ -81,7 +81,7 @@ def find_problems(alerts: dict[str, Alert]) -> dict[str, str]:
         try:
             found = find(known)
         except Exception as error:
-            log_once(f"problems of the kind {kind} are not found: {describe(error)}")
+            log_once(f"could not look for problems of the kind {kind}: {describe(error)}")
             found = {name: alert.message for name, alert in known.items()}
         problems |= {f"{prefix}{name}": shorten(text) for name, text in found.items()}
     return problems
@@ -108,7 +108,7 @@ def note_problems() -> None:
 
 
 def why_off() -> str:
-    """Return why nobody is told of problems, or an empty text."""
+    """Return why no alerts are sent, or an empty string."""
     if settings.DEBUG or not settings.ALERTS:
         return "DEBUG is on" if settings.DEBUG else "ALERTS is off"
     return (
@@ -119,7 +119,7 @@ def why_off() -> str:
 
 
 def has_email() -> bool:
-    """Return whether e-mail is configured, and reaches somebody."""
+    """Return whether an e-mail backend is configured that delivers e-mail."""
     names = ("EMAIL_BACKEND", "EMAIL_HOST", "EMAIL_PORT", "EMAIL_API")
     is_silent = settings.EMAIL_BACKEND.split(".")[-2] in SILENT_BACKENDS
     return not is_silent and any(map(settings.is_overridden, names))
@@ -138,7 +138,7 @@ def get_recipients() -> list[str]:
 
 
 def get_channels() -> dict[str, tuple[str, Sender]]:
-    """Return whom an alert is sent to and the function that sends it, by field of its row."""
+    """Return the recipients of alerts and the function that sends them, by field of the row."""
     channels: dict[str, tuple[str, Sender]] = {}
     if has_email() and (recipients := get_recipients()):
         channels["emailed_at"] = f"e-mail to {', '.join(recipients)}", partial(email, recipients)
@@ -149,7 +149,7 @@ def get_channels() -> dict[str, tuple[str, Sender]]:
 
 
 def tell() -> None:
-    """Tell of what is new and what is over, once through each channel."""
+    """Send new problems and those that are over, once through each channel."""
     channels, parts = get_channels(), {}
     if not channels:
         return log_once(f"they go to {NOBODY}")
@@ -165,7 +165,7 @@ def tell() -> None:
         if LIMIT.count(field) < (LIMIT.slots if new else LIMIT_OVER):
             parts[field] = new, over
         else:
-            log_once(f"{len(new)} problems wait: there were too many messages within an hour")
+            log_once(f"{len(new)} new problems are not sent yet: the limit of messages per hour is reached")
     for field, error in send(parts).items():
         if error is None:
             for rows, value in zip(parts[field], (Now(), None), strict=True):
@@ -183,7 +183,7 @@ def send(parts: dict[str, tuple[list[Alert], list[Alert]]]) -> dict[str, Excepti
         if error:
             log_once(f"not sent, {field.partition('_')[0]}: {describe(error)}")
             PAUSE.take(field)
-        # It may have been accepted all the same.
+        # It may have been accepted nevertheless.
         if not error or transport.classify_error(error)[0] is transport.Verdict.UNKNOWN:
             LIMIT.take(field)
     return errors
@@ -212,10 +212,10 @@ def email(recipients: list[str], new: list[Alert], over: list[Alert]) -> None:
 
 
 class NoRedirects(HTTPRedirectHandler):
-    """A redirect is an error: the request that follows it would have no content."""
+    """Treats a redirect as an error: the request that follows it would have no body."""
 
     def redirect_request(self, *args: Any) -> None:
-        """Follow no redirect."""
+        """Do not follow the redirect."""
 
 
 def post(new: list[Alert], over: list[Alert]) -> None:
@@ -280,7 +280,7 @@ def describe(error: BaseException) -> str:
 
 
 def log_once(text: str) -> None:
-    """Log what went wrong, once until something else does."""
+    """Log an error, unless it is the one that was logged last."""
     global _logged
     if text != _logged:
         _logged = text
@@ -291,7 +291,7 @@ def log_once(text: str) -> None:
 
 
 def get_open() -> QuerySet[Alert]:
-    """Return the problems that count and are not over."""
+    """Return the problems that are confirmed and not over."""
     return Alert.objects.filter(is_confirmed=True, misses__lt=2).order_by("since", "pk")
 
 
@@ -303,7 +303,7 @@ def claim() -> bool:
 
 
 def check() -> None:
-    """Look for problems and tell of them, unless another process has done so just now."""
+    """Look for problems and send alerts, unless another process has just done so."""
     start = time.monotonic()
     if claim():
         note_problems()

@@ -208,7 +208,7 @@ def check_tables() -> Result:
     sizes = retention.get_sizes()
     largest = [f"{name} {filesizeformat(size)}" for name, size in list(sizes.items())[:3]]
     size = f"{filesizeformat(sum(sizes.values()))}; {', '.join(largest)}; " if sizes else ""
-    days = [f"{name} {days or 'for ever'}" for name, days in retention.get_days().items()]
+    days = [f"{name} {days or 'forever'}" for name, days in retention.get_days().items()]
     return Result(f"{size}kept for days: {', '.join(days)}".replace("\xa0", " "))
 
 

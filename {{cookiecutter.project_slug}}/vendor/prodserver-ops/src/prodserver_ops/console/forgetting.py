@@ -1,4 +1,4 @@
-"""Forget a person: delete or blank what this package keeps of a user.
+"""Forget a person: delete or blank what this package stores about a user.
 
 Its tables are searched for rows of the user, and all texts in them for the user name, the address
 and the full name. What is not sent yet is given up, and nothing is sent twice afterwards: recent
@@ -72,14 +72,14 @@ class Person:
 
 
 def forget(person: Person, *, delete: bool = False, is_trial: bool = False) -> Counter[str]:
-    """Delete or blank what is kept of a person; return what was done, and how often.
+    """Delete or blank what is stored about a person; return what was done, and how often.
 
     ``delete`` also deletes the user, with the rows of the project that depend on it. With
     ``is_trial`` nothing changes. Raises Busy, or an error of the database or the broker; then
     nothing in the database has changed.
     """
     done: Counter[str] = Counter()
-    # Who waits for a lock must see what was committed.
+    # After waiting for a lock, the transaction must see what was committed.
     with person.locks, transaction.atomic():
         for step in STEPS:
             done.update(step(person))
@@ -125,7 +125,7 @@ def end_session(key: str) -> int:
 
 
 def end_digests(person: Person) -> dict[str, int]:
-    """Delete the deliveries of digests that are long over, and give up those that are not sent."""
+    """Delete deliveries of old digests, and give up digests that are not sent."""
     if person.user is None:
         return {}
     pk, rows = person.user.pk, DigestDelivery.objects.filter(recipient=person.user)
@@ -166,7 +166,7 @@ def end_notifications(person: Person) -> dict[str, int]:
 
 
 def hold(person: Person, lock: str) -> None:
-    """Hold a lock of those who send e-mail; raise Busy if it is not free in time."""
+    """Hold a lock of the tasks that send e-mail; raise Busy if it is not free in time."""
     end = time.monotonic() + BUSY_SECONDS
     while not person.locks.enter_context(try_lock(lock)):
         if time.monotonic() > end:
@@ -203,7 +203,7 @@ def get_text_fields(model: type[Model]) -> list[Any]:
 
 
 def find_rows(person: Person, model: type[Model], fields: list[Any]) -> QuerySet[Any]:
-    """Return the rows of which a field contains a name, perhaps as a part of another word."""
+    """Return the rows with a name in a field, perhaps as part of another word."""
     condition = Q(pk__in=[])
     for field in fields:
         for form in person.forms:
@@ -257,7 +257,7 @@ def take_failed(person: Person, is_trial: bool) -> int:
 
 
 def find_others(person: Person) -> dict[str, str]:
-    """Return what the project keeps of the user: the number of rows and what to do, by name."""
+    """Return what the project stores about the user: the number of rows and what to do, by name."""
     found = {}
     user = person.user
     for relation in user._meta.related_objects if user else ():

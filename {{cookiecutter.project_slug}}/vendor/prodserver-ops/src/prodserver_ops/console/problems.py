@@ -1,4 +1,4 @@
-"""What administrators are told of: ``alerts.py`` looks for these problems once a minute.
+"""The problems that ``alerts.py`` looks for once a minute.
 
 A function for each kind returns messages by name. It gets the open alerts of its kind, by name
 too, and returns their messages again where it cannot know whether the problem is over.
@@ -29,25 +29,26 @@ from ..scheduling.restores import find_restore
 from ..scheduling.timing import RELATIONS
 from ..worker.app import get_failed_queue
 
-#: When a run is late that is not published, and one that no worker has started.
+#: The age from which an unpublished run is late, and one that no worker has started.
 UNPUBLISHED, UNSTARTED = timedelta(minutes=5), timedelta(minutes=10)
 
-#: A queue grows if it has more messages than this, and more than before in so many checks.
+#: A queue keeps growing if it has more messages than the first number, and had more than before in
+#: the second number of checks.
 QUEUE_LENGTH, GROWING = 1000, 3
 
 #: How long the numbers of messages are kept for the next check, in seconds.
 KEEP_LENGTHS = 600
 
-#: About how many schedules a check validates; of more, it takes the next part each minute.
+#: About how many schedules a check validates. If there are more, each check takes the next part.
 VALIDATED = 1000
 
-#: How long several runs of a schedule may wait or be at work, and how long ago they were due at most.
+#: How long several runs of a schedule may wait or run, and the age of the runs that are considered.
 PILE_UP, PILE_UP_AGE = timedelta(minutes=1), timedelta(days=1)
 
 #: How long the broker may take, in seconds.
 TIMEOUT = 10
 
-#: Schedules that are in use; one that runs once is disabled when it is queued.
+#: Schedules in use. Beat disables one that runs once when it queues the run.
 IN_USE = PeriodicTask.objects.filter(Q(enabled=True) | Q(one_off=True))
 
 FINISHED = TaskRun.objects.filter(status__in=[TaskRun.Status.SUCCEEDED, TaskRun.Status.FAILED])
@@ -60,15 +61,15 @@ _running: dict[str, Thread] = {}
 
 
 def find_missing(known: Known) -> Found:
-    """Return the processes of which none is at work."""
+    """Return the names of the processes that are not running."""
     missing = set(heartbeats.get_processes()) - heartbeats.get_alive()
-    return {name: f"No {name} is at work: there is no heartbeat" for name in missing}
+    return {name: f"No {name} is running: there is no recent heartbeat" for name in missing}
 
 
 def find_queues(known: Known) -> Found:
-    """Return the queues that grow, that no process consumes or that have tasks that were given up.
+    """Return the queues that keep growing, that no process consumes, or with tasks that were given up.
 
-    A broker that is away has no name.
+    The name of an unavailable broker is an empty string.
     """
     names, failed = queues.get_known(), get_failed_queue()
     count = partial(broker.count_messages, current_app, [*names, failed], TIMEOUT)
@@ -82,23 +83,23 @@ def find_queues(known: Known) -> Found:
     unconsumed = queues.describe_unconsumed({name: counts[name] for name in names})
     for name in names:
         if name in unconsumed:
-            found[name] = f"Messages wait for ever: {unconsumed[name]}"
+            found[name] = f"Messages are not consumed: {unconsumed[name]}"
         elif counts[name] > QUEUE_LENGTH:
             key = get_key("queue-lengths", name)
             lengths = [*entries.get(key, []), counts[name]][-GROWING - 1 :]
             entries.set(key, lengths, KEEP_LENGTHS)
             grows = len(lengths) > GROWING and all(a < b for a, b in pairwise(lengths))
             if grows or name in known:
-                found[name] = f"The queue {name} grows, and has over {QUEUE_LENGTH} messages"
+                found[name] = f"The queue {name} keeps growing, and has more than {QUEUE_LENGTH} messages"
     return found
 
 
 def find_email(known: Known) -> Found:
-    """Return why e-mail waits or pauses."""
+    """Return why e-mail waits or is paused."""
     if restore := find_restore():
         return {"": f"E-mail waits: {restore}; run python manage.py restored"}
     if (failures := transport.get_failures()) and failures.is_general:
-        return {"": f"E-mail pauses, because none is accepted: {failures.reason}"}
+        return {"": f"E-mail is paused, because the mail server accepts none: {failures.reason}"}
     return {}
 
 
@@ -132,11 +133,11 @@ def find_late(known: Known) -> Found:
     later = started.filter(schedule=OuterRef("schedule"), due_at__gt=OuterRef("due_at"))
     rows = runs.filter(late, ~Exists(later), schedule__in=IN_USE).select_related("schedule")
     found = {
-        str(run.schedule_id): f"Schedule {run.schedule.name} is late: its run of "
-        f"{show(run.due_at)} is not {'started' if run.published_at else 'queued'}"
+        str(run.schedule_id): f"Schedule {run.schedule.name} is late: its run due at "
+        f"{show(run.due_at)} has not been {'started' if run.published_at else 'queued'}"
         for run in rows
     }
-    # Beat deletes a run that it cannot queue. The schedule recovers with the next that starts.
+    # Beat deletes a run that it cannot queue. The schedule recovers when its next run starts.
     latest = started.filter(schedule=OuterRef("pk")).values("started_at")[:1]
     rest = PeriodicTask.objects.filter(pk__in=known.keys() - found.keys(), enabled=True)
     for row in rest.annotate(last=Subquery(latest)):
@@ -154,7 +155,7 @@ def find_failed(known: Known) -> Found:
         str(run.schedule_id): f"Schedule {run.schedule} failed, {show(run.started_at)}: {run.error}"
         for run in runs.select_related("schedule")
     }
-    # The record has the last days only. A schedule without a run in it may not have recovered.
+    # The record has only the last days. A schedule without a run in it may not have recovered.
     rest = PeriodicTask.objects.filter(pk__in=known.keys() - found.keys(), enabled=True)
     for row in rest.filter(~Exists(finished)):
         found[str(row.pk)] = known[str(row.pk)].message
@@ -162,7 +163,7 @@ def find_failed(known: Known) -> Found:
 
 
 def find_pile_ups() -> dict[int, str]:
-    """Return the schedules of which several runs have waited or been at work for a minute."""
+    """Return the schedules with several runs that have been waiting or running for a minute."""
     now = timezone.now()
     runs = ScheduleRun.objects.filter(due_at__gt=now - PILE_UP_AGE).order_by()
     # A message from before the last run that was started may be lost, and others may expire.
@@ -178,7 +179,7 @@ def find_pile_ups() -> dict[int, str]:
     counts: dict[int, list[tuple[int, str, datetime]]] = defaultdict(list)
     for query, field, text in (
         (waiting, "published_at", "waiting"),
-        (at_work, "started_at", "at work"),
+        (at_work, "started_at", "running"),
     ):
         for pk, number, since in query.values_list("schedule").annotate(Count("pk"), Min(field)):
             counts[pk].append((number, text, since))

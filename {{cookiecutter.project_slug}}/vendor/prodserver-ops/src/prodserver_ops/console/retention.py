@@ -1,4 +1,4 @@
-"""Delete rows that nobody needs any more, in batches that hold no lock for long.
+"""Delete old rows, in batches that hold no lock for long.
 
 ``KEEP_DAYS`` says how many days the rows of each kind are kept. A delivery is kept for at least as
 long as its digest can be sent, and its run is finished before it is deleted, so that no e-mail is
@@ -23,7 +23,7 @@ from ..models import DelayedTask, DigestDelivery, DigestRun, Heartbeat, Resumabl
 from ..models import TaskRun
 from ..worker.record import KEEP_ROWS
 
-#: The default of ``KEEP_DAYS``; None keeps rows for ever.
+#: The default of ``KEEP_DAYS``; None keeps rows forever.
 DEFAULTS: dict[str, int | None] = {
     "deliveries": 90,
     "runs": 7,

@@ -157,7 +157,7 @@ def describe_overlaps(schedule: Schedule) -> str:
         due = schedule.runs + schedule.left_out
         return f"{schedule.name}: {schedule.left_out} of {due} runs are left out: {why}"
     text = f"{schedule.name}: {schedule.overlaps} of {schedule.runs} runs overlap: {why}"
-    # One at work is no reason to leave out the next.
+    # A running one is no reason to leave out the next.
     return f"{text}; at most one more waits" if schedule.coalesces else text
 
 

@@ -1,4 +1,4 @@
-"""Compare the longest time limit of a task with what ends it earlier: RabbitMQ, and a deploy."""
+"""Compare the longest time limit of a task with limits that end it earlier: those of RabbitMQ and of deploys."""
 
 import re
 from pathlib import Path
@@ -9,7 +9,7 @@ from django.core import checks
 
 from .. import broker
 
-#: The files that say how long a worker may take to stop, and the lines that say it, in seconds.
+#: The files with the time that a worker may take to stop, and the pattern of it, in seconds.
 STOP_TIMES = {
     "compose.yaml": r"^ +stop_grace_period: *(\d+)s$",
     "*-worker*.service": r"^TimeoutStopSec=(\d+)$",
@@ -25,7 +25,7 @@ def get_longest() -> tuple[float, str]:
 
 
 def find_messages() -> list[checks.CheckMessage]:
-    """Return what ends a task before its time limit."""
+    """Return a message for each limit that ends a task before its time limit."""
     longest, name = get_longest()
     messages: list[checks.CheckMessage] = []
     allowed = settings.RABBITMQ_CONSUMER_TIMEOUT

@@ -124,7 +124,7 @@ class PatientHandler(logging.StreamHandler[TextIO]):
             fd = stream.fileno()
             mode = os.fstat(fd).st_mode
         except (OSError, AttributeError, ValueError):
-            return  # It is no file.
+            return  # It is not a file.
         if stat.S_ISSOCK(mode):
             self._socket = socket.socket(fileno=os.dup(fd))
         elif stat.S_ISFIFO(mode):
@@ -265,7 +265,7 @@ class TextFormatter(logging.Formatter):
         return self.limit(super().formatStack(stack_info))
 
     def limit(self, text: str) -> str:
-        """Return the text redacted, with at most half of the maximum length."""
+        """Return the redacted text, with at most half of the maximum length."""
         text = make_storable(redact(text))
         return fit(MAX_EVENT // 2, lambda length: shorten(text, length))
 

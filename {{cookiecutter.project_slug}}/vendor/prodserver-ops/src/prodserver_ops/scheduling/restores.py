@@ -5,7 +5,7 @@ and so do the delayed tasks that may have run, until ``python manage.py restored
 do with them.
 
 A row contains the identity of its database: its oid, and the transaction that recorded a migration.
-To restore a dump is to insert all rows again, in other transactions. A recovery to a point in time
+Restoring a dump inserts all rows again, in other transactions. A recovery to a point in time
 keeps them, but starts another timeline, as does the promotion of a standby. That is a restore if the
 row is old. Any other restore, such as that of a disk or of SQLite, has to be announced with
 ``restored --to``.
@@ -21,7 +21,7 @@ from django.utils import timezone
 
 from ..models import Origin
 
-#: A standby that is promoted within this time of the last note has lost nothing that matters.
+#: A standby that is promoted within this time after the last note is not a restore.
 FAILOVER = timedelta(minutes=5)
 
 #: The xmin of a row is that of the transaction which inserted it, also after VACUUM and pg_upgrade.
@@ -39,7 +39,7 @@ ELSE left(pg_walfile_name(pg_current_wal_lsn()), 8) END
 
 @dataclass(frozen=True)
 class Restore:
-    """A restore that nobody has dealt with: from when the backup is, and when it was restored."""
+    """A restore that is not dealt with yet: the time of the backup, and of the restore."""
 
     start: datetime
     end: datetime
@@ -60,7 +60,7 @@ class Restore:
 
 
 def get_identity() -> tuple[str, str]:
-    """Return identity and timeline of the database; empty texts if they are unknown."""
+    """Return identity and timeline of the database; empty strings if they are unknown."""
     if connection.vendor != "postgresql":
         return "", ""
     with connection.cursor() as cursor:
@@ -71,11 +71,11 @@ def get_identity() -> tuple[str, str]:
             cursor.execute(TIMELINE)
             return identity, cursor.fetchone()[0]
         except DatabaseError:
-            return identity, ""  # Some hosted databases do not tell.
+            return identity, ""  # Some hosted databases do not allow this.
 
 
 def find_restore() -> Restore | None:
-    """Return the restore that nobody has dealt with, if there is one."""
+    """Return the restore that is not dealt with yet, or None."""
     origin = Origin.objects.first()
     if origin is None:
         return None

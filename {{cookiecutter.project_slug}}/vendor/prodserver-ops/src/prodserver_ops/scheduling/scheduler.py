@@ -54,7 +54,7 @@ CLAIM = timedelta(seconds=4)
 #: The age of what a pass has read, in seconds, from which it starts again: it may be outdated.
 MAX_AGE = 10
 
-#: Time until the next pass while the database or the broker is away, in seconds.
+#: Time until the next pass while the database or the broker is unavailable, in seconds.
 RETRY_INTERVAL = 1
 
 #: How soon beat notices that it has to stop, in seconds.
@@ -147,7 +147,7 @@ class Scheduler(beat.Scheduler):
     def store_runs(
         self, runs: Collection[tuple[datetime, PeriodicTask]], now: datetime
     ) -> list[ScheduleRun]:
-        """Store and claim runs, but those of schedules that have changed; return them."""
+        """Store and claim runs, except those of schedules that have changed; return them."""
         read = {row.pk: row for _, row in runs}
         rows = PeriodicTask.objects.filter(pk__in=read, enabled=True)
         with short_transaction():
@@ -189,7 +189,7 @@ class Scheduler(beat.Scheduler):
         """Return the keys of the schedules whose next run is left out.
 
         The last run of a task that coalesces still waits in the queue; that of a task that must
-        not overlap waits, or is at work.
+        not overlap waits or is running.
         """
         tasks = {row.pk: self.app.tasks.get(row.task) for row in rows}
         waits = {pk for pk, task in tasks.items() if getattr(task, "coalesces", False)}
@@ -307,10 +307,10 @@ class Scheduler(beat.Scheduler):
             logger.error("%s", message)
 
     def log_away(self, server: str, error: BaseException) -> None:
-        """Log that beat waits for a server, once until it is back."""
+        """Log that beat waits for a server, once until it is available again."""
         if server not in self.away:
             self.away.add(server)
-            logger.warning("beat: Waiting: the %s is away (%s)", server, type(error).__name__)
+            logger.warning("beat: Waiting: the %s is unavailable (%s)", server, type(error).__name__)
 
 
 def update(runs: Collection[ScheduleRun], **values: Any) -> None:

@@ -1,4 +1,4 @@
-"""What schedules will do: a virtual clock over the rows. It reads only.
+"""Simulate what schedules will do, with a virtual clock. Nothing is changed.
 
 Schedules with the same timing are one series. Days on which all series run at the same times need
 the same worker slots, and are measured once, so that ten years of 10,000 schedules take minutes. A
@@ -38,7 +38,7 @@ MAX_PATTERNS = 200
 
 MICROSECOND, ONE_DAY = timedelta(microseconds=1), timedelta(days=1)
 
-#: A function that is told how far the work is.
+#: A function that shows the progress.
 Progress = Callable[[str], None]
 
 
@@ -46,7 +46,7 @@ Progress = Callable[[str], None]
 class Schedule:
     """What a schedule will do.
 
-    ``overlaps`` is the number of runs that start while the previous one is at work, and
+    ``overlaps`` is the number of runs that start while the previous one is running, and
     ``shortest_gap`` the seconds between two starts if any overlap or are left out.
     """
 
@@ -65,7 +65,7 @@ class Schedule:
 
 @dataclass
 class ClockChange:
-    """The names of the crontabs that are due in an hour that the clock repeats or skips.
+    """A clock change, with the names of the crontabs that are due in the repeated or skipped hour.
 
     In a repeated hour some run ``twice`` and others ``once``; out of a skipped one they are
     ``moved`` to the change.
@@ -81,7 +81,7 @@ class ClockChange:
 
 @dataclass
 class Busiest:
-    """The first minute in which most runs are at work at a moment, and how many start in it."""
+    """The first minute with the most runs at the same moment, and how many start in it."""
 
     minute: datetime
     starts: int
@@ -133,7 +133,7 @@ class Window(NamedTuple):
 class Timing(NamedTuple):
     """When schedules run: a crontab, or period and first run in microseconds; in a span of seconds.
 
-    ``exclusive`` is the duration if a run is left out while the previous one is at work.
+    ``exclusive`` is the duration if a run is left out while the previous one is running.
     """
 
     rule: Crontab | tuple[int, int]
@@ -226,7 +226,7 @@ class Series:
         return found
 
     def leave_out(self, day: int, pattern: Pattern) -> Pattern:
-        """Return a day without the runs that are due while an earlier one is at work."""
+        """Return a day without the runs that are due while an earlier one is running."""
         busy = max(self.busy_until - day * DAY, 0)
         key = ("kept", pattern.number, busy)
         if key not in self.patterns:
@@ -265,7 +265,7 @@ def get_seconds(schedule: Schedule) -> int:
 
 
 class Simulation:
-    """A virtual clock that starts at a time, a whole minute, and goes for a number of days."""
+    """A virtual clock that starts at a time, a whole minute, and runs for a number of days."""
 
     def __init__(self, start: datetime, days: int) -> None:
         self.start, self.days = start.astimezone(UTC), days
@@ -371,7 +371,7 @@ class Simulation:
     def measure(
         self, day: int, series: list[Series], before: list[Pattern], today: list[Pattern]
     ) -> None:
-        """Find the moment of a day at which most runs are at work."""
+        """Find the moment of a day at which most runs are running."""
         levels = [0] * (2 * DAY + 1)
         for each, earlier, pattern in zip(series, before, today, strict=True):
             late = earlier.times[bisect_left(earlier.times, DAY - each.longest) :]
@@ -379,7 +379,7 @@ class Simulation:
                 for time in pattern.times:
                     levels[time] += schedules
                     levels[time + duration] -= schedules
-                # What is still at work from the day before
+                # What is still running from the day before
                 for time in late:
                     if (end := time + duration - DAY) > 0:
                         levels[0] += schedules

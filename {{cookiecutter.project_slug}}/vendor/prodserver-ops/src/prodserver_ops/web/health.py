@@ -71,7 +71,7 @@ def check_queues() -> None:
 
 
 class NotConsumed(Exception):
-    """Messages wait for ever."""
+    """Messages wait in a queue that no process consumes."""
 
 
 class NoHeartbeat(Exception):

@@ -76,7 +76,7 @@ class Task(DjangoTask[Any, Any]):
 
     A task is tried again, up to three times, if the database is unavailable, read-only or ends its query;
     ``@shared_task(autoretry_for=())`` turns that off. With ``@shared_task(without_overlapping=True)``
-    beat leaves out the runs of a schedule that are due while an earlier one waits or is at work.
+    beat leaves out the runs of a schedule that are due while an earlier one waits or is running.
     https://docs.celeryq.dev/en/stable/userguide/tasks.html#automatic-retry-for-known-exceptions
     """
 

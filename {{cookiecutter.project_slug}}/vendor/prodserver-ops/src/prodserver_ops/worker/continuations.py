@@ -6,7 +6,7 @@ changed, so a task that was interrupted repeats at most one second, and only wha
 database. A message runs the task for ``SLICE`` and then queues it again, at once if the worker has
 to stop. So no time limit, deploy or broker has to wait for it.
 
-A lock of the database session prevents that two messages run a task at the same time. Changes are
+A lock of the database session prevents two messages from running a task at the same time. Changes are
 made in that session, so a process that has lost the lock cannot commit any. ``requeue_lost()``
 queues the tasks of lost workers again.
 """
@@ -297,7 +297,7 @@ class Run:
             self.update(status=Status.WAITING, number=number)
 
     def ignore(self, reason: str) -> Reject:
-        """Return the exception that ends a message without a trace."""
+        """Return the exception that discards a message; log the reason."""
         logger.info("%s is ignored: %s", self.task.name, reason)
         return Reject(reason, requeue=False)
 

@@ -1,4 +1,4 @@
-"""``python manage.py forget``: delete or blank what the service keeps of one person."""
+"""``python manage.py forget``: delete or blank what the service stores about one person."""
 
 from argparse import ArgumentParser
 from typing import Any
@@ -20,7 +20,7 @@ NOT_SEARCHED = (
 
 
 class Command(BaseCommand):
-    """Delete or blank what the library keeps of a user, and print what it did.
+    """Delete or blank what the library stores about a user, and print what it did.
 
     That is: API tokens, sessions, counts of logins, deliveries of e-mail, arguments and errors of
     task runs, failed and delayed tasks, results, alerts, and the history of the admin. E-mail to
@@ -28,7 +28,7 @@ class Command(BaseCommand):
     and kept unless ``--delete`` is given. Exits with status 1 if no user or several are found.
     """
 
-    help = "Delete or blank what the service keeps of one person."
+    help = "Delete or blank what the service stores about one person."
 
     def add_arguments(self, parser: ArgumentParser) -> None:
         """Add the user and the options."""

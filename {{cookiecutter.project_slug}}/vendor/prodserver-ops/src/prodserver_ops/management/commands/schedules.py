@@ -85,7 +85,7 @@ class Command(BaseCommand):
             self.stdout.write(line)
 
     def make_progress(self) -> Callable[[str], None]:
-        """Return a function that prints how far the work is, every two seconds."""
+        """Return a function that prints the progress every two seconds."""
         written_at = time.monotonic()
 
         def write(text: str) -> None:
