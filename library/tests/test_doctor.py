@@ -15,6 +15,7 @@ from django.db.migrations.loader import MigrationLoader
 from django.db.migrations.recorder import MigrationRecorder
 from django.utils import timezone
 from django_celery_beat.models import CrontabSchedule, IntervalSchedule, PeriodicTask
+from kombu.transport import memory
 
 from prodserver_ops import broker
 from prodserver_ops.console import doctor
@@ -238,6 +239,12 @@ class TestBroker:
 
 @pytest.mark.django_db
 class TestQueue:
+    @pytest.fixture(autouse=True)
+    def _purge(self):
+        """Delete the messages of earlier tests in this process."""
+        for queue in memory.Channel.queues.values():
+            queue.queue.clear()
+
     def test_is_ok_without_failed_tasks(self):
         expected = Result("no task was given up, and each queue is consumed; 0 messages wait")
         assert doctor.check_queue() == expected
