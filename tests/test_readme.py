@@ -88,7 +88,7 @@ def test_commands_of_both_readmes_work(clone, environment, tmp_path):
     start, *_, test = shell_commands(clone / "README.md")
     check_processes(start, clone, environment, tmp_path / "start.log")
 
-    project = clone / "prayer_room_api"
+    project = clone.parent / "prayer_room_api"
     done = subprocess.run(
         [".venv/bin/python", "manage.py", "shell", "-v0", "-c", LIST_SCHEDULES],
         cwd=project,
