@@ -1,7 +1,9 @@
 """``doctor``: the result of each check and the next command for problems, in limited time."""
 
 import json
+import os
 import socket
+import subprocess
 import time
 from datetime import datetime, timedelta
 
@@ -18,7 +20,7 @@ from django_celery_beat.models import CrontabSchedule, IntervalSchedule, Periodi
 from kombu.transport import memory
 
 from prodserver_ops import broker
-from prodserver_ops.console import doctor
+from prodserver_ops.console import doctor, upgrades
 from prodserver_ops.console.doctor import ERROR, OK, SKIPPED, Result
 from prodserver_ops.management.commands import doctor as command
 from prodserver_ops.models import Heartbeat
@@ -388,6 +390,23 @@ class TestTemplate:
             record = {"template": template, "commit": commit, "context": context}
             (tmp_path / ".cruft.json").write_text(json.dumps(record))
             assert doctor.check_template() == Result(f"1.2.3, commit {shown}")
+
+    def test_says_when_a_clone_last_looked_for_a_release(self, settings, tmp_path):
+        settings.BASE_DIR = tmp_path
+        record = {"template": "https://example.com/t", "commit": "0123456789ab"}
+        context = {"context": {"cookiecutter": {"_version": "1.2.3"}}}
+        (tmp_path / ".cruft.json").write_text(json.dumps(record | context))
+        git = ["git", "-c", "user.name=A", "-c", "user.email=a@example.com"]
+        day = "2026-01-02T12:00:00Z"
+        environment = os.environ | {"GIT_COMMITTER_DATE": day}
+        for arguments in ("init --quiet", "add .cruft.json", "commit --quiet -m Upgrade"):
+            subprocess.run([*git, *arguments.split()], cwd=tmp_path, env=environment, check=True)
+        shown = "1.2.3, commit 0123456789ab; newer releases were looked for on "
+        old = "2026-01-02, over 30 days ago: uv run manage.py upgrade"
+        assert doctor.check_template() == Result(shown + old)
+        now = str(int(timezone.now().timestamp()))
+        subprocess.run([*git, "config", upgrades.CHECKED, now], cwd=tmp_path, check=True)
+        assert doctor.check_template() == Result(f"{shown}{timezone.now():%Y-%m-%d}")
 
     def test_is_checked_if_there_is_a_record(self, settings, tmp_path):
         settings.BASE_DIR = tmp_path

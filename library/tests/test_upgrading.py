@@ -98,11 +98,64 @@ def merge(tmp_path, old, new, skipped=()):
     return upgrades.merge(tmp_path / "old", tmp_path / "new", list(skipped), "2.1.0")
 
 
-def test_newest_release_is_chosen_not_the_newest_commit(template, tmp_path):
+@pytest.fixture
+def sign(template, tmp_path, monkeypatch):
+    """A function that signs a tag of the template with a key of a name."""
+    trusted = tmp_path / "trusted"
+    config = tmp_path / "gitconfig"
+    config.write_text(f'[gpg]\nformat = ssh\n[gpg "ssh"]\nallowedSignersFile = {trusted}\n')
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", str(config))
+
+    def sign(tag, name):
+        key = tmp_path / name
+        if not key.exists():
+            command = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", name, "-f", str(key)]
+            subprocess.run(command, check=True)
+        # The team trusts one of them.
+        trusted.write_text(f"anna@example.com {(tmp_path / 'anna.pub').read_text()}")
+        git(template, "-c", f"user.signingKey={key}", "tag", "--force", "--sign", "-m", tag, tag)
+
+    return sign
+
+
+def test_signature_of_a_release_is_verified_with_the_keys_of_the_user(
+    template, service, sign, tmp_path
+):
+    clones = (tmp_path / f"clone-{number}" for number in range(4))
+
+    def find_target():
+        return upgrades.Template(str(template), next(clones)).find_target(None)[1]
+
+    sign("2.10.0", "anna")
+    (tmp_path / "trusted").unlink()
+    assert find_target() == "release 2.10.0 (signed, but git does not know the key)"
+    sign("2.10.0", "anna")
+    assert find_target() == "release 2.10.0 (its signature is verified)"
+    # From then on, another key is refused, and a release without a signature.
+    sign("2.10.0", "bert")
+    with pytest.raises(CommandError, match="git does not know the key; that of the last upgrade"):
+        find_target()
+    git(template, "tag", "2.11.0")
+    with pytest.raises(CommandError, match=r"is unsigned; .* manage.py upgrade --to 2\.11\.0"):
+        find_target()
+
+
+def test_wrong_signature_of_a_release_is_refused(template, service, sign, tmp_path):
+    sign("2.10.0", "anna")
+    text = git(template, "cat-file", "tag", "2.10.0").replace("tagger A", "tagger B") + "\n"
+    command = ["git", "hash-object", "-w", "-t", "tag", "--stdin"]
+    done = subprocess.run(command, cwd=template, input=text, capture_output=True, text=True)
+    git(template, "update-ref", "refs/tags/2.10.0", done.stdout.strip())
+    found = upgrades.Template(str(template), tmp_path / "clone")
+    with pytest.raises(CommandError, match=r"the signature of the tag 2\.10\.0 is wrong"):
+        found.find_target(None)
+
+
+def test_newest_release_is_chosen_not_the_newest_commit(template, service, tmp_path):
     found = upgrades.Template(str(template), tmp_path / "clone")
     assert list(found.get_releases()) == ["2.0.0", "2.9.0", "2.10.0"]
     target = git(template, "rev-parse", "2.10.0")
-    assert found.find_target(None) == (target, "release 2.10.0")
+    assert found.find_target(None) == (target, "release 2.10.0 (unsigned)")
     newest = git(template, "rev-parse", "main")
     assert found.find_target("main") == (newest, "main")
     # A service of a later commit is not brought back.

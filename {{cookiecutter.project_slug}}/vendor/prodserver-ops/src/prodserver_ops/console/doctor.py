@@ -35,7 +35,7 @@ from ..scheduling.timing import InvalidSchedule
 from ..web import health
 from ..worker import delayed
 from ..worker.app import get_failed_queue
-from . import problems, retention
+from . import problems, retention, upgrades
 
 #: Time limit of the checks that run at the same time, in seconds.
 CHECK_TIMEOUT = 6
@@ -45,6 +45,9 @@ REPLY_TIMEOUT = 4
 
 #: From when a delayed task that is not queued is a problem.
 OVERDUE = timedelta(minutes=1)
+
+#: After how long a clone has to look for a release of its template.
+CHECK_AGE = timedelta(days=30)
 
 OK, ERROR, SKIPPED = "ok", "error", "skipped"
 
@@ -229,6 +232,10 @@ def check_template() -> Result:
     # A path, or the address of a zip, cannot be cloned elsewhere.
     if not state["commit"] or state["template"].startswith(("/", ".", "~")):
         text += "; record its repository: manage.py upgrade --template URL"
+    if checked := upgrades.get_last_check():
+        text += f"; newer releases were looked for on {checked:%Y-%m-%d}"
+        if timezone.now() - checked > CHECK_AGE:
+            text += f", over {CHECK_AGE.days} days ago: uv run manage.py upgrade"
     return Result(text)
 
 

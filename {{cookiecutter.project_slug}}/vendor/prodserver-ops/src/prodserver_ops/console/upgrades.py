@@ -20,6 +20,7 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
 from fnmatch import fnmatch
 from io import BytesIO
 from pathlib import Path, PurePosixPath
@@ -49,6 +50,15 @@ HOSTS = {"gh": "https://github.com/", "gl": "https://gitlab.com/", "bb": "https:
 
 #: The setting of git, in this clone alone, with the address that was upgraded from last.
 KNOWN = "prodserver.template"
+
+#: The setting of git, in this clone alone, with the Unix time of the last check for a release.
+CHECKED = "prodserver.checked"
+
+#: The setting of git, in this clone alone, that the last release was signed with a known key.
+SIGNED = "prodserver.signed"
+
+#: The branch of the weekly pull request.
+BRANCH = "upgrade-template"
 
 #: A tag of a release, such as ``2.1.0``
 RELEASE = re.compile(r"v?(\d+)\.(\d+)\.(\d+)")
@@ -279,6 +289,19 @@ def read_committed_record(revision: str) -> dict[str, Any]:
     return record
 
 
+def get_last_check() -> datetime | None:
+    """Return when this clone last checked for a release, or when its last upgrade was committed."""
+    commands = [["config", "--local", CHECKED]] + [
+        ["log", "-1", "--format=%ct", *revision] for revision in (["--", RECORD], [f"origin/{BRANCH}"])
+    ]
+    try:
+        found = [execute(["git", *command]).stdout.strip() for command in commands]
+    except OSError:
+        return None  # No git, as in an image
+    times = [int(text) for text in found if text.isdecimal()]
+    return datetime.fromtimestamp(max(times), UTC) if times else None
+
+
 def is_earlier(earlier: dict[str, Any], record: dict[str, Any]) -> bool:
     """Return whether a record is that of another version of the template."""
     return bool(earlier) and earlier["commit"] not in (None, record["commit"])
@@ -350,8 +373,32 @@ class Template:
             )
         if releases := self.get_releases():
             version, tag = list(releases.items())[-1]
-            return self.git("rev-parse", tag + "^{commit}"), f"release {version}"
+            signature = self.check_signature(tag)
+            return self.git("rev-parse", tag + "^{commit}"), f"release {version} ({signature})"
         return self.git("rev-parse", "HEAD"), "newest commit; the template has no release tags"
+
+    def check_signature(self, tag: str) -> str:
+        """Return what git says about the signature of a tag, with the keys that the user trusts.
+
+        Raises CommandError for a wrong signature, and for one that cannot be verified if that of
+        the last upgrade was.
+        """
+        state = "unsigned"
+        is_tag = self.git("cat-file", "-t", f"refs/tags/{tag}") == "tag"
+        if is_tag and "\n-----BEGIN " in self.git("cat-file", "tag", tag):
+            done = execute(["git", "verify-tag", "--raw", tag], folder=self.folder)
+            if done.returncode == 0:
+                git("config", "--local", SIGNED, "true")
+                return "its signature is verified"
+            if re.search(r"\bBADSIG\b|incorrect signature", done.stdout):
+                raise CommandError(f"the signature of the tag {tag} is wrong:\n{done.stdout.strip()}")
+            state = "signed, but git does not know the key"
+        if execute(["git", "config", "--local", SIGNED]).returncode == 0:
+            raise CommandError(
+                f"the tag {tag} is {state}; that of the last upgrade was verified. To use it: "
+                f"uv run manage.py upgrade --to {tag}"
+            )
+        return state
 
     def contains(self, commit: str, other: str) -> bool:
         """Return whether a commit is another one, or comes after it."""

@@ -1,7 +1,9 @@
 """``python manage.py upgrade``: upgrade the service to the newest release of its template."""
 
+import os
 import sys
 import tempfile
+import time
 from argparse import ArgumentParser
 from pathlib import Path
 from typing import Any
@@ -12,8 +14,11 @@ from django.core.management.base import BaseCommand
 from ...console import upgrades
 from ...console.release_notes import sort_notes
 
-#: The branch in a bundle for the weekly pull request.
-BRANCH = "upgrade-template"
+#: The weekly workflow of 2.0 pushes over commits of others, and may not push workflow files.
+OLD_WORKFLOW = (
+    "this workflow is that of an earlier release. Run this command, and commit and push what it "
+    "changes: uv run manage.py upgrade --workflows --no-tests"
+)
 
 
 class Command(BaseCommand):
@@ -77,6 +82,8 @@ class Command(BaseCommand):
         start, file = options["report"] or "", None
         if start.endswith(".md"):
             start, file = "", Path(start)
+            if os.environ.get("GITHUB_WORKFLOW") == "Upgrade":
+                raise CommandError(OLD_WORKFLOW)
         if start or options["go_on"]:
             merged = self.describe(start) if start else self.go_on()
         else:
@@ -116,6 +123,7 @@ class Command(BaseCommand):
             new, target = template.find_target(options["to"])
             moved = {"template": address, "commit": old}
             upgrades.git("config", "--local", upgrades.KNOWN, address)
+            upgrades.git("config", "--local", upgrades.CHECKED, str(int(time.time())))
             if old == new or (options["to"] is None and template.contains(old, new)):
                 if any(record[key] != value for key, value in moved.items()):
                     upgrades.write_record(record | moved)
@@ -190,7 +198,7 @@ class Command(BaseCommand):
         folder.mkdir(parents=True)
         upgrades.git("add", "--all")
         upgrades.run(["git", "commit", "--quiet", "--message", merged.title], upgrades.IDENTITY)
-        upgrades.git("branch", "--force", BRANCH)
+        upgrades.git("branch", "--force", upgrades.BRANCH)
         bundle = str((folder / "upgrade.bundle").resolve())
-        upgrades.git("bundle", "create", "--quiet", bundle, f"{merged.base}..{BRANCH}")
+        upgrades.git("bundle", "create", "--quiet", bundle, f"{merged.base}..{upgrades.BRANCH}")
         (folder / "report.md").write_text(report)
