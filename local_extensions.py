@@ -43,6 +43,9 @@ START = Path.cwd()
 #: The files that may contain the questions.
 QUESTIONS = "questions.json", "cookiecutter.json"
 
+#: The branch of the weekly pull request of a service.
+UPGRADE_BRANCH = "upgrade-template"
+
 #: Maximum length of a package name, which is part of table, host and queue names.
 SLUG_LENGTH = 30
 
@@ -398,6 +401,35 @@ def is_update_from_1(context):
     return bool(update) and (update["current_template_dir"] / settings).exists()
 
 
+def is_inside_template():
+    """Return whether the project is generated in the folder of the template itself."""
+    main = find_caller("cookiecutter.main", "cookiecutter")
+    if not main or "base_repo_dir" not in main:
+        return False
+    return Path(main["output_dir"]).resolve().is_relative_to(Path(main["base_repo_dir"]).resolve())
+
+
+def is_old_workflow():
+    """Return whether the project is rendered by the weekly workflow of release 2.0 or earlier.
+
+    GitHub lets that workflow change no workflow files: they are removed from the version before, and
+    the hook removes them from this one. It also overwrites its branch. Raises FailedHookException if
+    the branch has commits of others.
+    """
+    update = find_caller("cruft._commands.update", "update")
+    if not update or os.environ.get("GITHUB_WORKFLOW") != "Upgrade":
+        return False
+    log = git(START, "log", "--format=%ce %h", f"HEAD..origin/{UPGRADE_BRANCH}")
+    others = [commit for email, commit in map(str.split, log.splitlines()) if "[bot]" not in email]
+    if others:
+        raise FailedHookException(
+            f"the branch {UPGRADE_BRANCH} has commits of others, which this workflow would delete:"
+            f" {', '.join(others)}. Merge or close its pull request, and delete the branch"
+        )
+    shutil.rmtree(update["current_template_dir"] / ".github" / "workflows", ignore_errors=True)
+    return True
+
+
 @pass_context
 def cruft_state(context):
     """Return the content of ``.cruft.json``, exactly as ``cruft create`` writes it.
@@ -532,7 +564,9 @@ class Filters(Extension):
         environment.globals.update(
             cruft_state=cruft_state,
             is_comparison=is_comparison,
+            is_inside_template=is_inside_template,
             is_interactive=is_interactive,
+            is_old_workflow=is_old_workflow,
             is_update_from_1=is_update_from_1,
         )
         check_given()

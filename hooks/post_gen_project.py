@@ -23,6 +23,9 @@ if {{is_update_from_1()}}:
     SETTINGS.parent.mkdir()
     SETTINGS.write_text("# Run: python3 vendor/prodserver-ops/upgrade_from_1.py\n")
 
+if {{is_old_workflow()}}:
+    shutil.rmtree(Path(".github", "workflows"), ignore_errors=True)
+
 # uvx sets UV to its own path, which may not be on the PATH.
 UV = "uv" if shutil.which("uv") else os.environ.get("UV") or None
 
@@ -225,6 +228,11 @@ def main():
     if SETUP:
         create_first_commit()
     has_administrator = installed and create_administrator()
+    if {{is_inside_template()}}:
+        print(
+            "This folder is in the clone of the template, which cookiecutter copies for each further "
+            "service: move it elsewhere, and use --output-dir .. from now on."
+        )
     if not COMPARISON:
         print("", *get_steps(installed, has_administrator), sep="\n  ")
 

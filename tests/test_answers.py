@@ -195,6 +195,19 @@ def test_value_of_a_users_configuration_that_is_no_choice_prints_one_line(
     assert (folder / "prayer_room_api" / "LICENSE").exists()
 
 
+def test_service_in_the_clone_of_the_template_is_told_to_leave(run_cookiecutter, template_copy):
+    """Cookiecutter copies the whole clone, with the environment of that service, for the next one."""
+    options = ["--no-input", "setup=no", "--output-dir", str(template_copy)]
+    _, done = run_cookiecutter(*options, environment={"TEMPLATE": str(template_copy)})
+    assert done.returncode == 0
+    assert "use --output-dir .. from now on" in done.stdout
+    _, done = run_cookiecutter(
+        "--no-input", "setup=no", environment={"TEMPLATE": str(template_copy)}
+    )
+    assert done.returncode == 0
+    assert "--output-dir" not in done.stdout
+
+
 def test_windows_is_refused_in_one_line(monkeypatch):
     monkeypatch.setattr("sys.platform", "win32")
     with pytest.raises(SystemExit, match=r"^Windows is supported through WSL: \S+$"):
