@@ -13,6 +13,19 @@ CHANGELOG = """\
 
 ## [Unreleased]
 
+## [2.2.0] - 2027-02-01
+
+### Do this
+
+- Copy a
+  file.
+
+### Done for you
+
+Pages:
+
+- It is faster.
+
 ## [2.1.0] - 2027-01-01
 
 ### Added
@@ -23,6 +36,7 @@ CHANGELOG = """\
 
 ### Changed
 
+- A view is faster. *Generated service:* take `a/` and `b.py`.
 - A setting has another
   name. *Generated
   service:* rename it. *Project with `add_settings()`:* the same.
@@ -288,14 +302,17 @@ def test_a_release_is_found_in_the_history(service, template):
 def test_notes_are_sorted_by_what_is_left_to_do():
     assert release_notes.sort_notes(CHANGELOG, "2.0.0") == (
         "## Do this\n\n"
+        "- Copy a\n  file.\n"
         "- A setting has another name. *Generated service:* rename it."
         " *Project with `add_settings()`:* the same.\n\n"
         "## Good to know\n\n"
         "- A table, `settings.py` too. `migrate` adds it.\n\n"
         "## Done for you\n\n"
-        "- A page."
+        "Pages:\n\n- It is faster.\n"
+        "- A page.\n"
+        "- A view is faster."
     )
-    assert release_notes.sort_notes(CHANGELOG, "2.1.0") == ""
+    assert release_notes.sort_notes(CHANGELOG, "2.2.0") == ""
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,8 @@
 """Sort the entries of the template's changelog by what they mean for a service.
 
-An entry of the changelog ends with ``*Generated service:*`` and what the service has to do. The
-report of an upgrade shows first what is left to do, and for the rest one line for each entry.
+The headings of a release are those of the report. In 2.0 and earlier, an entry ends with
+``*Generated service:*`` and what the service has to do: the report shows first what is left to do,
+and for the rest one line for each entry.
 """
 
 import re
@@ -16,6 +17,9 @@ SERVICE = re.compile(r"\s*\*Generated\s+service:\*\s+(.*?)(?=\s*\*Project\b|\Z)"
 SENTENCE = re.compile(r"(?<=\.)\s+(?=[A-Z`*\[])")
 
 NOTHING = "nothing to do"
+
+#: An action that the upgrade itself has done, such as "take `ops/` and `app.json`."
+FILES = re.compile(r"take (`[^`]+`(,| and| if [\w ]+)? ?)+\.")
 
 
 def get_newer(changelog: str, version: str) -> list[str]:
@@ -32,14 +36,17 @@ def sort_notes(changelog: str, version: str) -> str:
         for part in re.split(r"^(?=### )", section.partition("\n")[2], flags=re.M):
             heading = part.splitlines()[0] if part.startswith("### ") else ""
             blocks = re.split(r"^(?=- )", part.removeprefix(heading), flags=re.M)
+            if (title := heading.removeprefix("### ")) in groups:
+                groups[title] += [part.removeprefix(heading).strip()]
+                continue
             if prose := blocks.pop(0).strip():
                 # Instructions, such as the commands of a major release, are shown as a whole.
-                groups[DO_THIS].append(f"#{heading}\n\n{prose}" if heading else prose)
+                groups[DO_THIS].append(f"\n#{heading}\n\n{prose}\n" if heading else prose)
             for block in blocks:
                 group, text = _sort_entry(block.strip())
                 groups[group].append(text)
     return "\n\n".join(
-        f"## {title}\n\n" + "\n".join(items) for title, items in groups.items() if items
+        f"## {title}\n\n" + "\n".join(items).strip() for title, items in groups.items() if items
     )
 
 
@@ -48,6 +55,8 @@ def _sort_entry(entry: str) -> tuple[str, str]:
     text, found = SERVICE.sub("", entry, count=1), SERVICE.search(entry)
     action = " ".join(found[1].split()) if found else ""
     first = SENTENCE.split(" ".join(text.split()), maxsplit=1)[0]
+    if FILES.fullmatch(action):
+        return DONE, first
     if found and not action.startswith(NOTHING):
         # GitHub would show each line break.
         return DO_THIS, entry if "\n\n" in entry else " ".join(entry.split())
