@@ -112,7 +112,9 @@ def report(count, alive, runs, answer, text):
     events = [json.loads(line) for line in text.splitlines() if line.startswith("{")]
     messages = [event["message"] for event in events if " cannot run: " in event["message"]]
     logged = collections.Counter(messages)
-    names = {message.partition(" cannot run: ")[0].removeprefix("Schedule ") for message in logged}
+    # Names end with the number of the row; the rest may be redacted in the log.
+    numbers = {message.partition(" cannot run: ")[0].rpartition(" ")[2] for message in logged}
+    known = {name.rpartition(" ")[2] for name in answer["doctor"]}
     result = {
         "rows": count,
         "alive": alive,
@@ -126,7 +128,7 @@ def report(count, alive, runs, answer, text):
         "good ones that doctor complains about": sum(
             name.startswith("good ") for name in answer["doctor"]
         ),
-        "logged, unknown to doctor": len(names - answer["doctor"].keys()),
+        "logged, unknown to doctor": len(numbers - known),
         **{name: answer[name] for name in ("status", "page", "page seconds", "doctor seconds")},
     }
     print(json.dumps(result, indent=2))

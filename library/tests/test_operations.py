@@ -46,7 +46,7 @@ def user(client):
 @pytest.fixture
 def page(admin_client):
     """A function that returns the page's text."""
-    return lambda: admin_client.get(reverse(PAGE)).text
+    return lambda query="": admin_client.get(reverse(PAGE) + query).text
 
 
 @pytest.fixture
@@ -273,6 +273,18 @@ class TestPage:
         assert "slow.task" in text
         assert "lost.task" not in text
 
+    def test_shows_all_schedules_on_several_pages(self, page, schedule, monkeypatch):
+        monkeypatch.setattr(operations, "PAGE_SIZE", 2)
+        for name in ("first", "last"):
+            PeriodicTask.objects.create(name=name, task=sample.name, interval=schedule.interval)
+        texts = [page()]
+        while following := re.search(r'href="(\?page=\d+)">next', texts[-1]):
+            texts.append(page(following[1]))
+        shown = [re.findall(r'aria-label="Run ([^"]+) now"', text) for text in texts]
+        names = PeriodicTask.objects.order_by("name").values_list("name", flat=True)
+        assert [name for each in shown for name in each] == list(names)
+        assert f"1 to 2 of {len(names)}" in texts[0]
+
     def test_shows_runs_that_pile_up(self, page, schedule):
         now = timezone.now()
         for minutes in (1, 2, 3):
@@ -350,7 +362,7 @@ class TestPage:
                 name=f"other {number}", task=sample.name, interval=schedule.interval
             )
             make_run(schedule=other, status="failed")
-        with django_assert_max_num_queries(14):
+        with django_assert_max_num_queries(15):
             page()
 
     def test_is_for_those_who_may_see_runs(self, client, user):

@@ -15,9 +15,9 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from patches import PATCHES
 
 import prodserver_ops
-from prodserver_ops.patches import PATCHES
 
 LIBRARY = Path(prodserver_ops.__file__).parent
 

@@ -12,6 +12,7 @@ from django.conf import settings
 from django.contrib import messages
 from django.contrib.admin.models import CHANGE, LogEntry
 from django.core.exceptions import PermissionDenied
+from django.core.paginator import Page, Paginator
 from django.db.models import F, Window
 from django.db.models.functions import RowNumber
 from django.http import HttpRequest, HttpResponse
@@ -36,13 +37,15 @@ from .large_tables import LargeTableAdmin
 #: How long the page waits for the broker, in seconds.
 TIMEOUT = 2
 
-#: Maximum number of alerts, delayed tasks, runs, failures and schedules that the page shows.
+#: Maximum number of alerts, delayed tasks, runs and failures that the page shows.
 SHOWN_ALERTS = 20
 SHOWN_DELAYED = 10
 SHOWN_RUNS = 5
 SHOWN_FAILURES = 20
 SHOWN_RUNNING = 20
-SHOWN_SCHEDULES = 200
+
+#: How many schedules a page has.
+PAGE_SIZE = 200
 
 #: Maximum age of the heartbeats that the page shows, in seconds.
 SHOWN_AGE = 3600
@@ -66,12 +69,11 @@ class Schedule:
     runs: list[TaskRun] = field(default_factory=list)
 
 
-def get_schedules() -> list[Schedule]:
-    """Return all schedules with their latest runs, the newest first."""
+def get_schedules(page: Page[PeriodicTask]) -> list[Schedule]:
+    """Return the schedules of a page with their latest runs, the newest first."""
     current_app.loader.import_default_modules()  # Registers all tasks.
-    rows = PeriodicTask.objects.select_related(*timing.RELATIONS)
     schedules, piles = {}, problems.find_pile_ups()
-    for row in rows.order_by("name")[:SHOWN_SCHEDULES]:
+    for row in page:
         state = doctor.describe_schedule(row) if row.enabled else {}
         schedules[row.pk] = Schedule(
             row,
@@ -187,13 +189,16 @@ class OperationsAdmin(LargeTableAdmin):
         require(request, VIEW_PERMISSION)
         counts, problem = get_queues()
         number_delayed, next_delayed = get_delayed()
+        rows = PeriodicTask.objects.select_related(*timing.RELATIONS).order_by("name")
+        page = Paginator(rows, PAGE_SIZE).get_page(request.GET.get("page"))
         context = {
             **self.admin_site.each_context(request),
             "title": "Operations",
             "alerts": [] if alerts.why_off() else alerts.get_open()[:SHOWN_ALERTS],
             "restore": find_restore(),
             "opts": self.opts,
-            "schedules": get_schedules(),
+            "schedules": get_schedules(page),
+            "page": page,
             "failures": get_failures(),
             "running": get_running(),
             "resumable": get_resumable(),

@@ -180,10 +180,11 @@ class Scheduler(beat.Scheduler):
                 total_run_count=Least("total_run_count", MAX_COUNT) + 1,
                 enabled=Case(When(one_off=True, then=False), default=True),
             )
-            claimed = earlier.filter(published_at=None, claimed_at=now).order_by("due_at")
-            for run in claimed:
-                run.schedule = read[run.schedule_id]
-        return list(claimed)
+            # Those that exist are not stored again.
+            pks = dict(earlier.filter(claimed_at=now).values_list("schedule", "pk"))
+            for run in stored:
+                run.pk = pks.get(run.schedule_id)
+        return [run for run in stored if run.pk]
 
     def find_busy(self, rows: Collection[PeriodicTask]) -> set[int]:
         """Return the keys of the schedules whose next run is left out.
@@ -283,6 +284,7 @@ class Scheduler(beat.Scheduler):
         return beat.ScheduleEntry(
             name=row.name,
             task=row.task,
+            last_run_at=run.due_at,
             args=loads(row.args or "[]"),
             kwargs=loads(row.kwargs or "{}"),
             options=options,
