@@ -28,14 +28,22 @@ done
 #: Stores pull requests in a file, and appends each command to another.
 GH = """\
 #!{python}
-import json, pathlib, sys
+import json, pathlib, subprocess, sys
 folder = pathlib.Path({folder!r})
 arguments = sys.argv[1:]
 with (folder / "gh.log").open("a") as log:
     log.write(" ".join(arguments[:3]) + "\\n")
 state = folder / "pulls.json"
 pulls = json.loads(state.read_text()) if state.exists() else []
-option = lambda name: arguments[arguments.index(name) + 1]
+option = lambda name: arguments[arguments.index(name) + 1] if name in arguments else None
+body = pathlib.Path(option("--body-file")).read_text() if option("--body-file") else ""
+if len(body) > 65536:
+    sys.exit("GraphQL: Body is too long (maximum is 65536 characters)")
+if arguments[1] == "create":
+    branch = ["git", "branch", "--show-current"]
+    head = option("--head") or subprocess.check_output(branch, text=True).strip()
+    if any(pull["head"] == head and pull["open"] for pull in pulls):
+        sys.exit(f"a pull request for branch {{head}} already exists")
 match arguments[1]:
     case "list":
         found = [pull for pull in pulls if pull["head"] == option("--head") and pull["open"]]
@@ -44,12 +52,13 @@ match arguments[1]:
         if (folder / "forbidden").exists():
             sys.exit("pull request create failed: GraphQL: GitHub Actions is not permitted to "
                      "create or approve pull requests (createPullRequest)")
-        pulls.append(dict(number=len(pulls) + 1, head=option("--head"), open=True, comments=[]))
+        pulls.append(dict(number=len(pulls) + 1, head=head, open=True, comments=[]))
     case "comment":
         pulls[int(arguments[2]) - 1]["comments"].append(dict(body=option("--body")))
 if arguments[1] in ("create", "edit"):
-    pull = pulls[-1 if arguments[1] == "create" else int(arguments[2]) - 1]
-    pull |= dict(title=option("--title"), body=pathlib.Path(option("--body-file")).read_text())
+    named = [pull for pull in pulls if arguments[2] in (str(pull["number"]), pull["head"])]
+    pull = pulls[-1] if arguments[1] == "create" else named[-1]
+    pull |= dict(title=option("--title"), body=body)
 state.write_text(json.dumps(pulls))
 """
 
@@ -111,7 +120,7 @@ class GitHub:
         shutil.rmtree(work)
         self.close(branch)
 
-    def run_workflow(self, name="upgrade.yml", place=".", job=None, **variables):
+    def run_workflow(self, name="upgrade.yml", job=None, **variables):
         """Run the steps of a workflow of main, job after job; return status and log.
 
         ``job`` is one job that runs again, with what the jobs before it have made.
@@ -132,6 +141,7 @@ class GitHub:
             (runner / "temp").mkdir(parents=True)
             (runner / "output").touch()
             work = runner / "work"
+            place = job.get("defaults", {"run": {}})["run"].get("working-directory", ".")
             for step in job["steps"]:
                 found = read_output(runner)
                 if "if" in step and not found.get(step["if"].rpartition(".")[2]):
@@ -150,7 +160,10 @@ class GitHub:
                     done = subprocess.run(
                         ["bash", "-e", "-c", step["run"]],
                         cwd=work / place,
-                        env=self.get_environment(runner) | values | variables,
+                        env=self.get_environment(runner)
+                        | {"GITHUB_WORKFLOW": workflow["name"]}
+                        | values
+                        | variables,
                         stdout=subprocess.PIPE,
                         stderr=subprocess.STDOUT,
                         stdin=subprocess.DEVNULL,

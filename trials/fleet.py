@@ -1,16 +1,18 @@
 """Upgrade a fleet of aged services week by week, by their own weekly workflows.
 
-    uv run trials/fleet.py [--count 20] [--seed 1]
+    uv run trials/fleet.py [--count 20] [--seed 1] [--first 1]
 
-Each service is generated at a random version with random answers, aged as a team would (a field, an
-app, settings, other packages, a renamed package, a deleted file, a conflict, commits on the branch
-of the pull request, a token of the team or none), and pushed to a repository that refuses what
-GitHub refuses. Then each later version comes, and the workflow in the repository runs with its own
-steps. The team merges a pull request; it resolves conflicts, and adds workflow files with the
-command in its description. What else stops a service has to be in the pull request or in the log.
+Each service is generated at a random version of 1.0 or later with random answers, aged as a team
+would (a field, settings, other packages, a renamed package, a deleted file, a conflict, a lock file
+of old packages, a folder of a larger repository, another broker, a token of the team or none), and
+pushed to a repository that refuses what GitHub refuses. Then each later version comes, and the
+workflow in the repository runs with its own steps. The team merges a pull request; it resolves
+conflicts, and runs the commands that the description names: ``upgrade --workflows``, and for 2.0
+``upgrade_from_1.py``. What else stops a service has to be in the pull request or in the log.
 
-No commit of anybody may be lost, and a service that is at the newest version must pass its checks
-and its tests. Prints a table, and exits with status 1 if one of the two is not so.
+No commit of anybody may be lost, a service that is at the newest version must pass its checks and
+its tests, and a pull request of this version or a later one has the results of tests and checks.
+Prints a table, and exits with status 1 if one of them is not so.
 """
 
 import json
@@ -26,8 +28,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from tests.generate import get_releases
 from tests.github import GitHub
-from trials.time_travel import Failed, Template, run
+from trials.time_travel import VENDOR, Failed, Template, run
 
 BRANCH = "upgrade-template"
 
@@ -54,46 +57,79 @@ def test_checks_and_migrations():
     call_command("makemigrations", check=True, dry_run=True)
 '''
 
-CI = ".github/workflows/ci.yml"
+#: What a pull request shows, unless there are conflicts.
+SECTIONS = ["## Tests", "## Checks of production"]
 
 
 class Service:
     """A service with its repository and its team."""
 
-    def __init__(self, folder, template, chance, uv, start):
-        self.chance, self.uv, self.start = chance, uv, start
+    def __init__(self, folder, template, chance, uv):
+        self.chance, self.uv = chance, uv
         self.answers = {name: chance.choice(values) for name, values in ANSWERS.items()}
-        self.folder = folder / "team"
+        self.root = folder / "team"
         self.github = GitHub(folder / "github", uv)
-        self.commits = []
-        self.notes = []
+        self.variables = {"UV": uv, "UV_PROJECT_ENVIRONMENT": self.github.folder / "environment"}
+        self.commits, self.notes, self.problems, self.handled = [], [], [], 0
+        self.place = "services/rooms" if chance.random() < 0.25 else "."
+        self.folder = self.root / self.place
         extra = json.dumps(self.answers | {"setup": False})
         options = ["--extra-context", extra, "--output-dir", str(folder), "-y"]
         run(["cruft", "create", str(template.folder), *options], folder, UV=uv, PWD=folder)
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
         (folder / "prayer_room_api").rename(self.folder)
         self.package = "prayer_room_api"
-        shutil.rmtree(self.folder / "tests")
-        (self.folder / "tests").mkdir()
-        (self.folder / "tests" / "test_service.py").write_text(TEST)
+        self.replace_tests()
         run([uv, "lock", "--quiet"], self.folder)
-        run(["git", "init", "--quiet", "--initial-branch=main"], self.folder)
-        run(["git", "remote", "add", "origin", str(self.github.origin)], self.folder)
+        run(["git", "init", "--quiet", "--initial-branch=main"], self.root)
+        run(["git", "remote", "add", "origin", str(self.github.origin)], self.root)
+        self.copy_workflows(self.root)
         self.commit("First commit")
-        changes = [self.rename_package, self.add_lines, self.conflict, self.delete, self.add_app]
-        self.changes = [change for change in changes if chance.random() < 0.5]
-        for change in self.changes:
+        possible = [
+            self.rename_package,
+            self.add_lines,
+            self.conflict,
+            self.delete,
+            self.add_module,
+            self.add_model,
+            self.lock_old_packages,
+        ]
+        changes = [change for change in possible if chance.random() < 0.4]
+        for change in changes:
             change()
             self.commit(change.__name__)
+        self.changes = [change.__name__ for change in changes] + ["monorepo"] * (self.place != ".")
+        #: The answer that changes once the command for it is there
+        self.broker = chance.choice(ANSWERS["broker"]) if chance.random() < 0.4 else ""
         self.has_token = chance.random() < 0.3
         if self.has_token:
             self.github.give_token()
-        run(["git", "push", "--quiet", "origin", "main"], self.folder)
+        run(["git", "push", "--quiet", "origin", "main"], self.root)
 
-    def commit(self, message):
+    def commit(self, message, folder=None):
         """Commit all changes of the team, and remember the commit."""
-        run(["git", "add", "--all"], self.folder)
-        run(["git", "commit", "--quiet", "--allow-empty", "-m", message], self.folder)
-        self.commits.append(run(["git", "rev-parse", "HEAD"], self.folder).strip())
+        folder = folder or self.root
+        run(["git", "add", "--all"], folder)
+        run(["git", "commit", "--quiet", "--allow-empty", "-m", message], folder)
+        self.commits.append(run(["git", "rev-parse", "HEAD"], folder).strip())
+
+    def replace_tests(self):
+        """Have one test."""
+        shutil.rmtree(self.folder / "tests")
+        (self.folder / "tests").mkdir()
+        (self.folder / "tests" / "test_service.py").write_text(TEST)
+
+    def copy_workflows(self, root):
+        """Copy the workflows to the root of a larger repository, as docs/upgrades.md says."""
+        if self.place == ".":
+            return
+        target = root / ".github" / "workflows"
+        shutil.rmtree(target, ignore_errors=True)
+        target.mkdir(parents=True)
+        start = f"    defaults:\n      run:\n        working-directory: {self.place}\n"
+        for path in (root / self.place / ".github" / "workflows").iterdir():
+            text = re.sub(r"^    (?=runs-on:)", f"{start}    ", path.read_text(), flags=re.M)
+            (target / path.name).write_text(text)
 
     def rename_package(self):
         """Give the package another name."""
@@ -104,7 +140,7 @@ class Service:
         self.package = "rooms"
 
     def add_lines(self):
-        """Add a setting, a section of the README and a pinned action."""
+        """Add a setting, a section of the README and a package."""
         settings = self.folder / self.package / "settings.py"
         text = settings.read_text()
         settings.write_text(
@@ -112,6 +148,10 @@ class Service:
         )
         with (self.folder / "README.md").open("a") as readme:
             readme.write("\n## Our rooms\n\nThey are in the attic.\n")
+        toml = self.folder / "pyproject.toml"
+        line = '    "psycopg[', '    "markdown>=3.8,<4",\n    "psycopg['
+        toml.write_text(toml.read_text().replace(*line))
+        run([self.uv, "lock", "--quiet"], self.folder)
 
     def conflict(self):
         """Change a line that a later version changes too."""
@@ -122,59 +162,138 @@ class Service:
     def delete(self):
         """Delete files that the team does not need."""
         for name in ("SECURITY.md", ".pre-commit-config.yaml"):
-            (self.folder / name).unlink()
+            (self.folder / name).unlink(missing_ok=True)
 
-    def add_app(self):
+    def add_module(self):
         """Add a module of the team's own."""
         (self.folder / self.package / "reports.py").write_text('"""Reports."""\n\nDAYS = 7\n')
 
-    def run_week(self):
-        """Run the workflow, and do what the team does with its pull request."""
+    def add_model(self):
+        """Add a model and its migration."""
+        models = self.folder / self.package / "models.py"
+        models.write_text(
+            "from django.db import models\n" * ("import models" not in models.read_text())
+            + models.read_text().rstrip()
+            + '\n\n\nclass Room(models.Model):\n    """A place to meet."""\n\n'
+            "    name = models.CharField(max_length=50)\n"
+        )
+        command = ["manage.py", "makemigrations", self.package]
+        run([self.uv, "run", "--quiet", *command], self.folder, **self.variables)
+
+    def lock_old_packages(self):
+        """Have a lock file of the oldest packages that the ranges allow."""
+        run([self.uv, "lock", "--quiet", "--resolution=lowest-direct"], self.folder)
+        lock = self.folder / "uv.lock"
+        lock.write_text(re.sub(r"^\[options\]\n(.+\n)+\n?", "", lock.read_text(), flags=re.M))
+
+    def run_week(self, *, is_released):
+        """Run the workflow, and do what the team does with its pull request.
+
+        ``is_released`` says whether the version of the template is a release, which cannot keep
+        the weekly workflow of that time from deleting commits.
+        """
         status, log = self.github.run_workflow()
         if status:
             lines = [line for line in log.splitlines() if line.strip()] or ["no output"]
-            reason = next((line for line in lines if "refusing" in line), lines[-1])
-            self.notes.append(f"log: {reason[:150]}")
-            return
+            known = "refusing", "has commits of others", "workflow is that"
+            named = [line for line in lines if any(text in line for text in known)]
+            self.notes.append(f"log: {[*named, lines[-1]][0].strip()[:90]}")
         for pull in self.github.pulls():
             if pull["open"]:
-                self.handle(pull)
+                self.handle(pull, is_released)
+        if self.broker:
+            self.change_broker()
 
-    def handle(self, pull):
-        """Resolve conflicts in favour of the team, add workflow files, and merge."""
-        work = self.folder.with_name("work")
+    def clone(self, branch):
+        """Return a new clone of a branch."""
+        work = self.root.with_name("work")
         shutil.rmtree(work, ignore_errors=True)
         origin = str(self.github.origin)
-        run(["git", "clone", "--quiet", "--branch", pull["head"], origin, str(work)], work.parent)
-        variables = {"UV": self.uv, "UV_PROJECT_ENVIRONMENT": self.github.folder / "environment"}
+        run(["git", "clone", "--quiet", "--branch", branch, origin, str(work)], work.parent)
+        return work
+
+    def push(self, work):
+        """Push as a person, who may push workflow files."""
+        (self.github.folder / "token-of-the-team").touch()
+        run(["git", "push", "--quiet"], work)
+        if not self.has_token:
+            (self.github.folder / "token-of-the-team").unlink()
+
+    def manage(self, work, *command, ok=0):
+        """Run a command of the service in a clone; return its output."""
+        command = [self.uv, "run", "--quiet", *command]
+        return run(command, work / self.place, ok=ok, **self.variables)
+
+    def handle(self, pull, is_released):
+        """Resolve conflicts in favour of the team, run the commands that it names, and merge."""
+        body, work = " ".join(pull["body"].split()), self.clone(pull["head"])
+        self.handled += 1
+        # Earlier releases report the tests alone.
+        expected = SECTIONS if "upgrade --bundle" in self.read_workflow() else SECTIONS[:1]
+        missing = [title for title in expected if title not in pull["body"]]
+        if missing and "onflicts" not in body and "upgrade_from_1.py" not in body:
+            self.problems.append(f"{pull['title']} does not show {', '.join(missing)}")
+        if is_from_1 := "upgrade_from_1.py" in body:
+            self.run_script(work)
         marked = run(["git", "grep", "-l", "^<<<<<<< "], work, ok=1).splitlines()
         pattern = r"^<<<<<<<.*?\n(.*?)^=======\n.*?^>>>>>>>.*?\n"
         for path in map(work.joinpath, marked):
             path.write_text(re.sub(pattern, r"\1", path.read_text(), flags=re.M | re.S))
+        if is_from_1:
+            self.come_from_1(work)
         if marked:
             self.notes.append(f"conflicts: {', '.join(marked)}")
-            run(["git", "commit", "--quiet", "--all", "-m", "Resolve"], work)
-            self.commits.append(run(["git", "rev-parse", "HEAD"], work).strip())
-            run(["git", "push", "--quiet"], work)
+            self.commit("Resolve", work)
+            self.push(work)
             # A run of the workflow in between leaves the team's commit alone.
-            status, log = self.github.run_workflow()
-            if status or "commits of others" not in log:
-                raise Failed(f"the commit on the branch was not respected: {log[-500:]}")
-        if "upgrade --workflows" in pull["body"]:
-            command = ["manage.py", "upgrade", "--workflows", "--no-tests"]
-            run([self.uv, "run", "--quiet", *command], work, ok=1, **variables)
-            run(["git", "add", "--all"], work)
-            run(["git", "commit", "--quiet", "-m", "Workflows"], work)
-            self.commits.append(run(["git", "rev-parse", "HEAD"], work).strip())
-            # A person may push workflow files.
-            (self.github.folder / "token-of-the-team").touch()
-            run(["git", "push", "--quiet"], work)
-            if not self.has_token:
-                (self.github.folder / "token-of-the-team").unlink()
+            if not is_released and "commits of others" not in self.github.run_workflow()[1]:
+                self.problems.append("the commits on the branch were not respected")
+        if "upgrade --workflows" in body and (work / self.place / VENDOR).exists():
+            self.manage(work, "manage.py", "upgrade", "--workflows", "--no-tests", ok=1)
+            self.copy_workflows(work)
+            self.commit("Workflows", work)
+            self.push(work)
         for title in ("Changes to missing files", "Files that the template deleted"):
             if f"## {title}" in pull["body"]:
                 self.notes.append(title.lower())
         self.github.merge(pull["head"])
+
+    def read_workflow(self):
+        """Return the weekly workflow of main."""
+        command = ["show", "main:.github/workflows/upgrade.yml"]
+        return self.github.git(*command, folder=self.github.origin)
+
+    def run_script(self, work):
+        """Run the script that the changelog of 2.0 names; return its output."""
+        run(["git", "add", "--all"], work)
+        script = [sys.executable, "-I", f"{VENDOR}/upgrade_from_1.py"]
+        return run(script, work / self.place, ok=1, UV=self.uv)
+
+    def come_from_1(self, work):
+        """Do the rest of what the changelog of 2.0 says."""
+        output = self.run_script(work)
+        self.notes += [f"upgrade_from_1.py: {line}" for line in re.findall(r"^\d+ left.*", output)]
+        run([self.uv, "sync", "--quiet"], work / self.place, **self.variables)
+        for command in ("ruff check --fix --quiet", "ruff format --quiet", "manage.py openapi"):
+            self.manage(work, *command.split(), ok=1)
+        self.commit("2.0", work)
+        self.push(work)
+
+    def change_broker(self):
+        """Change an answer on main, once the command is there."""
+        work = self.clone("main")
+        record = json.loads((work / self.place / ".cruft.json").read_text())
+        if not (work / self.place / VENDOR / "propose_upgrade.py").exists():
+            return
+        if record["context"]["cookiecutter"]["broker"] != self.broker:
+            self.manage(work, "manage.py", "change", f"broker={self.broker}", "--no-tests", ok=1)
+            conflicts = run(["git", "grep", "-l", "^<<<<<<< "], work, ok=1).splitlines()
+            self.notes.append(f"conflicts of the broker: {', '.join(conflicts) or 'none'}")
+            run(["git", "checkout", "--theirs", "--", *conflicts], work) if conflicts else None
+            self.commit("Another broker", work)
+            run(["git", "push", "--quiet"], work)
+            self.changes.append("broker")
+        self.broker = ""
 
     def find_lost(self):
         """Return the commits of the team that no branch has."""
@@ -183,19 +302,17 @@ class Service:
 
     def verify(self, newest):
         """Return whether main is at a version; raise Failed if it does not work there."""
-        run(["git", "fetch", "--quiet", "origin"], self.folder)
-        run(["git", "reset", "--quiet", "--hard", "origin/main"], self.folder)
-        record = json.loads((self.folder / ".cruft.json").read_text())
+        work = self.clone("main")
+        record = json.loads((work / self.place / ".cruft.json").read_text())
         if record["commit"] != newest:
             return False
-        variables = {"UV": self.uv, "UV_PROJECT_ENVIRONMENT": self.github.folder / "environment"}
-        run([self.uv, "sync", "--quiet"], self.folder, **variables)
+        run([self.uv, "sync", "--quiet", "--locked"], work / self.place, **self.variables)
         for command in (["manage.py", "check"], ["manage.py", "migrate", "-v0"], ["pytest", "-q"]):
-            run([self.uv, "run", "--quiet", *command], self.folder, **variables)
+            self.manage(work, *command)
         return True
 
 
-def main(count, seed):
+def main(numbers, seed):
     """Play the fleet; return whether no commit was lost and no success was false."""
     uv = os.environ.get("UV") or shutil.which("uv")
     problems, arrived = [], 0
@@ -205,9 +322,8 @@ def main(count, seed):
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
         folder = Path(name)
         template = Template(folder / "template")
-        # The workflow of earlier releases cannot push changes of workflow files.
-        starts = [version for version in template.versions if version not in template.old]
-        for number in range(1, count + 1):
+        starts = list(template.versions)
+        for number in numbers:
             chance, begin = random.Random(f"{seed}-{number}"), time.monotonic()
             place = folder / str(number)
             place.mkdir()
@@ -215,10 +331,11 @@ def main(count, seed):
             template.check_out(start)
             service, ended = None, "no"
             try:
-                service = Service(place, template, chance, uv, start)
+                service = Service(place, template, chance, uv)
                 for version in starts[starts.index(start) + 1 :]:
                     template.check_out(version)
-                    service.run_week()
+                    service.run_week(is_released=version in get_releases())
+                problems += [f"{number}: {problem}" for problem in service.problems]
                 if lost := service.find_lost():
                     problems.append(f"{number}: lost {lost}")
                 if service.verify(template.versions[starts[-1]]):
@@ -228,7 +345,7 @@ def main(count, seed):
             except Failed as error:
                 problems.append(f"{number}: {error}")
             if service:
-                changes = ", ".join(change.__name__ for change in service.changes) or "none"
+                changes = ", ".join(service.changes) or "none"
                 notes = "; ".join(dict.fromkeys(service.notes)) or "none"
                 seconds = time.monotonic() - begin
                 print(
@@ -237,7 +354,7 @@ def main(count, seed):
                     flush=True,
                 )
             shutil.rmtree(place, ignore_errors=True)
-    print(f"\n{arrived} of {count} services are at the newest version")
+    print(f"\n{arrived} of {len(numbers)} services are at the newest version")
     for problem in problems:
         print(f"\n{problem}")
     return not problems
@@ -247,5 +364,7 @@ if __name__ == "__main__":
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--count", type=int, default=20)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--first", type=int, default=1, help="the first of them")
     options = parser.parse_args()
-    sys.exit(0 if main(options.count, options.seed) else 1)
+    numbers = range(options.first, options.count + 1)
+    sys.exit(0 if main(numbers, options.seed) else 1)
