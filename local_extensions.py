@@ -419,7 +419,8 @@ def is_old_workflow():
     update = find_caller("cruft._commands.update", "update")
     if not update or os.environ.get("GITHUB_WORKFLOW") != "Upgrade":
         return False
-    log = git(START, "log", "--format=%ce %h", f"HEAD..origin/{UPGRADE_BRANCH}")
+    service = os.environ.get("GITHUB_WORKSPACE", ".")
+    log = git(service, "log", "--format=%ce %h", f"HEAD..origin/{UPGRADE_BRANCH}")
     others = [commit for email, commit in map(str.split, log.splitlines()) if "[bot]" not in email]
     if others:
         raise FailedHookException(

@@ -181,6 +181,7 @@ class GitHub:
             CI="true",
             GIT_CONFIG_GLOBAL=os.devnull,
             GITHUB_OUTPUT=runner / "output",
+            GITHUB_WORKSPACE=runner / "work",
             RUNNER_TEMP=runner / "temp",
             UV=self.uv,
             UV_PROJECT_ENVIRONMENT=self.folder / "environment",

@@ -12,9 +12,12 @@ import pytest
 
 from tests.conftest import GIT_IDENTITY, ROOT, clean_environment, require_server
 from tests.generate import get_releases
-from trials.time_travel import LIBRARY, PACKAGE, Template, run, travel
+from trials.time_travel import LIBRARY, PACKAGE, Failed, Template, run, travel
 
 pytestmark = pytest.mark.slow
+
+#: The branch of the weekly pull request
+BRANCH = "upgrade-template"
 
 
 @pytest.fixture(scope="module")
@@ -279,6 +282,31 @@ def test_answer_is_changed(service, template, tmp_path):
     other = tmp_path.parent / project.name
     exclude = ["-x", ".git", "-x", ".venv", "-x", "uv.lock", "-x", "__pycache__", "-x", "var"]
     run(["diff", "-r", *exclude, str(project), str(other)], tmp_path)
+
+
+# The weekly workflow of earlier releases
+
+
+def test_old_workflow_gets_no_workflow_files_and_deletes_no_commits(template, tmp_path):
+    """It updates with cruft, pushes with the token of GitHub, and overwrites its branch."""
+    template.check_out("2.0.0")
+    extra = '--extra-context={"setup": false, "example": "none"}'
+    run(["cruft", "create", str(template.folder), extra, "-y"], tmp_path)
+    project = tmp_path / "prayer_room_api"
+    initialize(project)
+    template.check_out("now")
+    variables = {"GITHUB_WORKFLOW": "Upgrade", "GITHUB_WORKSPACE": str(project)}
+    run(["git", "commit", "--quiet", "--allow-empty", "-m", "Of a person"], project)
+    run(["git", "update-ref", f"refs/remotes/origin/{BRANCH}", "HEAD"], project)
+    run(["git", "reset", "--quiet", "--hard", "HEAD^"], project)
+    with pytest.raises(Failed, match="the branch upgrade-template has commits of others"):
+        run(["cruft", "update", "-y"], project, **variables)
+    assert not run(["git", "status", "--porcelain"], project)
+    run(["git", "update-ref", "-d", f"refs/remotes/origin/{BRANCH}"], project)
+    assert "Good work" in run(["cruft", "update", "-y"], project, **variables)
+    changed = run(["git", "status", "--porcelain"], project)
+    assert "vendor/prodserver-ops/propose_upgrade.py" in changed
+    assert ".github/workflows" not in changed
 
 
 # From 1.x
