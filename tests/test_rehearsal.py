@@ -1,17 +1,21 @@
 """Zero-downtime deploys: as Dokku does them, under load.
 
-The test starts real processes from the service's Procfile and app.json, in Dokku's order:
-run predeploy and release, start the new web process and wait for its health check, start
-the new worker and beat beside the old ones, switch the proxy, send SIGTERM to the old ones.
+The test starts real processes from the service's Procfile and app.json, in the order of Dokku 0.38:
+run predeploy and release, start the new web process and wait for its health check, switch the proxy,
+start the new beat and worker beside the old ones, send SIGTERM to the old ones. A minute after a
+process was replaced, a timer stops it, also while the next ones are starting.
 Requests that the old web has accepted, or that wait for it, are in test_web_servers.py.
-https://dokku.com/docs/deployment/zero-downtime-deploys/
+https://github.com/dokku/dokku/blob/v0.38.27/plugins/scheduler-docker-local/scheduler-deploy
 """
 
 import collections
 import itertools
 import json
 import re
+import shlex
 import shutil
+import subprocess
+import tempfile
 import threading
 import time
 import urllib.error
@@ -29,11 +33,11 @@ TASK = """
 from celery import shared_task
 
 @shared_task
-def rehearse(number):
+def rehearse(number, seconds=5):
     import time
     from pathlib import Path
 
-    time.sleep(5)
+    time.sleep(seconds)
     with Path("rehearsed").open("a") as file:
         file.write(f"{number}\\n")
 """
@@ -112,11 +116,20 @@ class Visitors(threading.Thread):
             return f"{path} {error!r}"
 
 
-class Dokku:
-    """Deploys a service as Dokku's scheduler does. ``running`` are the current processes."""
+class DeployError(Exception):
+    """A check failed: the new process is stopped, and Dokku replaces no other one."""
 
-    def __init__(self, service):
+
+class Dokku:
+    """Deploys a service as Dokku does. ``running`` are the current processes by name.
+
+    A process that was replaced gets SIGTERM twice, ``wait_to_retire`` seconds apart, and SIGKILL
+    ``stop_timeout`` seconds later. ``second`` is how long a check waits for each second of app.json.
+    """
+
+    def __init__(self, service, wait_to_retire=60, stop_timeout=30, second=1):
         self.service = service
+        self.wait_to_retire, self.stop_timeout, self.second = wait_to_retire, stop_timeout, second
         self.procfile = service.procfile()
         self.app = json.loads((service.folder / "app.json").read_text())
         self.running = {}
@@ -124,60 +137,91 @@ class Dokku:
         self.stops = []
 
     def deploy(self, service=None, during_overlap=lambda: None):
+        """Deploy a version; raise DeployError if a check fails."""
         self.service = service or self.service
         self.service.run(self.app["scripts"]["dokku"]["predeploy"])
         self.service.run(self.procfile["release"])
-        old = self.running
-        self.service.port = free_port()
-        self.service.environment["PORT"] = str(self.service.port)
-        self.running = {"web": self.service.start("web")}
-        self.wait_for_health_check()
-        self.service.environment["PORT"] = ""
-        for name in self.app["formation"]:
-            if name != "web":
-                self.running[name] = self.service.start(name)
-                self.wait_for_command_check(name)
-        during_overlap()
-        assert all(process.popen.poll() is None for process in self.running.values())
+        old = dict(self.running)
+        # Dokku's timer stops what was replaced also if a later process fails, or is still starting.
+        timers = []
+        try:
+            # Web is first, and the proxy switches before the others are started, in this order.
+            for name in ["web", *sorted(self.app["formation"].keys() - {"web"})]:
+                self.replace(name)
+                if name in old:
+                    timers.append(
+                        threading.Timer(self.wait_to_retire, self.stop, [name, old[name]])
+                    )
+                    timers[-1].start()
+            during_overlap()
+            assert all(process.popen.poll() is None for process in self.running.values())
+            for process in old.values():
+                process.popen.terminate()
+        finally:
+            for timer in timers:
+                timer.join()
+
+    def replace(self, name):
+        """Start a process and wait for its check; for web, let the proxy switch to it."""
+        if name == "web":
+            self.service.port = free_port()
+        self.service.environment["PORT"] = str(self.service.port) if name == "web" else ""
+        # A container has its own files: a check does not see the heartbeat of the old process.
+        folder = tempfile.mkdtemp(dir=self.service.folder.parent)
+        command = shlex.split(self.service.procfile()[name])
+        process = self.service.spawn(name, *command, TMPDIR=folder)
+        check = self.check_path if name == "web" else self.check_command
+        try:
+            check(process, folder, *self.app["healthchecks"][name])
+        except DeployError:
+            process.popen.terminate()
+            process.popen.wait(timeout=self.stop_timeout)
+            raise
+        self.running[name] = process
+        if name == "web":
+            self.switch_proxy()
+
+    def check_command(self, process, folder, check):
+        # The first word sets the environment of a container.
+        assert check["command"][0] == "/exec"
+        for attempt in range(check.get("attempts", 3)):
+            if attempt:
+                # Dokku doubles the delay of a command check each time.
+                time.sleep(check.get("wait", 5) * self.second * 2 ** (attempt - 1))
+            command = self.service.spawn("check", *check["command"][1:], TMPDIR=folder)
+            if command.popen.wait(timeout=check.get("timeout", 5)) == 0:
+                return
+        raise DeployError(f"{command.text()}\n{process.text()}")
+
+    def check_path(self, process, folder, check):
+        for _ in range(check.get("attempts", 3)):
+            try:
+                # For an app without a domain, Dokku sends the container's IP address as the host.
+                self.service.get(check["path"], Host=f"172.17.0.2:{self.service.port}")
+            except OSError:
+                time.sleep(check.get("wait", 5) * self.second)
+            else:
+                return
+        raise DeployError(process.text())
+
+    def switch_proxy(self):
         if self.visitors is None:
             host = f"{self.service.folder.name}.example.com"
             self.visitors = Visitors(self.service.port, host)
             self.visitors.start()
-        # Dokku stops the old web 60 seconds later: no request is still on its way to it.
+        # The old web finishes its requests: none is still on its way to it.
         with self.visitors.lock:
             self.visitors.port = self.service.port
-        for process in old.values():
-            process.popen.terminate()
-        for name, process in old.items():
-            start = time.monotonic()
-            status = process.popen.wait(timeout=30 * PATIENCE)
-            self.stops.append((name, status, time.monotonic() - start))
 
-    def wait_for_command_check(self, name):
-        (check,) = self.app["healthchecks"][name]
-        # The first word sets the environment of a container.
-        assert check["command"][0] == "/exec"
-        for attempt in range(check["attempts"]):
-            command = self.service.spawn(f"check-{name}", *check["command"][1:])
-            if command.popen.wait(timeout=check["timeout"]) == 0:
-                return
-            if attempt < check["attempts"] - 1:
-                # Dokku doubles the delay of a command check each time.
-                time.sleep(check["wait"] * 2**attempt)
-        pytest.fail(f"{command.text()}\n{self.running[name].text()}")
-
-    def wait_for_health_check(self):
-        (check,) = self.app["healthchecks"]["web"]
-        for _ in range(check["attempts"]):
-            try:
-                # For an app without a domain, Dokku sends the container's IP address as the host.
-                status, _ = self.service.get(check["path"], Host=f"172.17.0.2:{self.service.port}")
-            except OSError:
-                time.sleep(check["wait"])
-            else:
-                assert status == 200
-                return
-        pytest.fail(self.running["web"].text())
+    def stop(self, name, process):
+        """Stop a process as Docker does."""
+        start = time.monotonic()
+        process.popen.terminate()
+        try:
+            process.popen.wait(timeout=self.stop_timeout)
+        except subprocess.TimeoutExpired:
+            process.popen.kill()
+        self.stops.append((name, process.popen.wait(), time.monotonic() - start))
 
 
 @pytest.mark.parametrize(
@@ -204,9 +248,18 @@ def test_deploys_fail_no_request_and_lose_no_task(
     service.deploy()
     service.shell(RUN_ONE_SCHEDULE_EVERY_TWO_SECONDS)
 
-    dokku = Dokku(service)
+    dokku = Dokku(service, wait_to_retire=1, stop_timeout=30 * PATIENCE, second=0.5)
     dokku.deploy()
     producer = service.spawn("queue", "python", "manage.py", "shell", "-v0", "-c", QUEUE_TASKS)
+    before = dict(dokku.running)
+    fail_at_the_worker(dokku)
+    # The old web is stopped, and so is the old beat; nobody replaces the old worker.
+    assert {name for name, process in before.items() if process.popen.poll() is None} == {"worker"}
+    assert dokku.running == {
+        "web": dokku.running["web"],
+        "beat": dokku.running["beat"],
+        "worker": before["worker"],
+    }
     for _ in range(deploys):
         dokku.deploy()
         time.sleep(3)
@@ -245,6 +298,19 @@ def test_deploys_fail_no_request_and_lose_no_task(
     assert all(beat.text().count("beat: Starting...") == 1 for beat in beats)
 
 
+def fail_at_the_worker(dokku):
+    """Deploy a version whose worker does not start."""
+    path = dokku.service.folder / "Procfile"
+    procfile = path.read_text()
+    path.write_text(procfile.replace("prodserver worker", "prodserver worker --nothing"))
+    (check,) = dokku.app["healthchecks"]["worker"]
+    attempts, check["attempts"] = check["attempts"], 2
+    with pytest.raises(DeployError, match="--nothing"):
+        dokku.deploy()
+    path.write_text(procfile)
+    check["attempts"] = attempts
+
+
 PRINT_ATTEMPTS = """
 from prodserver_ops.models import ScheduleRun
 print(*ScheduleRun.objects.values_list("attempts", flat=True))
@@ -255,6 +321,28 @@ def dispatch_times(log):
     """Return the times at which beat dispatched a task, in seconds since midnight."""
     matches = re.findall(r"(\d\d):(\d\d):(\d\d)[,.](\d{3}).*Sending due task", log)
     return [int(h) * 3600 + int(m) * 60 + int(s) + int(ms) / 1000 for h, m, s, ms in matches]
+
+
+@pytest.mark.long
+def test_task_that_outlasts_the_stop_timeout_runs_again(
+    bake, make_service, postgres_url, rabbitmq_url
+):
+    project = bake(project_slug="rehearsal")
+    with (project / "rehearsal" / "tasks.py").open("a") as file:
+        file.write(TASK)
+    service = make_service(project, **production_variables(postgres_url, rabbitmq_url))
+    service.deploy()
+    dokku = Dokku(service, wait_to_retire=1, stop_timeout=2)
+    dokku.deploy()
+    service.shell("from rehearsal.tasks import rehearse; rehearse.delay(1, 60)")
+    dokku.running["worker"].wait_for_text("rehearse[")
+    dokku.deploy()
+    dokku.visitors.stopped.set()
+    dokku.visitors.join()
+    assert {(name, status) for name, status, _ in dokku.stops} >= {("worker", -9), ("beat", 0)}
+    done = project / "rehearsed"
+    wait_for(done.exists, 90, dokku.running["worker"].text)
+    assert done.read_text() == "1\n"
 
 
 # The library's tests have a short form: what becomes of tasks that a worker does not know.
@@ -271,7 +359,7 @@ def test_another_version_and_its_rollback_fail_no_request_and_lose_no_task(
     add_task(new, "added", tmp_path)
     add_field(new)
     old.deploy()
-    dokku = Dokku(old)
+    dokku = Dokku(old, wait_to_retire=1, stop_timeout=30 * PATIENCE)
     dokku.deploy()
     new.install("--no-dev")
     new.run("python manage.py collectstatic --noinput")
