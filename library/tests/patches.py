@@ -707,11 +707,13 @@ PATCHES = (
     Patch(
         "django.utils",
         USES,
-        "core.logs web.asgi",
-        "Connections are not shared between threads, and logging is configured once.",
+        "core.logs web.asgi web.health",
+        "Connections are not shared between threads, logging is configured once, and Django does not "
+        "log each failed health check.",
         {
             "connection.BaseConnectionHandler.settings": "(self)",
             "log.configure_logging": "(logging_config, logging_settings)",
+            "log.log_response": "(message, *args, response=..., request=..., logger=..., leve... 207155a9",
         },
     ),
     Patch(

@@ -131,6 +131,21 @@ def test_result_is_used_for_a_second(client, monkeypatch):
     assert len(started) == 3
 
 
+def test_a_problem_is_logged_when_it_begins_and_when_it_ends(client, monkeypatch, caplog):
+    monkeypatch.setattr(health, "MAX_AGE", 0)
+    caplog.set_level("INFO")
+    for check in (lambda: None, lambda: 1 / 0, lambda: None):
+        monkeypatch.setattr(health, "CHECKS", {"database": check})
+        for _ in range(3):
+            client.get("/health/ready")
+    records = [(each.levelname, each.message) for each in caplog.records if each.name != "httpx"]
+    assert [record for record in records if "health" not in record[1]] == [
+        ("ERROR", "database is unavailable: ZeroDivisionError"),
+        ("INFO", "database is available again"),
+    ]
+    assert not [record for record in records if record[0] != "INFO"][1:]
+
+
 @pytest.mark.parametrize("method", ["head", "options", "post"])
 def test_every_method_gets_the_same_response(client, monkeypatch, method):
     monkeypatch.setattr(health, "CHECKS", {"database": lambda: None})

@@ -63,15 +63,14 @@ def check_heartbeat(process: str) -> None:
 
 
 def check_queues() -> None:
-    """Raise an exception if messages wait in a queue that no process consumes."""
+    """Raise NotConsumed if messages wait in a queue that no process consumes."""
     counts = count_messages(current_app, queues.get_known(), BROKER_TIMEOUT)
     if problem := "; ".join(queues.describe_unconsumed(counts).values()):
-        logger.warning(problem)
-        raise NotConsumed
+        raise NotConsumed(problem)
 
 
 class NotConsumed(Exception):
-    """Messages wait in a queue that no process consumes."""
+    """Messages wait in a queue that no process consumes. The text contains no secret."""
 
 
 class NoHeartbeat(Exception):
@@ -102,6 +101,8 @@ class SharedChecks:
         self.expires = 0.0
         #: The threads of running checks, by name. A check that hangs is not started again.
         self.running: dict[str, Thread] = {}
+        #: What failed in the last run, by name.
+        self.problems: dict[str, Exception] = {}
 
     def get_results(self) -> dict[str, str]:
         """Return ``ok`` or ``unavailable`` by name: of the run that is in progress, or a recent one."""
@@ -120,15 +121,19 @@ class SharedChecks:
         return results.result()
 
     def run(self) -> dict[str, str]:
-        """Run the checks at the same time; log and return the results."""
+        """Run the checks at the same time; log what has changed, and return the results."""
         checks = self.get_checks()
         timeout = TimeoutError(f"no response within {READY_TIMEOUT} seconds")
         results = concurrently.run(checks, READY_TIMEOUT, self.running)
         problems = {name: error for name in checks if (error := results.get(name, timeout))}
-        for name, error in problems.items():
+        for name in problems.keys() - self.problems.keys():
             # The message of another error may contain a password.
-            problem = error if error is timeout else type(error).__name__
-            logger.warning("%s is unavailable: %s", name, problem)
+            error = problems[name]
+            safe = error is timeout or isinstance(error, NotConsumed)
+            logger.error("%s is unavailable: %s", name, error if safe else type(error).__name__)
+        for name in self.problems.keys() - problems.keys():
+            logger.info("%s is available again", name)
+        self.problems = problems
         return {name: "unavailable" if name in problems else "ok" for name in checks}
 
 
@@ -149,8 +154,11 @@ class HealthMiddleware:
             checks = self.deep_checks if "deep" in request.GET else self.checks
             results = checks.get_results()
             ready = set(results.values()) == {"ok"}
-            return JsonResponse(
+            response = JsonResponse(
                 {"status": "ok" if ready else "unavailable", "checks": results},
                 status=200 if ready else 503,
             )
+            # What failed is logged once. Django would log an error for each request.
+            response._has_been_logged = True  # type: ignore[attr-defined]
+            return response
         return self.get_response(request)
