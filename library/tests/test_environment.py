@@ -13,6 +13,7 @@ from prodserver_ops import apps, broker
 from prodserver_ops.conf import environment, flower
 from prodserver_ops.conf.defaults import Defaults, ProductionDefaults
 from prodserver_ops.conf.environment import EnvironmentVariableError, use
+from prodserver_ops.console import checks
 
 BROKER_URL = "amqp://user:hunter2@mq.example.com:5672/vhost"
 
@@ -295,6 +296,22 @@ def test_password_of_flower_has_no_comma():
 def test_other_users_cannot_read_the_embedded_database(monkeypatch, tmp_path):
     path = tmp_path / "var" / "db.sqlite3"
     database = {"ENGINE": "django.db.backends.sqlite3", "NAME": path}
-    monkeypatch.setattr(apps, "settings", Mock(DATABASES={"default": database}))
+    settings = Mock(DATABASES={"default": database}, VAR_DIR=path.parent)
+    monkeypatch.setattr(apps, "settings", settings)
+    for mode in (0o700, 0o755):
+        apps.create_database_folder()
+        assert path.parent.stat().st_mode & 0o777 == 0o700
+        path.parent.chmod(mode)
+    # A folder that the service does not own as a whole, such as /tmp, keeps its mode.
+    settings.VAR_DIR = tmp_path
     apps.create_database_folder()
-    assert path.parent.stat().st_mode & 0o777 == 0o700
+    assert path.parent.stat().st_mode & 0o777 == 0o755
+
+
+@pytest.mark.parametrize(("mode", "expected"), [(0o600, []), (0o640, ["settings.W002"])])
+def test_an_env_file_that_others_can_read_is_reported(settings, tmp_path, mode, expected):
+    settings.BASE_DIR = tmp_path
+    assert checks.check_env_file() == []
+    (tmp_path / ".env").touch(mode)
+    (tmp_path / ".env").chmod(mode)
+    assert [message.id for message in checks.check_env_file()] == expected

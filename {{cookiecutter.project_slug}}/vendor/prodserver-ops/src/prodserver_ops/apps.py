@@ -2,6 +2,7 @@
 
 import atexit
 import gc
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +82,12 @@ def start_alerts(**kwargs: Any) -> None:
 def create_database_folder() -> None:
     """Create the folder of the embedded database, which other users cannot read.
 
-    SQLite creates only the file.
+    SQLite creates only the file. A ``VAR_DIR`` that others could read is closed to them.
     """
     database = settings.DATABASES["default"]
     if database["ENGINE"] == "django.db.backends.sqlite3":
-        Path(database["NAME"]).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        folder = Path(database["NAME"]).parent
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if folder == getattr(settings, "VAR_DIR", None) and folder.stat().st_mode & 0o077:
+            with suppress(OSError):  # It belongs to another user.
+                folder.chmod(0o700)

@@ -52,6 +52,16 @@ def check_classes(app_configs: Any = None, **kwargs: Any) -> Messages:
     return messages
 
 
+@checks.register
+def check_env_file(app_configs: Any = None, **kwargs: Any) -> Messages:
+    """Report a file ``.env`` of this user, which contains passwords, that other users can read."""
+    path = Path(settings.BASE_DIR, ".env")
+    if not path.is_file() or path.stat().st_uid != os.getuid() or not path.stat().st_mode & 0o077:
+        return []
+    hint = f"Run: chmod 600 {path}"
+    return [checks.Warning("Other users can read .env.", hint=hint, id="settings.W002")]
+
+
 @checks.register(deploy=True)
 def check_production(app_configs: Any = None, **kwargs: Any) -> Messages:
     """Report what a plain settings module must not have, and Django's own checks do not report."""
