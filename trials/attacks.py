@@ -1,18 +1,22 @@
 """Attack the web process of services, while probes check that the site and its health respond.
 
-    uv run trials/attacks.py [--short] [--servers gunicorn,granian,uvicorn] [--seconds 4]
+    uv run trials/attacks.py [--short] [--servers gunicorn,granian,uvicorn] [--seconds 1]
 
 Generates, for each web server, the default service and one with all options, and starts it in
 production mode on PostgreSQL (127.0.0.1:5432, user postgres, trust) and RabbitMQ. Clients send each of
-``ATTACKS`` for some seconds, as fast as the responses come. In the meantime a probe requests the site
+``ATTACKS`` for some seconds, as fast as the responses come. Then ``ROLES`` request every address,
+``attack_unsubscribe`` forges links, and ``attack_websockets`` attacks open connections, of which one is
+idle behind the proxy of Compose from the beginning to the end. In the meantime a probe requests the site
 and ``/health/ready`` without pause. Exits with status 1 unless
 
 - each probe gets status 200 within ``PROBE_LIMIT``,
 - no request gets status 500, and none is logged with a traceback,
+- nobody reads what their role must not see, and markup that is stored is escaped,
 - no line of the log is longer than 16 KB, and none contains the secrets of the requests,
 - the memory of the web process does not grow by more than ``GROWTH``.
 
 All servers take about ten minutes. ``--short`` attacks the default service on gunicorn for a minute.
+``tests/test_answers.py`` has the hostile answers of the template.
 """
 
 import argparse
@@ -23,8 +27,12 @@ import http.client
 import itertools
 import json
 import os
+import re
+import shutil
 import socket
+import subprocess
 import sys
+import tempfile
 import threading
 import time
 import uuid
@@ -33,10 +41,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import psycopg
+from websockets.exceptions import ConnectionClosed, InvalidStatus
+from websockets.sync.client import connect
 
 from tests.conftest import POSTGRES_SERVER, RABBITMQ_URL, Service, production_variables
 from tests.generate import generated_project
-from tests.servers import PATIENCE, wait_for
+from tests.servers import PATIENCE, find_program, free_port, reachable, wait_for
 from tests.test_attacks import ATTACKS as KNOWN
 
 SLUG = "attacked"
@@ -45,16 +55,74 @@ REDIS_URL = os.environ.get("TEST_REDIS_URL", "redis://127.0.0.1:6379/9")
 
 #: The answers of the service with all options. Channels needs an ASGI server.
 OPTIONS = {
+    "compose": True,
     "queues": "high",
     "lifecycle": "archive",
     "monitoring": "flower",
     "task_results": "database",
 }
 
+#: Text that only moderators may read, and markup that must be escaped on every page.
+PRIVATE, MARKUP = "private-to-moderators", "<script>stored()</script>"
+
+#: Creates a user for each role, prints their cookies, and stores what the attacks look for.
+PREPARE = f"""
+from django.contrib.auth.models import Group, Permission
+from django.test import Client
+from django.conf import settings
+from django.utils import timezone
+from prodserver_ops.api.tokens import create_token
+from prodserver_ops.mail.unsubscribe import link
+from prodserver_ops.mail.digests import registry
+
+def create(name, **fields):
+    user = User.objects.create_user(name, name + "@example.com", "x", **fields)
+    client = Client()
+    client.force_login(user)
+    key = client.session.session_key
+    print("COOKIE", name, settings.SESSION_COOKIE_NAME + "=" + key)
+    return user
+
+admin = create("superuser", is_staff=True, is_superuser=True, first_name={MARKUP!r})
+create("moderator", is_staff=True).groups.add(Group.objects.get(name="moderators"))
+create("viewer", is_staff=True).user_permissions.add(
+    Permission.objects.get(codename="view_submission"))
+create("staff", is_staff=True)
+user = create("user")
+create("inactive").delete()
+print("COOKIE", "forged", settings.SESSION_COOKIE_NAME + "=" + "a" * 32)
+print("TOKEN", create_token(user)[0])
+message = next(each for each in registry.values() if each.unsubscribe_label)
+print("LINK", link(user, message).split("/")[-2])
+Submission.objects.bulk_create(
+    Submission(author=admin, body="{PRIVATE} {MARKUP} " + "some words " * 100) for _ in range(5000))
+from django_celery_beat.models import PeriodicTask
+PeriodicTask.objects.update(description={MARKUP!r})
+"""
+
+#: Prints every address of the service, with values for its parameters.
+PRINT_ADDRESSES = """
+import re
+from django.urls import get_resolver
+def walk(patterns, prefix=""):
+    for each in patterns:
+        path = prefix + str(each.pattern)
+        if hasattr(each, "url_patterns"):
+            walk(each.url_patterns, path)
+        else:
+            path = re.sub(r"<[^>]*>", "1", path)
+            path = re.sub(r"\\(\\?P<[^>]*>[^)]*\\)|\\([^)]*\\)", "1", path)
+            print("ADDRESS", "/" + re.sub(r"[\\^$?]|\\\\Z", "", path))
+walk(get_resolver().url_patterns)
+"""
+
+#: Which roles may read what is private: on the pages of the admin, or in their own data.
+TRUSTED = {"superuser", "moderator", "viewer"}
+
 CLIENTS, PROBE_LIMIT = 8, 5 * PATIENCE
 
 #: How much the memory of the process and its children may grow, in MiB.
-GROWTH = 150
+GROWTH = 100
 
 #: Part of each secret that requests contain.
 SECRET = "s3cr3t-of-the-attack"
@@ -98,6 +166,12 @@ ATTACKS = {
     ),
     "NUL": ("GET", "/api/submissions/?cursor=%00&x=%ff", {}, None),
     "many parameters": ("GET", "/?" + "a=b&" * 1500, {}, None),
+    "control characters": (
+        "GET",
+        "/nothing/",
+        {"X-Request-ID": "\x1b[31m\x7f", "User-Agent": "\x1b]0;title\x07" * 1000},
+        None,
+    ),
     "request id": ("GET", "/nothing/", {"X-Request-ID": "a" * 7000}, None),
     "forwarded": ("GET", "/", {"X-Forwarded-For": "1," * 3000}, None),
     "slow": ("POST", "/api/token/", {"Content-Length": "100000"}, None),
@@ -173,6 +247,175 @@ def attack(service, name, cookie, seconds):
     return statuses
 
 
+def fetch(service, path, headers, method="GET"):
+    """Return the status and text of the response to one request."""
+    base = {"Host": HOST, "X-Forwarded-Proto": "https", "X-Forwarded-For": "192.0.2.2"}
+    with contextlib.closing(
+        http.client.HTTPConnection("127.0.0.1", service.port, timeout=20 * PATIENCE)
+    ) as connection:
+        connection.request(method, path, headers=base | headers)
+        response = connection.getresponse()
+        return response.status, response.read().decode(errors="replace")
+
+
+def attack_addresses(service, roles):
+    """Yield what is wrong with the response to each address, for each role."""
+    output = service.shell(PRINT_ADDRESSES)
+    addresses = sorted(set(re.findall(r"^ADDRESS (.*)$", output, re.M)) | {"/nothing/"})
+    statuses = collections.Counter()
+    for (name, headers), path in itertools.product(roles.items(), addresses):
+        for method in ("GET",) if "logout" in path or name in TRUSTED else ("GET", "POST"):
+            status, text = fetch(service, path, headers, method)
+            statuses[status] += 1
+            if status >= 500:
+                yield f"{name}: {method} {path} got {status}"
+            if PRIVATE in text and name not in TRUSTED:
+                yield f"{name}: {method} {path} shows what is private"
+            if MARKUP in text:
+                # JSON is no page.
+                with contextlib.suppress(ValueError):
+                    json.loads(text)
+                    continue
+                yield f"{name}: {method} {path} has markup that is not escaped"
+    print(f"  {len(addresses)} addresses, {len(roles)} roles: {dict(statuses)}")
+
+
+def attack_unsubscribe(service, token):
+    """Yield what is wrong with the responses to forged links."""
+    forged = [
+        token[:-1],
+        token + "a",
+        token.upper(),
+        token.replace(":", "", 1),
+        token[::-1],
+        "a:b:c",
+    ]
+    forged += [token.replace(part, other) for part in token.split(":") for other in ("", "MQ", "1")]
+    forged += ["%00", "%ff", "..%2f", "x" * 5000, token.split(":")[0] + ":" + "A" * 43]
+    for link in dict.fromkeys(each for each in forged if each != token):
+        for method in ("GET", "POST"):
+            status, _ = fetch(service, f"/unsubscribe/{link}/", {}, method)
+            if status not in (400, 403, 404, 414):
+                yield f"unsubscribe: {method} {link[:80]} got {status}"
+    fields = "User.objects.values_list('digest_frequency', 'notify_on_response')"
+    if service.shell(f"print({fields}.get(username='user'))").split() != ["('weekly',", "True)"]:
+        yield "unsubscribe: a forged link worked"
+    print("  forged links: done")
+
+
+@contextlib.contextmanager
+def run_proxy(service):
+    """Yield the port of nginx with the configuration of the service, or None without nginx."""
+    program = find_program("nginx", "/usr/sbin/nginx")
+    if program is None:
+        print("  nginx is not installed: no connection is idle behind it")
+        yield None
+        return
+    port, folder = free_port(), Path(tempfile.mkdtemp())
+    text = (service.folder / "nginx.conf").read_text()
+    text = text.replace("web:8000", f"127.0.0.1:{service.port}").replace("/tmp/", f"{folder}/")
+    text = text.replace("listen 8080", f"listen 127.0.0.1:{port}")
+    (folder / "nginx.conf").write_text(text)
+    folder.chmod(0o777)
+    command = [program, "-c", folder / "nginx.conf", "-g", "daemon off;"]
+    popen = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    try:
+        wait_for(lambda: reachable(port), 10, lambda: "nginx did not start")
+        yield port
+    finally:
+        popen.terminate()
+        popen.wait()
+        shutil.rmtree(folder)
+
+
+def open_socket(port, headers, **options):
+    """Return a WebSocket of a moderator's list."""
+    headers = {"X-Forwarded-Proto": "https", "X-Forwarded-For": "192.0.2.3"} | headers
+    return connect(
+        f"ws://{HOST}/ws/moderation/",
+        sock=socket.create_connection(("127.0.0.1", port)),
+        origin=f"https://{HOST}",
+        additional_headers=headers,
+        open_timeout=20 * PATIENCE,
+        compression=None,
+        **options,
+    )
+
+
+#: What is sent to an open WebSocket.
+FRAMES = {
+    "no JSON": "{",
+    "nested": "[" * 100_000,
+    "binary": b"\xff\xfe",
+    "number": "1e999999",
+    "huge": "a" * 2**22,
+    "NUL": "\x00",
+}
+
+#: How a user loses the right to a connection.
+LOSSES = {
+    "deactivated": "u.is_active = False; u.save()",
+    "logged out": "from django.contrib.sessions.models import Session; Session.objects.all().delete()",
+    "lost right": "u.groups.clear()",
+}
+
+
+def attack_websockets(service, roles):
+    """Yield what is wrong with open WebSockets and those that must be refused."""
+    for name, headers in roles.items():
+        try:
+            open_socket(service.port, headers).close()
+        except InvalidStatus:
+            if name in ("superuser", "moderator"):
+                yield f"WebSocket: refused to {name}"
+        else:
+            if name not in ("superuser", "moderator"):
+                yield f"WebSocket: open to {name}"
+    for name, frame in FRAMES.items():
+        with open_socket(service.port, roles["moderator"]) as client:
+            try:
+                client.send(frame)
+                # What is valid JSON is ignored, or a server closes the connection.
+                client.recv(timeout=2 * PATIENCE)
+            except (ConnectionClosed, TimeoutError, OSError):
+                pass
+            else:
+                yield f"WebSocket: {name} got a message"
+    with contextlib.ExitStack() as stack:
+        clients = [
+            stack.enter_context(open_socket(service.port, roles["superuser"])) for _ in range(150)
+        ]
+        service.shell("Submission.objects.create(author=User.objects.first(), body='x')")
+        for client in clients:
+            try:
+                client.recv(timeout=20 * PATIENCE)
+            except (ConnectionClosed, TimeoutError) as error:
+                yield f"WebSocket: one of many got no message: {error!r}"
+                break
+    for name, loss in LOSSES.items():
+        output = service.shell(
+            "from django.contrib.auth.models import Group; from django.test import Client;"
+            "from django.conf import settings;"
+            f"u = User.objects.create_user({name!r}, is_staff=True);"
+            "u.groups.add(Group.objects.get(name='moderators')); c = Client(); c.force_login(u);"
+            "print('COOKIE', settings.SESSION_COOKIE_NAME + '=' + c.session.session_key)"
+        )
+        cookie = {"Cookie": re.search(r"COOKIE (\S+)", output)[1]}
+        with open_socket(service.port, cookie) as client:
+            service.shell(
+                f"u = User.objects.get(username={name!r}); {loss};"
+                "Submission.objects.create(author=u, body='x')"
+            )
+            try:
+                message = client.recv(timeout=20 * PATIENCE)
+                yield f"WebSocket: a user who {name} got {message}"
+            except ConnectionClosed:
+                pass
+            except TimeoutError:
+                yield f"WebSocket: a user who {name} keeps an open connection"
+    print("  WebSockets: done")
+
+
 def get_memory(pid):
     """Return the memory of a process and its children in MiB."""
     children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
@@ -182,6 +425,7 @@ def get_memory(pid):
 
 def find_log_problems(text):
     """Yield what is wrong with the log."""
+    changes = collections.Counter()
     for line in text.splitlines():
         if len(line.encode()) > 16 * 1024:
             yield f"a line of {len(line)} characters: {line[:200]}"
@@ -189,42 +433,76 @@ def find_log_problems(text):
             yield f"a secret: {line[:400]}"
         with contextlib.suppress(ValueError):
             event = json.loads(line)
-            if "Service Unavailable: /health/" in event.get("message", ""):
+            if event.get("logger") == "prodserver_ops.web.health":
+                changes[event["message"]] += 1
                 continue  # No worker is running.
             if event.get("level") in ("ERROR", "CRITICAL") or "exception" in event:
                 yield f"an error: {line[:600]}"
+    # Each process logs a problem once, not for each request.
+    yield from (f"{count} times: {text}" for text, count in changes.items() if count > 8)
 
 
-def run(service, seconds):
-    """Attack a service in all ways; print and return the problems."""
-    cookie = service.shell(
-        "from django.conf import settings; from django.test import Client; c = Client();"
-        'c.force_login(User.objects.create_superuser("admin", "a@example.com", "x"));'
-        "print(settings.SESSION_COOKIE_NAME + '=' + c.session.session_key)"
-    ).split()[-1]
-    service.shell(
-        "user = User.objects.get(); Submission.objects.bulk_create("
-        'Submission(author=user, body="some words " * 100) for _ in range(5000))'
-    )
-    web = service.start("web")
-    wait_for(lambda: is_ready(service), 40, web.text)
-    attack(service, "health", cookie, 1)
-    memory, problems = get_memory(web.popen.pid), []
-    for name in ATTACKS:
-        probe = Probe(service)
-        probe.start()
-        statuses = attack(service, name, cookie, seconds)
+@contextlib.contextmanager
+def probed(service, name, problems):
+    """Probe the service meanwhile, and add what is wrong to the problems."""
+    probe = Probe(service)
+    probe.start()
+    try:
+        yield
+    finally:
         probe.running = False
         probe.join()
-        print(
-            f"  {name}: {dict(statuses)}; {probe.count} probes, slowest {probe.slowest:.2f} s",
-            flush=True,
-        )
-        problems += [f"{name}: {problem}" for problem in probe.problems[:3]]
-        if probe.slowest > PROBE_LIMIT:
-            problems.append(f"{name}: a probe took {probe.slowest:.1f} s")
-        if statuses[500]:
-            problems.append(f"{name}: {statuses[500]} times status 500")
+    print(f"  {name}: {probe.count} probes, slowest {probe.slowest:.2f} s", flush=True)
+    problems += [f"{name}: {problem}" for problem in probe.problems[:3]]
+    if probe.slowest > PROBE_LIMIT:
+        problems.append(f"{name}: a probe took {probe.slowest:.1f} s")
+
+
+def run(service, seconds, realtime):
+    """Attack a service in all ways; print and return the problems."""
+    output = service.shell(PREPARE)
+    cookies = dict(re.findall(r"^COOKIE (\S+) (\S+)$", output, re.M))
+    roles = {name: {"Cookie": cookie} for name, cookie in cookies.items()} | {
+        "anonymous": {},
+        "token": {"Authorization": f"Token {re.search('^TOKEN (.*)$', output, re.M)[1]}"},
+        "bad token": {"Authorization": "Token aaaa"},
+    }
+    web = service.start("web")
+    wait_for(lambda: is_ready(service), 40, web.text)
+    attack(service, "health", cookies["superuser"], 1)
+    problems = []
+    with probed(service, "addresses", problems):
+        problems += list(attack_addresses(service, roles))[:10]
+    with probed(service, "links", problems):
+        token = re.search("^LINK (.*)$", output, re.M)[1]
+        problems += attack_unsubscribe(service, token)
+    # Each process has loaded what it needs.
+    for name in ATTACKS:
+        attack(service, name, cookies["superuser"], 0.1)
+    memory = get_memory(web.popen.pid)
+    with contextlib.ExitStack() as stack:
+        idle = proxy = None
+        if realtime and (proxy := stack.enter_context(run_proxy(service))):
+            idle = open_socket(proxy, roles["superuser"], ping_interval=None)
+            opened = time.monotonic()
+        for name in ATTACKS:
+            with probed(service, name, problems):
+                statuses = attack(service, name, cookies["superuser"], seconds)
+            print(f"    {dict(statuses)}")
+            if statuses[500]:
+                problems.append(f"{name}: {statuses[500]} times status 500")
+        if idle is not None:
+            try:
+                time.sleep(max(0, 65 - (time.monotonic() - opened)))
+                service.shell("Submission.objects.create(author=User.objects.first(), body='x')")
+                idle.recv(timeout=20 * PATIENCE)
+            except (ConnectionClosed, TimeoutError) as error:
+                problems.append(f"WebSocket: one that was idle got no message: {error!r}")
+            print(f"  idle behind nginx for {time.monotonic() - opened:.0f} s")
+            idle.close()
+        if realtime:
+            with probed(service, "WebSockets", problems):
+                problems += attack_websockets(service, roles)
     growth = get_memory(web.popen.pid) - memory
     print(f"  memory: {memory:.0f} MiB, and {growth:.0f} MiB more after all attacks")
     if growth > GROWTH:
@@ -270,7 +548,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--short", action="store_true", help="the default service, for a minute")
     parser.add_argument("--servers", default="gunicorn,granian,uvicorn")
-    parser.add_argument("--seconds", type=float, default=2, help="how long each attack lasts")
+    parser.add_argument("--seconds", type=float, default=1, help="how long each attack lasts")
     options = parser.parse_args()
     servers = ["gunicorn"] if options.short else options.servers.split(",")
     failed = False
@@ -280,7 +558,8 @@ def main():
         for answers in choices:
             print(f"{server} {answers}", flush=True)
             with make_service(web_server=server, **answers) as service:
-                problems = run(service, 0.5 if options.short else options.seconds)
+                seconds = 0.5 if options.short else options.seconds
+                problems = run(service, seconds, answers.get("realtime") == "channels")
             print(*(f"  PROBLEM {problem}" for problem in problems), sep="\n")
             failed = failed or bool(problems)
     sys.exit(failed)
