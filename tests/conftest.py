@@ -26,7 +26,16 @@ from aiosmtpd.controller import Controller
 from aiosmtpd.handlers import Message
 
 from tests.generate import OTHER_FOLDERS, SOURCES, copy_template, get_template, replace
-from tests.servers import PATIENCE, PostgreSQL, RabbitMQ, free_port, reachable, wait_for
+from tests.servers import (
+    PATIENCE,
+    PostgreSQL,
+    RabbitMQ,
+    Remote,
+    free_port,
+    reachable,
+    run_rabbitmqctl,
+    wait_for,
+)
 
 ROOT = Path(__file__).parent.parent
 
@@ -343,15 +352,41 @@ def run_dedicated_server(server_class):
 
 
 @pytest.fixture
-def dedicated_rabbitmq():
-    """A RabbitMQ node that the test can stop and start."""
+def installed_rabbitmq():
+    """A RabbitMQ node from the server package of this machine."""
     yield from run_dedicated_server(RabbitMQ)
 
 
 @pytest.fixture
-def dedicated_postgres():
-    """A PostgreSQL server that the test can stop and start."""
+def installed_postgres():
+    """A PostgreSQL server from the server package of this machine."""
     yield from run_dedicated_server(PostgreSQL)
+
+
+@pytest.fixture
+def dedicated_rabbitmq(request):
+    """A RabbitMQ that the test can stop and start: installed, or that of ``TEST_RABBITMQ_URL``."""
+    if "TEST_RABBITMQ_URL" not in os.environ:
+        yield request.getfixturevalue("installed_rabbitmq")
+        return
+    name, url = f"prodserver_{uuid.uuid4().hex[:12]}", urlsplit(RABBITMQ_URL)
+    run_rabbitmqctl("add_vhost", name)
+    try:
+        run_rabbitmqctl("set_permissions", "-p", name, url.username, ".*", ".*", ".*")
+        with contextlib.closing(Remote(url._replace(path=f"/{name}").geturl())) as server:
+            yield server
+    finally:
+        run_rabbitmqctl("delete_vhost", name)
+
+
+@pytest.fixture
+def dedicated_postgres(request):
+    """A PostgreSQL that the test can stop and start: installed, or ``TEST_POSTGRESQL_URL``."""
+    if "TEST_POSTGRESQL_URL" not in os.environ:
+        yield request.getfixturevalue("installed_postgres")
+        return
+    with contextlib.closing(Remote(request.getfixturevalue("postgres_url"))) as server:
+        yield server
 
 
 class Mailbox(Message):

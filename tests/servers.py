@@ -6,6 +6,7 @@ import functools
 import glob
 import itertools
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -14,6 +15,7 @@ import subprocess
 import threading
 import time
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -214,6 +216,8 @@ class Wire:
     def __init__(self, port):
         self.target = ("127.0.0.1", port)
         self.sockets = []
+        self.flows = threading.Event()
+        self.flows.set()
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.port = self.listener.getsockname()[1]
         threading.Thread(target=self.accept, daemon=True).start()
@@ -232,9 +236,18 @@ class Wire:
     def forward(self, source, sink):
         with contextlib.suppress(OSError):
             while data := source.recv(65536):
+                self.flows.wait()
                 sink.sendall(data)
         with contextlib.suppress(OSError):
             sink.shutdown(socket.SHUT_WR)
+
+    def freeze(self):
+        """Keep all connections, and accept others, but forward nothing."""
+        self.flows.clear()
+
+    def thaw(self):
+        """Forward again."""
+        self.flows.set()
 
     def cut(self):
         """Drop all packets of all connections, and refuse new ones without a word."""
@@ -253,8 +266,40 @@ class Wire:
         for end in self.sockets:
             with contextlib.suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)
+            end.close()
         self.sockets.clear()
 
     def close(self):
-        """Close the listening socket."""
+        """Refuse connections, and end those that exist."""
+        with contextlib.suppress(OSError):
+            self.listener.shutdown(socket.SHUT_RDWR)
         self.listener.close()
+        self.reset()
+
+
+class Remote(Wire):
+    """A server of another generation, at an address; its clients see it stop and start.
+
+    ``url`` leads to a part of it for one test, through this wire.
+    """
+
+    def __init__(self, url):
+        super().__init__(urlsplit(url).port)
+        self.url = url.replace(f":{self.target[1]}/", f":{self.port}/")
+
+    stop = Wire.close
+
+    def start(self):
+        """Accept connections again."""
+        self.listener = socket.create_server(("127.0.0.1", self.port))
+        threading.Thread(target=self.accept, daemon=True).start()
+
+    def set_memory_limit(self, fraction):
+        """Set the memory limit of a RabbitMQ; below what it uses, it blocks all publishers."""
+        run_rabbitmqctl("set_vm_memory_high_watermark", str(fraction))
+
+
+def run_rabbitmqctl(*arguments):
+    """Run rabbitmqctl for the RabbitMQ at ``TEST_RABBITMQ_URL``."""
+    program = shlex.split(os.environ.get("TEST_RABBITMQCTL", "rabbitmqctl"))
+    subprocess.run([*program, "--quiet", *arguments], check=True, stdin=subprocess.DEVNULL)

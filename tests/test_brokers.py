@@ -131,32 +131,32 @@ class TestTls:
         return {name: make_certificate(folder, name) for name in ("own", "other")}
 
     @pytest.mark.long
-    def test_postgresql_is_verified(self, bake, make_service, dedicated_postgres, certificates):
-        use_tls(dedicated_postgres, certificates["own"])
+    def test_postgresql_is_verified(self, bake, make_service, installed_postgres, certificates):
+        use_tls(installed_postgres, certificates["own"])
 
         def get_variables(host, certificate):
-            url = dedicated_postgres.url.replace("127.0.0.1", host)
+            url = installed_postgres.url.replace("127.0.0.1", host)
             authority = f"&sslrootcert={certificate}" if certificate else ""
             return {"DATABASE_URL": f"{url}?sslmode=verify-full{authority}"}
 
         variables = production_variables("", "")
         self.verify(bake, make_service, "postgresql", variables, get_variables, certificates)
-        with psycopg.connect(dedicated_postgres.url) as connection:
+        with psycopg.connect(installed_postgres.url) as connection:
             query = "SELECT DISTINCT ssl FROM pg_stat_ssl JOIN pg_stat_activity USING (pid)"
             assert connection.execute(query + " WHERE client_addr IS NOT NULL").fetchall() == [
                 (True,)
             ]
 
     def test_rabbitmq_is_verified(
-        self, bake, make_service, postgres_url, dedicated_rabbitmq, certificates
+        self, bake, make_service, postgres_url, installed_rabbitmq, certificates
     ):
-        dedicated_rabbitmq.stop()
+        installed_rabbitmq.stop()
         port = free_port()
-        with (dedicated_rabbitmq.folder / "rabbitmq.conf").open("a") as file:
+        with (installed_rabbitmq.folder / "rabbitmq.conf").open("a") as file:
             file.write(f"listeners.ssl.1 = 0.0.0.0:{port}\n")
             file.write(f"ssl_options.certfile = {certificates['own']}\n")
             file.write(f"ssl_options.keyfile = {certificates['own'].with_suffix('.key')}\n")
-        dedicated_rabbitmq.start()
+        installed_rabbitmq.start()
         wait_for(lambda: reachable(port), 30, lambda: "no port for TLS")
 
         def get_variables(host, certificate):

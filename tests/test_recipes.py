@@ -441,6 +441,15 @@ def test_chord_returns_the_result_of_its_last_task(dish):
     )
     assert "words: 5" in output
     assert worker.stop() == 0
+    output = dish.run(
+        [
+            *("python", "manage.py", "shell", "-v0", "-c"),
+            f"import celery\nfrom {SLUG}.tasks import count_all_words\n"
+            "celery.current_app.conf.task_always_eager = True\n"
+            "print('words:', count_all_words(['the large hall', 'at two']).get())",
+        ]
+    )
+    assert "words: 5" in output
     dish.ask("")
 
 

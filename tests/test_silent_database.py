@@ -10,10 +10,11 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 
-from tests.conftest import production_variables
+from tests.conftest import POSTGRES_SERVER, production_variables
 from tests.servers import PATIENCE, Wire, find_program, free_port, reachable, wait_for
 from tests.test_beat import RUN_ONE_SCHEDULE_EVERY_SECOND
 
@@ -36,7 +37,7 @@ def pgbouncer():
         folder = Path(tempfile.mkdtemp())
         folder.chmod(0o755)
         (folder / "pgbouncer.ini").write_text(
-            "[databases]\n* = host=127.0.0.1 port=5432 user=postgres\n"
+            f"[databases]\n* = host=127.0.0.1 port={urlsplit(POSTGRES_SERVER).port} user=postgres\n"
             f"[pgbouncer]\nlisten_addr = 127.0.0.1\nlisten_port = {port}\n"
             f"auth_type = any\npool_mode = {mode}\nunix_socket_dir =\n"
         )
@@ -107,8 +108,9 @@ def test_health_checks_respond_while_the_database_is_frozen(
 
 
 def test_beat_notices_a_black_hole_and_recovers(bake, make_service, postgres_url, rabbitmq_url):
-    wire = Wire(5432)
-    url = postgres_url.replace(":5432", f":{wire.port}")
+    port = urlsplit(postgres_url).port
+    wire = Wire(port)
+    url = postgres_url.replace(f":{port}/", f":{wire.port}/")
     service = make_service(bake(project_slug="hole"), **production_variables(url, rabbitmq_url))
     service.install("--no-dev")
     service.run(service.procfile()["release"])
@@ -132,7 +134,8 @@ def test_beat_notices_a_black_hole_and_recovers(bake, make_service, postgres_url
 def test_a_pooler_must_keep_sessions(
     bake, make_service, postgres_url, rabbitmq_url, pgbouncer, mode, works
 ):
-    url = postgres_url.replace(":5432", f":{pgbouncer(mode)}")
+    port = urlsplit(postgres_url).port
+    url = postgres_url.replace(f":{port}/", f":{pgbouncer(mode)}/")
     service = make_service(bake(project_slug="pooled"), **production_variables(url, rabbitmq_url))
     service.install("--no-dev")
     if works:

@@ -34,14 +34,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import psycopg
 
-from tests.conftest import SECRET_KEY, Service
+from tests.conftest import POSTGRES_SERVER, RABBITMQ_URL, REDIS_SERVER, SECRET_KEY, Service
 from tests.generate import generated_project
 
-SERVERS = {
-    "rabbitmq": os.environ.get("TEST_RABBITMQ_URL", "amqp://guest:guest@127.0.0.1:5672//"),
-    "redis": os.environ.get("TEST_REDIS_URL", "redis://127.0.0.1:6379/9"),
-}
-POSTGRESQL = os.environ.get("TEST_POSTGRESQL_URL", "postgres://postgres@127.0.0.1:5432/postgres")
+SERVERS = {"rabbitmq": RABBITMQ_URL, "redis": f"{REDIS_SERVER}/9"}
 
 #: Seconds of work, delay of tasks, wait after they were queued, number of starts; and those of
 #: the short form. A message is delivered again after 40 seconds without a renewal.
@@ -107,7 +103,6 @@ class Trial(Service):
 def make_service(broker):
     """Yield the service, generated, installed and migrated."""
     database = f"trial_{uuid.uuid4().hex[:12]}"
-    server = POSTGRESQL.rpartition("/")[0]
     with generated_project(project_slug="trial", broker=broker) as folder:
         with (folder / "trial" / "tasks.py").open("a") as tasks:
             tasks.write(TASKS)
@@ -120,8 +115,8 @@ def make_service(broker):
             DJANGO_MODE="prod",
             LOG_FORMAT="text",
             SECRET_KEY=SECRET_KEY,
-            DATABASE_URL=f"{server}/{database}",
-            CELERY_BROKER_URL=SERVERS.get(broker, f"{server}/{database}"),
+            DATABASE_URL=f"{POSTGRES_SERVER}/{database}",
+            CELERY_BROKER_URL=SERVERS.get(broker, f"{POSTGRES_SERVER}/{database}"),
         )
         execute(f"CREATE DATABASE {database}")
         try:
@@ -137,7 +132,7 @@ def make_service(broker):
 
 def execute(sql):
     """Run a statement of PostgreSQL."""
-    with psycopg.connect(POSTGRESQL, autocommit=True) as connection:
+    with psycopg.connect(f"{POSTGRES_SERVER}/postgres", autocommit=True) as connection:
         connection.execute(sql)
 
 

@@ -6,7 +6,8 @@ BROKER is ``rabbitmq``, ``redis``, ``postgresql`` or ``embedded``; by default th
 one it generates a service, starts a worker, and publishes the kinds of messages that
 ``library/tests/malformed.py`` generates, or each NUMBERth, one after another. Every message must end in
 a task, a line in the log or the queue of failed tasks, the worker must go on, and no line of its log
-may be longer than ``MAX_LINE`` bytes. Exits with status 1 if one does not.
+may be longer than ``MAX_LINE`` bytes. ``TEST_POSTGRESQL_URL``, ``TEST_RABBITMQ_URL`` and
+``TEST_REDIS_URL`` are the servers. Exits with status 1 if one does not.
 """
 
 import argparse
@@ -25,11 +26,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import malformed
 import psycopg
 
-from tests.conftest import RABBITMQ_URL, Service, clean_environment, production_variables
+from tests.conftest import (
+    POSTGRES_SERVER,
+    RABBITMQ_URL,
+    REDIS_SERVER,
+    Service,
+    clean_environment,
+    production_variables,
+)
 from tests.generate import SOURCES, generated_project, replace
 
-SERVER = "postgres://postgres@127.0.0.1:5432"
-REDIS_URL = os.environ.get("REDIS_URL", "redis://127.0.0.1:6379/7")
 BROKERS = ["rabbitmq", "redis", "postgresql"]
 
 #: Maximum length of a line of the log, in bytes.
@@ -149,19 +155,19 @@ def make_service(broker):
         replace(failed, "UNKNOWN_SECONDS = 120", "UNKNOWN_SECONDS = 2")
         environments = folder.parent / "environments"
         environments.mkdir()
-        variables = production_variables(f"{SERVER}/{database}", RABBITMQ_URL)
+        variables = production_variables(f"{POSTGRES_SERVER}/{database}", RABBITMQ_URL)
         if broker == "embedded":
             variables = {}
         service = Service(
             folder,
             os.environ.get("UV", "uv"),
             environments,
-            REDIS_URL=REDIS_URL,
+            REDIS_URL=f"{REDIS_SERVER}/7",
             WORKER_CONCURRENCY=1,
             LOG_FORMAT="json",
             **variables,
         )
-        with psycopg.connect(f"{SERVER}/postgres", autocommit=True) as connection:
+        with psycopg.connect(f"{POSTGRES_SERVER}/postgres", autocommit=True) as connection:
             connection.execute(f"CREATE DATABASE {database}")
             try:
                 service.install()

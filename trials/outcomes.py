@@ -3,7 +3,8 @@
     uv run trials/outcomes.py [BROKER] [KILLS]
 
 BROKER is ``rabbitmq``, ``redis`` or ``postgresql``. Generates a service with ``task_results=database``,
-and runs a worker on PostgreSQL (127.0.0.1:5432, user postgres, trust). Then
+and runs a worker. ``TEST_POSTGRESQL_URL``, ``TEST_RABBITMQ_URL`` and ``TEST_REDIS_URL`` are the
+servers. Then
 
 - tasks fail with texts that PostgreSQL does not store, and arguments contain them,
 - a soft time limit interrupts a query,
@@ -29,12 +30,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import psycopg
 
-from tests.conftest import RABBITMQ_URL, Service, clean_environment, production_variables
+from tests.conftest import (
+    POSTGRES_SERVER,
+    RABBITMQ_URL,
+    REDIS_SERVER,
+    Service,
+    clean_environment,
+    production_variables,
+)
 from tests.generate import generated_project
 from tests.servers import wait_for
 
-SERVER = "postgres://postgres@127.0.0.1:5432"
-REDIS_URL = os.environ.get("REDIS_URL", "redis://127.0.0.1:6379/7")
 KILLS = 20
 
 #: How many tasks and chords run while the worker is killed, and the tasks of a chord.
@@ -145,10 +151,10 @@ def make_service(broker):
             tasks.write(TASK)
         environments = folder.parent / "environments"
         environments.mkdir()
-        variables = production_variables(f"{SERVER}/{database}", RABBITMQ_URL)
+        variables = production_variables(f"{POSTGRES_SERVER}/{database}", RABBITMQ_URL)
         uv = os.environ.get("UV", "uv")
-        service = Service(folder, uv, environments, REDIS_URL=REDIS_URL, **variables)
-        with psycopg.connect(f"{SERVER}/postgres", autocommit=True) as connection:
+        service = Service(folder, uv, environments, REDIS_URL=f"{REDIS_SERVER}/7", **variables)
+        with psycopg.connect(f"{POSTGRES_SERVER}/postgres", autocommit=True) as connection:
             connection.execute(f"CREATE DATABASE {database}")
             try:
                 service.install()

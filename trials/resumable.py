@@ -142,9 +142,12 @@ def make_project(broker):
 
 
 def get_children(process):
-    """Return the processes of a worker's pool."""
-    path = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    return [int(pid) for pid in path.read_text().split()] if path.exists() else []
+    """Return the processes of a worker's pool; with PGMQ, a thread starts them."""
+    pids = []
+    for path in Path(f"/proc/{process.pid}/task").glob("*/children"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            pids += map(int, path.read_text().split())
+    return pids
 
 
 def play(project, kills, deploys, rows, rng):
@@ -185,12 +188,11 @@ def play(project, kills, deploys, rows, rng):
         if number and number % 100 == 0:
             print(f"{number} kills, {started} imports", flush=True)
     until = time.monotonic() + REST
-    while project.get_finished() < started:
-        assert time.monotonic() < until, f"not finished: {project.get_unfinished()}"
+    while project.get_finished() < started or stopping:
+        assert time.monotonic() < until, f"not finished: {project.get_unfinished()}, {stopping}"
         time.sleep(1)
         stops += [time.monotonic() - since for old, since in stopping if old.poll() is not None]
         stopping = [(old, since) for old, since in stopping if old.poll() is None]
-    assert not stopping
     return started, killed, stops
 
 
@@ -232,6 +234,8 @@ def is_good(result):
 
 
 def main(kills=KILLS, deploys=DEPLOYS, *brokers):
+    # The processes of the trial end with it.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     results = []
     for broker in brokers or services.URLS:
         results.append(run(broker, int(kills), int(deploys)))
