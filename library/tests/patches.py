@@ -278,6 +278,7 @@ PATCHES = (
             "app.base.Celery.AsyncResult": "(self) 288a3df6",
             "result.AsyncResult.get": "(self, timeout=..., propagate=..., interval=..., no_ack=...,... cf744995",
             "backends.base.DisabledBackend.ensure_chords_allowed": "(self) 204c252c",
+            "canvas._chord.apply_async": "(chord, *args, **options)",
         },
     ),
     Patch(

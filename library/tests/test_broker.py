@@ -1,5 +1,8 @@
 """The broker: a worker runs queued tasks, whichever broker is configured."""
 
+import os
+import subprocess
+import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -165,22 +168,27 @@ def test_a_worker_that_fails_exits_with_its_status(monkeypatch, status):
         current_app.start(["worker"])
 
 
-def test_a_worker_that_has_to_stop_ends_without_the_broker(monkeypatch):
-    ended, active = [], iter([True, True, False])
+@pytest.mark.parametrize("is_lost", [False, True])
+def test_a_worker_that_has_to_stop_ends_without_the_broker_or_lost_tasks(monkeypatch, is_lost):
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    lost = [Mock(worker_pid=process.pid)] if is_lost else []
+    waits = iter([[Mock(worker_pid=None)], [Mock(worker_pid=os.getpid())], lost])
+    ended = []
     monkeypatch.setattr(app, "STOP_TIMEOUT", 0.2)
     monkeypatch.setattr(app.time, "sleep", lambda seconds: Event().wait(0.15))
-    monkeypatch.setattr(state, "active_requests", Tasks(lambda: next(active, False)))
+    monkeypatch.setattr(state, "active_requests", Tasks(lambda: next(waits, lost)))
     monkeypatch.setattr(app.os, "_exit", ended.append)
     monkeypatch.setattr(app.logging, "shutdown", lambda: None)
     app.end_when_idle()
-    assert (ended, next(active, None)) == ([1], None)
+    assert (ended, next(waits, None)) == ([1], None)
 
 
 class Tasks:
-    """A collection that is empty or not."""
+    """A collection that changes."""
 
-    def __init__(self, is_filled):
-        self.is_filled = is_filled
+    def __init__(self, get):
+        self.get = get
 
-    def __bool__(self):
-        return self.is_filled()
+    def __iter__(self):
+        return iter(self.get())

@@ -1,9 +1,14 @@
 """PostgreSQL as the broker: names, addresses, and a worker that ends."""
 
+from urllib.parse import urlsplit
+from uuid import uuid4
+
+import psycopg
 import pytest
+import services
 from django.conf import settings
 from django.db import connection
-from kombu import Connection
+from kombu import Connection, Queue
 from kombu.transport import pgmq, resolve_transport
 from psycopg.conninfo import conninfo_to_dict
 from psycopg.errors import DuplicateObject
@@ -75,3 +80,44 @@ def test_trigger_that_another_process_creates_at_the_same_time_is_no_error(monke
     channel = object.__new__(postgresql.Channel)
     channel._maybe_enable_notify("mail", "mail")
     assert errors == []
+
+
+@pytest.fixture
+def broker_url(request):
+    """The URL of an empty database with PGMQ."""
+    try:
+        url = services.create(services.POSTGRESQL, f"read_only_{uuid4().hex[:8]}")
+    except services.Unavailable as error:
+        if request.config.getoption("--require-services"):
+            pytest.fail(str(error))
+        pytest.skip(str(error))
+    yield url
+    services.delete(services.POSTGRESQL, url)
+
+
+def test_server_that_is_read_only_counts_as_one_that_is_away(broker_url, monkeypatch):
+    """Celery's worker connects again after these errors; others would end it."""
+    monkeypatch.setattr(postgresql, "TIMEOUT", 1)
+    options = postgresql.get_options(settings)
+    queue = Queue("read_only")
+
+    def connect():
+        return Connection(postgresql.get_url(broker_url), transport_options=options)
+
+    def set_read_only(value):
+        with psycopg.connect(services.URLS[services.POSTGRESQL], autocommit=True) as server:
+            name = urlsplit(broker_url).path[1:]
+            server.execute(f"ALTER DATABASE {name} SET default_transaction_read_only = {value}")
+
+    with connect() as opened:
+        queue(opened.default_channel).declare()
+        with opened.transport._get_pgmq_client().pool.connection() as raw:
+            raw.execute("SET default_transaction_read_only = on")
+        with pytest.raises(opened.connection_errors):
+            queue(opened.default_channel).get()
+    set_read_only("on")
+    with connect() as refused, pytest.raises(refused.connection_errors):
+        refused.connect()
+    set_read_only("off")
+    with connect() as opened:
+        assert queue(opened.default_channel).get() is None

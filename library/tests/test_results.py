@@ -231,6 +231,12 @@ class TestChord:
 
         return collect
 
+    def test_test_may_run_it_at_once(self, act, app, collect):
+        app.conf.task_always_eager = True
+        act.body = lambda number: number * 10
+        result = chord([act.s(1), act.s(2)], app=app)(collect.s())
+        assert result.get() == [10, 20]
+
     @pytest.fixture
     def parts(self, act, collect, queued):
         """The requests of the two tasks of a chord, which are queued."""
@@ -322,3 +328,10 @@ class TestWithoutResults:
                 with pytest.raises(NotImplementedError, match="chords, and groups in a chain need"):
                     chord_.delay()
             assert channel._size(app.conf.task_default_queue) == before
+
+    def test_chord_of_a_test_that_runs_tasks_at_once_is_the_same_error(self, add, app):
+        app.conf.task_always_eager = True
+        parts = [add.s(1, 2), add.s(3, 4)]
+        for chord_ in (chord(parts, add.s()), group(parts) | add.s()):
+            with pytest.raises(NotImplementedError, match="change task_results=database"):
+                chord_.delay()

@@ -24,6 +24,7 @@ from pgmq import PGMQueue
 from pgmq.install import get_embedded_install_sql
 from psycopg import DatabaseError
 from psycopg.conninfo import make_conninfo
+from psycopg.errors import ReadOnlySqlTransaction
 from psycopg_pool import ConnectionPool
 
 from ..core.database import CONNECT_OPTIONS
@@ -172,7 +173,12 @@ class Transport(pgmq.Transport):
     """The transport of ``pgmq://`` URLs."""
 
     Channel = Channel
-    connection_errors = (*pgmq.Transport.connection_errors, renewal.NotRenewed)
+    #: A server that becomes read-only, for example in a failover, is tried again like one that is away.
+    connection_errors = (
+        *pgmq.Transport.connection_errors,
+        ReadOnlySqlTransaction,
+        renewal.NotRenewed,
+    )
 
     #: How often an idle worker looks for messages without a notification, in seconds.
     polling_interval = 1
@@ -193,6 +199,8 @@ class Transport(pgmq.Transport):
             dbname=(client.virtual_host or "").strip("/"),
             user=client.userid,
             password=client.password,
+            # Even taking a message writes. A server that is read-only counts as unavailable.
+            target_session_attrs="read-write",
             **(CONNECT_OPTIONS | tls),
         )
 

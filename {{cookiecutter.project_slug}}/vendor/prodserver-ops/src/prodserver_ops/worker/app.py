@@ -14,7 +14,7 @@ from typing import Any
 
 import celery.app.base
 import django
-from celery import Celery, signals
+from celery import Celery, canvas, signals
 from celery.app import backends, control
 from celery.contrib.django.task import DjangoTask
 from celery.exceptions import Ignore, Reject
@@ -221,6 +221,19 @@ def detect_quorum_queues(app: Celery, driver_type: str) -> tuple[bool, str]:
 # Celery calls it for each message that has a delay.
 celery.app.base.detect_quorum_queues = detect_quorum_queues  # type: ignore[attr-defined]
 
+_apply_chord = canvas.chord.apply_async
+
+
+def apply_chord(chord: Any, *args: Any, **options: Any) -> Any:
+    """Queue a chord; tests that run tasks at once get the error of a service without results too."""
+    app = chord.app
+    if app.conf.task_always_eager:
+        app.backend.ensure_chords_allowed()
+    return _apply_chord(chord, *args, **options)
+
+
+canvas.chord.apply_async = apply_chord  # type: ignore[assignment, method-assign]
+
 #: Tasks with e-mail, which have their own queue unless the service has a route for them.
 MAIL_TASKS = ("ops.send_digest_chunk", "ops.send_notification")
 
@@ -334,14 +347,27 @@ def log_shutdown(how: str, **kwargs: Any) -> None:
 
 
 def end_when_idle() -> None:
-    """Exit if no task has run for ``STOP_TIMEOUT``, because a broker may block the worker."""
+    """Exit if no task has run for ``STOP_TIMEOUT``.
+
+    A broker may block the worker. A worker on PGMQ also waits for a task whose process was lost.
+    """
     from celery.worker import state
 
     since = time.monotonic()
     while time.monotonic() - since < STOP_TIMEOUT:
         time.sleep(1)
-        if state.active_requests:
+        if any(has_process(request) for request in tuple(state.active_requests)):
             since = time.monotonic()
-    logger.warning("The worker exits, although the broker does not respond")
+    logger.warning("The worker exits: the broker does not respond, or the process of a task was lost")
     logging.shutdown()
     os._exit(1)
+
+
+def has_process(request: Any) -> bool:
+    """Return whether the process of a task has not started yet, or is alive."""
+    try:
+        if request.worker_pid is not None:
+            os.kill(request.worker_pid, 0)
+    except ProcessLookupError:
+        return False
+    return True

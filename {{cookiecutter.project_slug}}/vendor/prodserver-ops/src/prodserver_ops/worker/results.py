@@ -43,7 +43,8 @@ STORE_LATER = (
 
 NO_RESULTS = (
     "This service does not store the results of tasks, which get(), chords, and groups in a chain "
-    'need. Write CELERY_RESULT_BACKEND = "django-db" in the settings, add "django_celery_results" to '
+    "need. Run: python manage.py change task_results=database. In a project that is not generated, "
+    'write CELERY_RESULT_BACKEND = "django-db" in the settings, add "django_celery_results" to '
     "INSTALLED_APPS, and install prodserver-ops[results]."
 )
 
