@@ -437,13 +437,16 @@ print(sorted(Hall.objects.values_list("title", flat=True)), Booking.objects.get(
 def test_service_with_several_apps_moves_here(
     bake, make_service, postgres_url, rabbitmq_url, tmp_path
 ):
-    """Applied renames and data migrations are not repeated; a failure changes nothing."""
+    """Applied renames and data migrations are not repeated; a failure changes nothing.
+
+    The service has a user model of its own, and schedules in the database.
+    """
     service = make_service(
         bake(project_slug="inn", example="none"), **production_variables(postgres_url, rabbitmq_url)
     )
     service.install()
     old, project = tmp_path / "old", service.folder
-    write_old_project(old, "oldapp", False, "oldest")
+    write_old_project(old, "oldapp", True, "oldest")
     settings = old / "oldproject" / "settings.py"
     more = '"django_celery_beat", "halls", "bookings", "oldapp"]'
     settings.write_text(settings.read_text().replace('"oldapp"]', more))
@@ -464,7 +467,7 @@ def test_service_with_several_apps_moves_here(
             env=service.environment | {"DJANGO_SETTINGS_MODULE": "oldproject.settings"},
             check=True,
         )
-    bring_code(project, "oldapp", False)
+    bring_code(project, "oldapp", True)
     settings = project / "inn" / "settings.py"
     text = settings.read_text()
     settings.write_text(text.replace('        "inn",\n', '        "inn", "halls", "bookings",\n'))
