@@ -185,8 +185,12 @@ def test_unknown_commit_is_found_by_its_version(template, tmp_path, commit):
     found = upgrades.Template(str(template), tmp_path / "clone")
     expected = git(template, "rev-parse", "2.0.0")
     assert found.find_commit(record(template, commit)) == expected
-    with pytest.raises(CommandError, match=r'Write the commit of version 1\.5\.0 to "commit"'):
+    with pytest.raises(
+        CommandError, match=r'Write the commit of version 1\.5\.0 to "commit"'
+    ) as caught:
         found.find_commit(record(template, commit, "1.5.0"))
+    named = f"does not have the commit {commit} of .cruft.json, nor" if commit else "does not have"
+    assert f"{named} a tag 1.5.0" in str(caught.value)
 
 
 def test_template_that_cannot_be_read_is_two_lines(tmp_path):

@@ -326,7 +326,8 @@ class Template:
         command = ["git", "clone", "--quiet", "--no-checkout", "--", address, str(folder)]
         done = execute(command, environment)
         if done.returncode:
-            reason = (done.stdout.strip() or "no output").splitlines()[-1]
+            lines = done.stdout.strip().splitlines() or ["no output"]
+            reason = next((line for line in lines if line.startswith("fatal: ")), lines[-1])
             raise CommandError(
                 f"the template {address} cannot be read: {reason}\n"
                 "If it has moved, run: uv run manage.py upgrade --template URL. If it is private, "
@@ -356,9 +357,10 @@ class Template:
         version = record["context"]["cookiecutter"]["_version"]
         if tag := self.get_releases().get(version):
             return self.git("rev-parse", tag + "^{commit}")
+        missing = f"the commit {commit} of {RECORD}, nor a tag" if commit else "a tag"
         raise CommandError(
-            f"the template {self.address} does not have the commit {commit} of {RECORD}, nor a tag "
-            f'{version}\nWrite the commit of version {version} to "commit" in {RECORD}, or run: '
+            f"the template {self.address} does not have {missing} {version}\n"
+            f'Write the commit of version {version} to "commit" in {RECORD}, or run: '
             "uv run manage.py upgrade --template URL, with the repository that has it"
         )
 
