@@ -224,3 +224,13 @@ def test_the_policy_of_a_service_has_its_name_as_typed(bake, text):
     inlines = [token for token in MarkdownIt("commonmark").parse(policy) if token.type == "inline"]
     last = " ".join(plain(inlines[-1]).split())
     assert last.startswith(f"This policy covers the code of {' '.join(text.split())}. ")
+
+
+def test_next_release_is_sorted_by_what_it_means_for_a_service():
+    changelog = (ROOT / "CHANGELOG.md").read_text()
+    text = changelog.partition("## [Unreleased]\n")[2].partition("\n## [")[0]
+    headings = re.findall(r"^### (.*)$", text, re.M)
+    assert headings == [
+        name for name in ("Do this", "Good to know", "Done for you") if name in headings
+    ]
+    assert "*Generated" not in text
