@@ -79,6 +79,8 @@ class RabbitMQ:
     server = find_program("/usr/lib/rabbitmq/bin/rabbitmq-server") or find_program(
         "rabbitmq-server"
     )
+    # The program in the path would run with the cookie of another user.
+    ctl = find_program("/usr/lib/rabbitmq/bin/rabbitmqctl") or find_program("rabbitmqctl")
 
     def __init__(self, folder):
         self.folder = folder
@@ -133,11 +135,12 @@ class RabbitMQ:
 
     def set_memory_limit(self, fraction):
         """Set the memory limit; below what the node uses, it blocks all publishers."""
-        # The program in the path would run with the cookie of another user.
-        program = find_program("/usr/lib/rabbitmq/bin/rabbitmqctl") or find_program("rabbitmqctl")
-        command = [program, "-n", self.environment["RABBITMQ_NODENAME"]]
+        self.control("set_vm_memory_high_watermark", str(fraction))
+
+    def control(self, *arguments):
+        """Run a command of rabbitmqctl."""
         subprocess.run(
-            [*command, "set_vm_memory_high_watermark", str(fraction)],
+            [self.ctl, "-n", self.environment["RABBITMQ_NODENAME"], *arguments],
             env=self.environment,
             check=True,
             stdin=subprocess.DEVNULL,

@@ -11,6 +11,7 @@ NAME is one of
 ``standby``    PostgreSQL crashes in a digest, and its standby is promoted
 ``years``      the tables have the rows of ten years
 ``log``        nobody reads the logs of web and worker
+``drill``      damaged backups, of which ``manage.py drill`` has to say what is wrong
 =============  =========================================================================
 
 Uses a small project with PostgreSQL and RabbitMQ, whose addresses are in library/tests/services.py.
@@ -37,6 +38,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
+import damages
 import psycopg
 import small_project
 from servers import Wire
@@ -475,6 +477,44 @@ def play_log(requests=96, clients=8):
         return {"answered": statuses.count(404), "of": requests, "ready": ready, "stops": stops}
 
 
+def play_drill(names=damages.EXPECTED, recipients=RECIPIENTS):
+    """Drills of damaged backups: how many say what is wrong, and whether anything is left."""
+    with small_project.make(Project, services.RABBITMQ) as project:
+        project.create(recipients)
+        project.shell(RESUME)
+        right, wrong, seconds = 0, [], [0.0]
+        for name in names:
+            (project.folder / "backup").write_bytes(damages.make(project, name))
+            start = time.monotonic()
+            done = project.call("drill", "backup")
+            seconds.append(time.monotonic() - start)
+            is_said = (damages.EXPECTED[name] or "") in done.stdout
+            if is_said and done.returncode == (0 if name in damages.GOOD else 1):
+                right += 1
+            else:
+                wrong.append((name, done.stdout, done.stderr))
+        # Another one is ended while it looks at the copy.
+        (project.folder / "backup").write_bytes(damages.make(project, "intact, SQL"))
+        command = [sys.executable, "-u", "-m", "django", "drill", "backup"]
+        with subprocess.Popen(
+            command, env=project.environment, cwd=project.folder, stdout=subprocess.PIPE
+        ) as process:
+            for line in process.stdout:
+                if line.startswith(b"Newest"):
+                    process.terminate()
+        left = project.query("SELECT datname FROM pg_database WHERE datname LIKE '%_drill'")
+        left += glob.glob(f"{tempfile.gettempdir()}/drill-*")
+        return {
+            "backups": len(names),
+            "right": right,
+            "wrong": wrong,
+            "status when ended": process.returncode,
+            "left": [each for each in left if str(os.getpid()) in str(each)],
+            "e-mails": len(project.mailbox.messages),
+            "seconds at most": round(max(seconds), 1),
+        }
+
+
 def free_port():
     with socket.create_server(("127.0.0.1", 0)) as server:
         return server.getsockname()[1]
@@ -492,6 +532,12 @@ def get(port, path, method="GET", **headers):
 
 
 PLAYS = {
+    "drill": (
+        play_drill,
+        lambda found: (
+            found["right"] >= found["backups"] * 0.95 and not found["left"] and not found["e-mails"]
+        ),
+    ),
     "restore": (play_restore, lambda found: not sum_of(found, "twice")),
     "locks": (play_locks, lambda found: not sum_of(found, "twice") and not found["missing"]),
     "migrations": (

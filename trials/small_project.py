@@ -61,11 +61,11 @@ class Project:
         }
         self.processes = []
 
-    def call(self, *arguments):
+    def call(self, *arguments, prefix=(), **variables):
         """Run a command of Django; return the completed process."""
         return subprocess.run(
-            [sys.executable, "-m", "django", *arguments],
-            env=self.environment,
+            [*prefix, sys.executable, "-m", "django", *arguments],
+            env=self.environment | variables,
             cwd=self.folder,
             stdin=subprocess.DEVNULL,
             capture_output=True,
@@ -73,20 +73,20 @@ class Project:
             check=False,
         )
 
-    def run(self, *arguments):
+    def run(self, *arguments, **variables):
         """Run a command of Django; return what it prints."""
-        done = self.call(*arguments)
+        done = self.call(*arguments, **variables)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
-    def shell(self, code):
-        return self.run("shell", "--no-imports", "-v0", "-c", code)
+    def shell(self, code, **kwargs):
+        return self.run("shell", "--no-imports", "-v0", "-c", code, **kwargs)
 
-    def start(self, name, stdout=None, **variables):
-        """Start a process in a group of its own."""
+    def start(self, name, stdout=None, prefix=(), **variables):
+        """Start a process in a group of its own; ``prefix`` is a command that starts another."""
         with (self.folder / f"{name}.log").open("a") as log:
             process = subprocess.Popen(
-                [sys.executable, "-m", "django", "prodserver", name],
+                [*prefix, sys.executable, "-m", "django", "prodserver", name],
                 env=self.environment | variables,
                 cwd=self.folder,
                 stdin=subprocess.DEVNULL,

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
-def trial(request):
+def trial(request, monkeypatch):
     """The module of the trial; skips without its servers."""
     for name in (services.RABBITMQ, services.POSTGRESQL):
         try:
@@ -21,6 +21,7 @@ def trial(request):
             if request.config.getoption("--require-services"):
                 pytest.fail(str(error))
             pytest.skip(str(error))
+    monkeypatch.syspath_prepend(str(PATH.parent))
     spec = importlib.util.spec_from_file_location("bad_days", PATH)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -30,3 +31,8 @@ def trial(request):
 def test_nobody_reads_the_log(trial):
     found = trial.play_log(requests=48)
     assert trial.PLAYS["log"][1](found), found
+
+
+def test_a_drill_restores_a_backup_and_leaves_nothing(trial):
+    found = trial.play_drill(["intact, SQL with gzip"], recipients=10)
+    assert trial.PLAYS["drill"][1](found), found

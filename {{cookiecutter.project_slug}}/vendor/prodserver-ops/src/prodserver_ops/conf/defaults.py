@@ -241,6 +241,9 @@ class ProcessDefaults(BaseSettings):  # type: ignore[misc]
     # Maximum size of uploaded files in a request, in bytes; see web/uploads.py
     UPLOAD_MAX_SIZE = 5 * 2**20
 
+    # Backups, such as /var/backups/*.dump: ``manage.py drill`` tries the newest
+    BACKUP_PATH = env("")
+
     # How many days rows are kept, if not as long as in console/retention.py; None forever
     KEEP_DAYS: dict[str, int | None] = {}
 
