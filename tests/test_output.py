@@ -65,6 +65,7 @@ app.json
 docs/api.md
 docs/deploy.md
 docs/email.md
+docs/limits.md
 docs/move.md
 docs/processes.md
 docs/recipes.md

@@ -2,12 +2,14 @@
 
 import time
 from concurrent.futures import ThreadPoolExecutor
-from threading import Event
+from contextlib import closing
+from threading import Barrier, Event
 from unittest.mock import Mock
 
 import pytest
 from django.db import OperationalError, connection, connections
-from django.test import Client
+from django.http import HttpResponse
+from django.test import Client, RequestFactory
 
 from prodserver_ops.web import health
 
@@ -170,3 +172,35 @@ def test_read_only_database_is_an_error():
         with pytest.raises(OperationalError):
             health.check_writes()
         cursor.execute(off)
+
+
+@pytest.mark.django_db
+def test_not_ready_if_no_request_gets_through(client, settings, monkeypatch):
+    settings.WEB_THREADS = 2
+    monkeypatch.setattr(health, "STUCK", 0)
+    monkeypatch.setattr(health, "MAX_AGE", 0)
+    release, busy = Event(), Barrier(3)
+
+    def respond(request):
+        busy.wait(10)
+        assert release.wait(10)
+        return HttpResponse()
+
+    middleware = health.HealthMiddleware(respond)
+
+    def send():
+        with closing(middleware(RequestFactory().get("/"))):
+            busy.wait(10)  # A thread is busy until the response is sent.
+
+    with ThreadPoolExecutor(2) as threads:
+        sent = [threads.submit(send) for _ in range(2)]
+        busy.wait(10)
+        assert client.get("/health/ready").json()["checks"]["requests"] == "unavailable"
+        release.set()
+        while busy.n_waiting < 2:
+            time.sleep(0.01)
+        assert client.get("/health/ready").status_code == 503
+        busy.wait(10)
+        for each in sent:
+            each.result()
+    assert client.get("/health/ready").status_code == 200

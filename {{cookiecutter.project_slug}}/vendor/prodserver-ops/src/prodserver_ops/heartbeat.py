@@ -15,10 +15,19 @@ from contextlib import suppress
 #: Age in seconds from which a process counts as not running; that of heartbeats in the database.
 MAX_AGE = 60
 
+#: A file system in memory, which is writable if others are read-only or full.
+MEMORY = "/dev/shm"
+
+
+def get_base() -> str:
+    """Return the folder for temporary files; that in memory if the file system is read-only."""
+    base = os.environ.get("TMPDIR") or "/tmp"
+    return base if os.access(base, os.W_OK) else MEMORY
+
 
 def get_folder() -> str:
     """Return the folder of the files of this user. Raise OSError if it belongs to another."""
-    folder = os.path.join(os.environ.get("TMPDIR") or "/tmp", f"prodserver-{os.getuid()}")
+    folder = os.path.join(get_base(), f"prodserver-{os.getuid()}")
     try:
         os.mkdir(folder, 0o700)
     except FileExistsError:

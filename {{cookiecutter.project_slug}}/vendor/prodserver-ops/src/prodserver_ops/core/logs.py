@@ -110,7 +110,7 @@ def make_handler() -> logging.Handler:
 class PatientHandler(logging.StreamHandler[TextIO]):
     """Writes events, and drops those that a reader does not take within ``PATIENCE``.
 
-    A reader that hangs must not stop requests, tasks or the end of the process. After the first
+    A reader that hangs, or a full disk, must not stop requests, tasks or the end of the process. After the first
     event that was dropped, others are not waited for. Once the reader is back, a line says how many
     were lost.
     """
@@ -133,6 +133,8 @@ class PatientHandler(logging.StreamHandler[TextIO]):
                 self._fd = os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_NONBLOCK)
             except OSError:
                 self._fd = os.dup(fd)  # It belongs to another user, for example.
+        elif stat.S_ISREG(mode):
+            self._fd = os.dup(fd)  # Its disk may be full.
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write an event, after the number of those that were lost before it."""
@@ -146,7 +148,7 @@ class PatientHandler(logging.StreamHandler[TextIO]):
             return
         if self.lost:
             seconds = round(time.monotonic() - self.lost_at)
-            note = f"{self.lost} log events were lost: nobody read them for {seconds} seconds"
+            note = f"{self.lost} log events were lost: they could not be written for {seconds} seconds"
             lost = logger.makeRecord(logger.name, logging.WARNING, "", 0, note, (), None)
             text = f"{self.format(lost)}{self.terminator}{text}"
         if self.write(text, 0 if self.lost else PATIENCE):

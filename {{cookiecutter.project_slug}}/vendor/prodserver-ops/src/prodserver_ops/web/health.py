@@ -3,8 +3,9 @@
 ``GET /health/live`` returns 200 while the process responds. ``GET /health/ready`` returns
 200 if the database and the broker are available, otherwise 503, and the result of each check in
 JSON. ``GET /health/ready?deep`` also requires that the database can be written, recent heartbeats
-of each worker and of beat, and that no messages wait in a queue that no process consumes. A check takes at most about ``READY_TIMEOUT``,
-even if a server does not respond. All methods get the same response. Requests at the same time
+of each worker and of beat, and that no messages wait in a queue that no process consumes. It is also 503
+if all threads of this process have been busy with the same requests for ``STUCK``, so that no other
+request gets through. A check takes at most about ``READY_TIMEOUT``, even if a server does not respond. All methods get the same response. Requests at the same time
 share one check, and those within a second its results, so that nobody can overload it.
 """
 
@@ -14,10 +15,14 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
-from threading import Lock, Thread
+from threading import Lock, Thread, local
+from typing import Any
 
 # The service's app: creating it with Django settings makes it the default in all threads.
 from celery import current_app
+from django.conf import settings
+from django.core.handlers.wsgi import WSGIRequest
+from django.core.signals import request_finished
 from django.db import connection, transaction
 from django.db.models import F
 from django.http import HttpRequest, HttpResponse, JsonResponse
@@ -35,6 +40,9 @@ BROKER_TIMEOUT = 3
 
 #: Time limit of all checks together, in seconds.
 READY_TIMEOUT = 4
+
+#: How long all threads may be busy with the same requests, in seconds.
+STUCK = 30
 
 
 def check_database() -> None:
@@ -126,15 +134,53 @@ class SharedChecks:
         timeout = TimeoutError(f"no response within {READY_TIMEOUT} seconds")
         results = concurrently.run(checks, READY_TIMEOUT, self.running)
         problems = {name: error for name in checks if (error := results.get(name, timeout))}
+        if requests.are_stuck():
+            problems["requests"] = Stuck(f"none has started or ended for {STUCK} seconds")
         for name in problems.keys() - self.problems.keys():
             # The message of another error may contain a password.
             error = problems[name]
-            safe = error is timeout or isinstance(error, NotConsumed)
+            safe = error is timeout or isinstance(error, (NotConsumed, Stuck))
             logger.error("%s is unavailable: %s", name, error if safe else type(error).__name__)
         for name in self.problems.keys() - problems.keys():
             logger.info("%s is available again", name)
         self.problems = problems
-        return {name: "unavailable" if name in problems else "ok" for name in checks}
+        return dict.fromkeys(checks, "ok") | dict.fromkeys(problems, "unavailable")
+
+
+class Stuck(Exception):
+    """All threads are busy with the same requests."""
+
+
+class Requests:
+    """The requests that the threads of this process are busy with, except health checks."""
+
+    def __init__(self) -> None:
+        self.lock, self.thread = Lock(), local()
+        self.count, self.changed_at = 0, time.monotonic()
+        request_finished.connect(self.end)
+
+    def start(self) -> None:
+        """Note that this thread has a request."""
+        self.thread.is_busy = True
+        self._add(1)
+
+    def end(self, **kwargs: Any) -> None:
+        """Note that this thread has sent its response, if it had a request."""
+        if getattr(self.thread, "is_busy", False):
+            self.thread.is_busy = False
+            self._add(-1)
+
+    def _add(self, number: int) -> None:
+        with self.lock:
+            self.count += number
+            self.changed_at = time.monotonic()
+
+    def are_stuck(self) -> bool:
+        """Return whether no other request can have got through for ``STUCK``."""
+        return self.count >= settings.WEB_THREADS and time.monotonic() - self.changed_at > STUCK
+
+
+requests = Requests()
 
 
 class HealthMiddleware:
@@ -161,4 +207,10 @@ class HealthMiddleware:
             # What failed is logged once. Django would log an error for each request.
             response._has_been_logged = True  # type: ignore[attr-defined]
             return response
-        return self.get_response(request)
+        requests.start()
+        try:
+            return self.get_response(request)
+        finally:
+            # A thread also sends the response, except that the loop of an ASGI server does.
+            if not isinstance(request, WSGIRequest):
+                requests.end()

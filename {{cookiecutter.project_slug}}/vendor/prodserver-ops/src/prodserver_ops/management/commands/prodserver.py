@@ -1,8 +1,11 @@
 """``python manage.py prodserver PROCESS``: run one process of the service."""
 
+import os
 import signal
 import sys
+import tempfile
 from argparse import ArgumentParser
+from contextlib import suppress
 from typing import Any
 
 from django.conf import settings
@@ -19,11 +22,21 @@ from django_prodserver.management.base import BaseProcessCommand
 from ...conf.verification import verify_module
 from ...core import logs
 from ...core.database import find_pooler
+from ...heartbeat import MEMORY
 from ...scheduling import heartbeats
 from ...web.servers import warn_about_static_files
 
 #: The commands for one kind of process, each with the base class of its backends.
 COMMANDS = {"server": BaseServerBackend, "worker": BaseWorkerBackend}
+
+
+class Output(OutputWrapper):
+    """The output of a process, which starts also if the disk of its log is full."""
+
+    def write(self, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
+        """Write, if possible."""
+        with suppress(OSError):
+            super().write(*args, **kwargs)
 
 
 class Command(BaseProcessCommand):
@@ -89,12 +102,13 @@ class Command(BaseProcessCommand):
             Supervisor(process_name, self.print_line).run()
             return
         verify_module()
+        use_memory()
         if pooler := find_pooler():
             raise CommandError(pooler)
         # Some servers also read the command line, and would fail on Django's options.
         sys.argv[1:] = ["prodserver", process_name]
         logs.configure(process_name)
-        self.stdout = OutputWrapper(sys.stdout)
+        self.stdout = Output(sys.stdout)
         if process_name == "web":
             warn_about_static_files()
         if process_name in heartbeats.get_others():
@@ -107,3 +121,11 @@ class Command(BaseProcessCommand):
         """Print a line, also if the output is a pipe."""
         self.stdout.write(text)
         self.stdout.flush()
+
+
+def use_memory() -> None:
+    """Keep temporary files in memory if no disk can be written: servers need some to start."""
+    try:
+        tempfile.gettempdir()
+    except FileNotFoundError:
+        os.environ["TMPDIR"] = MEMORY
