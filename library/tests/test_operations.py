@@ -1,8 +1,12 @@
 """The page *Operations* of the admin, and the record of task runs that it shows."""
 
 import json
+import os
 import re
 import signal
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from datetime import timedelta
 
 import pytest
@@ -108,15 +112,33 @@ class TestRecord:
         assert second.error.startswith("ValueError: ")
         assert "a@example.com" not in second.error
 
-    def test_long_run_is_recorded_while_it_runs(self, recorder, monkeypatch):
+    @pytest.mark.parametrize(
+        ("state", "status"), [("SUCCESS", "succeeded"), ("IGNORED", "retried"), ("", "retried")]
+    )
+    def test_long_run_is_recorded_while_it_runs(self, recorder, monkeypatch, state, status):
         monkeypatch.setattr(record, "INTERVAL", -1)
         context = sample.request.__class__(headers={})
         recorder.start("id1", context, sample.name, [], {})
         recorder.write()
         assert TaskRun.objects.get().status == "running"
-        recorder.end("id1", "SUCCESS", None)
+        recorder.end("id1", state, None)
         recorder.write()
-        assert TaskRun.objects.get().status == "succeeded"
+        assert TaskRun.objects.get().status == status
+
+    def test_first_tasks_of_two_threads_have_one_recorder(self, monkeypatch):
+        both = threading.Barrier(2)
+
+        class SlowRecorder:
+            def __init__(self):
+                self.pid = os.getpid()
+                with suppress(threading.BrokenBarrierError):
+                    both.wait(timeout=0.1)
+
+        monkeypatch.setattr(record, "_recorder", None)
+        monkeypatch.setattr(record, "Recorder", SlowRecorder)
+        with ThreadPoolExecutor(2) as pool:
+            first, second = pool.map(lambda _: record.get_recorder(), range(2))
+        assert first is second
 
     def test_all_failures_are_kept_if_there_are_too_many(self, recorder, monkeypatch):
         monkeypatch.setattr(record, "MAX_RUNS", 2)

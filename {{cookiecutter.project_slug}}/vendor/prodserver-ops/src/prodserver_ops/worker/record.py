@@ -154,10 +154,13 @@ class Recorder:
         with self.lock:
             note = self.running.pop(task_id, None)
             failure = self.failures.pop(task_id, None)
-            if note is None or state not in STATUSES:
+            if note is None:
                 return
-            note.status = STATUSES[state]
             note.duration = time.monotonic() - note.start
+            # A run that was rejected or ignored at once has no row. Another run of the task has one.
+            if state not in STATUSES and note.duration < INTERVAL:
+                return
+            note.status = STATUSES.get(state, TaskRun.Status.RETRIED)
             # The thread may be writing a row of a run that took longer.
             is_short = note.status == TaskRun.Status.SUCCEEDED and note.duration < INTERVAL
             if len(self.ended) >= MAX_RUNS and is_short and not note.schedule_id:
@@ -201,25 +204,25 @@ class Recorder:
             ended, self.ended = self.ended, []
             limit = time.monotonic() - INTERVAL
             running = [note for note in self.running.values() if note.start < limit]
+        running = [note for note in running if not note.is_stored][:MAX_RUNS]
         others = sorted(
             (note for note in ended if not note.is_stored and not note.is_failed),
             key=lambda note: not note.schedule_id,
         )
         notes = [note for note in ended if note.is_stored or note.is_failed]
         notes += others[:MAX_RUNS]
-        notes += [note for note in running if not note.is_stored][:MAX_RUNS]
         try:
             connection.close_if_unusable_or_obsolete()
-            self.save(notes)
+            self.save([*notes, *running])
         except TEMPORARY_ERRORS as error:
             logger.warning("Could not record task runs yet: %s", type(error).__name__)
             connection.close()
             with self.lock:
                 self.ended, later = [], self.ended
-                self.add(*(note for note in notes if note.duration is not None), *later)
+                self.add(*notes, *later)
             self.wake.set()
         except Exception:
-            for note in notes:
+            for note in (*notes, *running):
                 try:
                     self.save([note])
                 except Exception as error:
@@ -262,14 +265,17 @@ def dump(args: Any, kwargs: Any) -> str:
 
 
 _recorder: Recorder | None = None
+_creation = threading.Lock()
 
 
 def get_recorder() -> Recorder:
     """Return the recorder of this process; create one after a fork."""
     global _recorder
-    if _recorder is None or _recorder.pid != os.getpid():
-        _recorder = Recorder()
-    return _recorder
+    # Two threads of a worker may start their first tasks at the same time.
+    with _creation:
+        if _recorder is None or _recorder.pid != os.getpid():
+            _recorder = Recorder()
+        return _recorder
 
 
 @signals.task_prerun.connect
