@@ -6,7 +6,7 @@ https://channels.readthedocs.io/
 from typing import Any
 from urllib.parse import urlsplit
 
-from .defaults import ProductionProcessDefaults
+from .defaults import ProductionProcessDefaults, computed
 from .environment import RedactedError, env, expects, or_empty
 
 #: The Redis database of the layer, whatever the URL says; brokers use other databases.
@@ -40,6 +40,7 @@ class Defaults:
             return required
         return ""
 
+    @computed
     def CHANNEL_LAYERS(self) -> dict[str, Any]:
         if not self.channel_url:
             return {"default": {"BACKEND": "channels.layers.InMemoryChannelLayer"}}

@@ -11,6 +11,7 @@ https://django-classy-settings.readthedocs.io/
 """
 
 import os
+from collections.abc import Callable
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
@@ -59,6 +60,11 @@ DATABASE_OPTIONS = {
     "django.db.backends.postgresql": CONNECT_OPTIONS,
     "django.db.backends.sqlite3": get_sqlite("")["OPTIONS"],
 }
+
+
+def computed(method: Callable[[Any], Any]) -> Any:
+    """Mark a setting that a method computes; type checkers let a class replace it by a value."""
+    return method
 
 
 def limit_database(database: dict[str, Any]) -> dict[str, Any]:
@@ -111,10 +117,12 @@ class ProcessDefaults(BaseSettings):  # type: ignore[misc]
     # The variable to read instead in production, such as RABBITMQ_URL on Dokku
     BROKER_VARIABLE = "CELERY_BROKER_URL"
 
+    @computed
     def CELERY_BROKER_TRANSPORT_OPTIONS(self) -> dict[str, Any]:
         return broker.get_options(self.CELERY_BROKER_URL, self)
 
     # Queues: e-mail has its own queue, so that other tasks do not wait behind it
+    @computed
     def CELERY_TASK_DEFAULT_QUEUE(self) -> str:
         return self.PACKAGE
 
@@ -129,6 +137,7 @@ class ProcessDefaults(BaseSettings):  # type: ignore[misc]
     # Existing queues that workers also consume, such as those of an earlier service
     EXTRA_QUEUES = env("", cast=or_empty(queue_names, []))
 
+    @computed
     def CELERY_TASK_QUEUES(self) -> list[Queue]:
         extra = [Queue(name, routing_key=name, no_declare=True) for name in self.EXTRA_QUEUES]
         names = dict.fromkeys([self.PACKAGE, self.mail_queue, *self.QUEUES])
@@ -141,6 +150,7 @@ class ProcessDefaults(BaseSettings):  # type: ignore[misc]
         return Queue(name, exchange, routing_key=name, queue_arguments=arguments)
 
     # Routes of the service. Those of the library follow them; see worker/app.py
+    @computed
     def CELERY_TASK_ROUTES(self) -> dict[str, Any]:
         return {}
 
@@ -152,6 +162,7 @@ class ProcessDefaults(BaseSettings):  # type: ignore[misc]
     def CELERY_TASK_DEFAULT_EXCHANGE_TYPE(self) -> str:
         return broker.find(self.CELERY_BROKER_URL).exchange_type
 
+    @computed
     def CELERY_TASK_CREATE_MISSING_QUEUE_TYPE(self) -> str:
         return self.CELERY_TASK_DEFAULT_QUEUE_TYPE
 
@@ -172,13 +183,15 @@ class ProcessDefaults(BaseSettings):  # type: ignore[misc]
     RABBITMQ_CONSUMER_TIMEOUT = 1800
 
     # Serialization: only JSON, which cannot execute code. Results expire after a week
-    CELERY_ACCEPT_CONTENT = ["json"]
+    CELERY_ACCEPT_CONTENT: list[str] = ["json"]
     CELERY_RESULT_BACKEND: str | None = None
     CELERY_RESULT_EXTENDED = True
 
+    @computed
     def CELERY_TASK_IGNORE_RESULT(self) -> bool:
         return self.CELERY_RESULT_BACKEND is None
 
+    @computed
     def CELERY_RESULT_EXPIRES(self) -> timedelta | None:
         return timedelta(days=7) if self.CELERY_RESULT_BACKEND else None
 
@@ -190,7 +203,7 @@ class ProcessDefaults(BaseSettings):  # type: ignore[misc]
 
     # Django's own tasks, which packages use: Celery's workers run them. Django 5.2 has none
     if django.VERSION >= (6, 0):
-        TASKS = {
+        TASKS: dict[str, Any] = {
             "default": {
                 "BACKEND": "prodserver_ops.worker.django_tasks.Backend",
                 "ENQUEUE_ON_COMMIT": True,
@@ -201,11 +214,13 @@ class ProcessDefaults(BaseSettings):  # type: ignore[misc]
     CELERY_BEAT_SCHEDULER = "prodserver_ops.scheduling.scheduler:Scheduler"
     CELERY_BEAT_CRON_STARTING_DEADLINE = 3600
 
+    @computed
     def CELERY_TIMEZONE(self) -> str:
         return self.TIME_ZONE
 
     # Remote control, such as `celery inspect active`: each service has its own exchange, so that
     # services can share a broker
+    @computed
     def CELERY_CONTROL_EXCHANGE(self) -> str:
         return self.PACKAGE
 
@@ -232,6 +247,7 @@ class ProcessDefaults(BaseSettings):  # type: ignore[misc]
     DATABASE_STATEMENT_TIMEOUT = env(30, cast=integer(1, 3600))
 
     # Folder of the lock files that processes use with SQLite
+    @computed
     def LOCK_DIR(self) -> Path:
         return self.VAR_DIR / "locks"
 
@@ -258,6 +274,7 @@ class ProcessDefaults(BaseSettings):  # type: ignore[misc]
     LOG_FORMAT = env("text", cast=one_of("text", "json"))
     LOG_REDACTED_PATHS: tuple[str, ...] = ()
 
+    @computed
     def LOGGING(self) -> dict[str, Any]:
         return {
             "version": 1,
@@ -303,11 +320,11 @@ class Defaults(ProcessDefaults):
     ALLOWED_HOSTS = env("localhost,127.0.0.1,[::1]", cast=hosts)
     ADMIN_PATH = env("admin/", cast=path)
     THROTTLE_LOGINS = True
-    AUTHENTICATION_BACKENDS = ["prodserver_ops.web.logins.ThrottledBackend"]
+    AUTHENTICATION_BACKENDS: list[str] = ["prodserver_ops.web.logins.ThrottledBackend"]
     SECURE_REFERRER_POLICY = "same-origin"
     CSRF_FAILURE_VIEW = "prodserver_ops.web.errors.csrf_failure"
     # Pages load resources only from this service and run no inline scripts or styles.
-    SECURE_CSP = {
+    SECURE_CSP: dict[str, list[str]] = {
         "default-src": ["'self'"],
         "img-src": ["'self'", "data:"],
         "object-src": ["'none'"],
@@ -318,7 +335,7 @@ class Defaults(ProcessDefaults):
 
     # Requests: maximum size without files, in bytes; UPLOAD_MAX_SIZE limits files
     DATA_UPLOAD_MAX_MEMORY_SIZE = 2**20
-    FILE_UPLOAD_HANDLERS = [
+    FILE_UPLOAD_HANDLERS: list[str] = [
         "prodserver_ops.web.uploads.LimitedUploadHandler",
         "django.core.files.uploadhandler.MemoryFileUploadHandler",
         "django.core.files.uploadhandler.TemporaryFileUploadHandler",
@@ -328,7 +345,7 @@ class Defaults(ProcessDefaults):
     MESSAGE_STORAGE = "django.contrib.messages.storage.session.SessionStorage"
 
     # Caches: in the memory of each process. Shared counters have a table; see core/limits.py
-    CACHES = {
+    CACHES: dict[str, Any] = {
         "default": {
             "BACKEND": "django.core.cache.backends.locmem.LocMemCache",
             "OPTIONS": {"MAX_ENTRIES": 10_000},
@@ -338,10 +355,11 @@ class Defaults(ProcessDefaults):
     # Static files, served by WhiteNoise; directly from the apps while DEBUG is on
     STATIC_URL = "static/"
 
+    @computed
     def STATIC_ROOT(self) -> Path:
         return Path(self.BASE_DIR, "staticfiles")
 
-    STORAGES = {
+    STORAGES: dict[str, Any] = {
         "default": {"BACKEND": "django.core.files.storage.FileSystemStorage"},
         "staticfiles": {"BACKEND": "django.contrib.staticfiles.storage.StaticFilesStorage"},
     }
@@ -351,6 +369,7 @@ class Defaults(ProcessDefaults):
     def database(self) -> dict[str, Any]:
         return get_sqlite(self.VAR_DIR / "db.sqlite3")
 
+    @computed
     def DATABASES(self) -> dict[str, Any]:
         return {"default": limit_database(self.database)}
 
@@ -383,9 +402,11 @@ class Defaults(ProcessDefaults):
     # https://anymail.dev/en/stable/esps/
     EMAIL_API = env("", cast=or_empty(email_api, None))
 
+    @computed
     def ANYMAIL(self) -> dict[str, str]:
         return self.EMAIL_API[1] if self.EMAIL_API else {}
 
+    @computed
     def EMAIL_BACKEND(self) -> str:
         if self.EMAIL_API:
             return f"anymail.backends.{self.EMAIL_API[0]}.EmailBackend"
@@ -394,6 +415,7 @@ class Defaults(ProcessDefaults):
             return "prodserver_ops.mail.console.EmailBackend"
         return f"django.core.mail.backends.{backend}.EmailBackend"
 
+    @computed
     def SERVER_EMAIL(self) -> str:
         address: str = self.DEFAULT_FROM_EMAIL
         return address
@@ -409,10 +431,11 @@ class TestDefaults(Defaults):
     WHITENOISE_AUTOREFRESH = True
 
     # Concurrent test runs do not share locks
+    @computed
     def LOCK_DIR(self) -> Path:
         return Path(self.VAR_DIR, "locks", f"tests-{os.getpid()}")
 
-    PASSWORD_HASHERS = ["django.contrib.auth.hashers.MD5PasswordHasher"]
+    PASSWORD_HASHERS: list[str] = ["django.contrib.auth.hashers.MD5PasswordHasher"]
 
 
 class ProductionProcessDefaults(ProcessDefaults):
@@ -462,12 +485,12 @@ class ProductionDefaults(ProductionProcessDefaults, Defaults):
     SECURE_SSL_REDIRECT = env(True, cast=boolean)
     SECURE_HSTS_SECONDS = env(3600, cast=integer(0))
     SECURE_HSTS_INCLUDE_SUBDOMAINS = env(True, cast=boolean)
-    SILENCED_SYSTEM_CHECKS = ["security.W021"]  # HSTS preloading is hard to undo.
+    SILENCED_SYSTEM_CHECKS: list[str] = ["security.W021"]  # HSTS preloading is hard to undo.
     SESSION_COOKIE_SECURE = True
     CSRF_COOKIE_SECURE = True
 
     # Static files: hashed names, compressed, cached by browsers forever
-    STORAGES = {
+    STORAGES: dict[str, Any] = {
         "default": {"BACKEND": "django.core.files.storage.FileSystemStorage"},
         "staticfiles": {"BACKEND": "prodserver_ops.web.static.ManifestStorage"},
     }
@@ -476,6 +499,7 @@ class ProductionDefaults(ProductionProcessDefaults, Defaults):
     # Database: persistent connections, checked before they are reused
     database = env(env.Required, key="DATABASE_URL", cast=database_url)
 
+    @computed
     def DATABASES(self) -> dict[str, Any]:
         return {
             "default": {

@@ -5,6 +5,7 @@ from typing import Any
 from kombu import Queue
 
 from . import processes
+from .defaults import computed
 
 
 class Defaults:
@@ -13,13 +14,16 @@ class Defaults:
     #: Names of the tasks that use the queue; ``*`` matches any part of a name.
     HIGH_TASKS = ["ops.send_notification"]
 
+    @computed
     def HIGH_QUEUE(self) -> str:
         return f"{self.PACKAGE}.high"  # type: ignore[attr-defined]
 
+    @computed
     def CELERY_TASK_QUEUES(self) -> list[Queue]:
         queues: list[Queue] = super().CELERY_TASK_QUEUES()  # type: ignore[misc]
         return [*queues, self.make_queue(self.HIGH_QUEUE)]  # type: ignore[attr-defined]
 
+    @computed
     def CELERY_TASK_ROUTES(self) -> dict[str, Any]:
         routes: dict[str, Any] = super().CELERY_TASK_ROUTES()  # type: ignore[misc]
         return routes | {name: {"queue": self.HIGH_QUEUE} for name in self.HIGH_TASKS}
