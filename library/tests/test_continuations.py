@@ -9,7 +9,7 @@ from threading import Thread
 
 import pytest
 from celery import current_app
-from celery.exceptions import Reject, Retry, SoftTimeLimitExceeded
+from celery.exceptions import Reject, Retry, SoftTimeLimitExceeded, TimeLimitExceeded
 from django.db import OperationalError, connection, transaction
 from django.db.models import F
 from django.urls import reverse
@@ -225,6 +225,16 @@ class TestSteps:
         assert get_run().attempts == 0
         deliver(work, MAX_DELIVERIES + 10)
         assert get_rows() == list(range(1, MAX_DELIVERIES + 11))
+
+    @pytest.mark.parametrize(("age", "status"), [(0, "running"), (60, "failed")])
+    def test_hard_time_limit_ends_only_a_task_without_progress(self, queue, age, status):
+        """A worker that stops may notice the limit of a message that another worker runs by now."""
+        before[2] = partial(fail, SystemExit())
+        with pytest.raises(SystemExit):
+            deliver(work, 5)
+        ResumableRun.objects.update(updated_at=timezone.now() - timedelta(seconds=age))
+        work.on_failure(TimeLimitExceeded(300), "one", [5], {}, None)
+        assert get_run().status == status
 
     def test_message_that_was_delivered_often_is_replaced(self, queue):
         with pytest.raises(Retry):

@@ -25,7 +25,7 @@ from inspect import isgeneratorfunction, signature
 from typing import Any
 
 from celery import current_app, shared_task, signals
-from celery.exceptions import Reject, Retry, SoftTimeLimitExceeded
+from celery.exceptions import Reject, Retry, SoftTimeLimitExceeded, TimeLimitExceeded
 from django.db import DatabaseError, InterfaceError, connection, transaction
 from django.db.models import Q, QuerySet
 from django.db.models.functions import Now
@@ -95,6 +95,9 @@ class ResumableTask(Task):
         """Store why the task has failed."""
         error = redact(f"{type(exc).__name__}: {exc}")[:MAX_ERROR].replace("\0", "")
         rows = ResumableRun.objects.filter(task_id=task_id).exclude(status=Status.FINISHED)
+        if isinstance(exc, TimeLimitExceeded):
+            # A run that has just stored its cursor goes on: in another worker, or after it was lost.
+            rows = rows.filter(updated_at__lt=Now() - LOST)
         with suppress(DatabaseError, InterfaceError):
             rows.update(status=Status.FAILED, error=error.encode(errors="replace").decode())
 
