@@ -4,7 +4,7 @@
 
 Generates the default service, and TASKS tasks that do nothing, 6,000 unless given, in turns, RUNS
 times each, 5 unless given. Needs PostgreSQL (127.0.0.1:5432, user postgres, trust) and RabbitMQ
-(127.0.0.1:5672, guest).
+(127.0.0.1:5672, guest). ``RABBITMQ_URL`` can name another virtual host.
 
 End to end: one process queues tasks while a worker with two processes runs them. The service, with
 `delay()` and with `apply_many()`, beside Celery alone with the same guarantees: quorum queues,
@@ -28,6 +28,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from digest import generate_service
 
@@ -54,10 +55,11 @@ def measure():
 
 #: Celery alone, with the guarantees of the service.
 BARE = """
+import os
 from celery import Celery
 from kombu import Exchange, Queue
 
-app = Celery("bare", broker="amqp://guest:guest@127.0.0.1:5672//")
+app = Celery("bare", broker=os.environ["RABBITMQ_URL"])
 app.conf.task_default_queue = "bare"
 app.conf.task_queues = [
     Queue("bare", Exchange("bare", "topic"), "bare", queue_arguments={"x-queue-type": "quorum"})
@@ -155,7 +157,7 @@ def compare_end_to_end(service, folder, count, runs):
         workers = {}
         for queue, cwd, command, _ in variants.values():
             if queue not in workers:
-                get_state = stack.enter_context(opened(queue))
+                get_state = stack.enter_context(opened(service, queue))
                 worker = stack.enter_context(run(command, cwd, environment))
                 while not get_state().consumer_count:
                     time.sleep(0.1)
@@ -230,7 +232,7 @@ def measure_in_turns(service, names, start, turns):
     """
     command = [f"{service.project}/.venv/bin/python", "manage.py", "prodserver", "worker"]
     rates = {name: [] for name in names}
-    with opened("prayer_room_api") as get_state, contextlib.ExitStack() as stack:
+    with opened(service, "prayer_room_api") as get_state, contextlib.ExitStack() as stack:
         workers = {}
         for name in names:
             environment = service.environment | {"WORKER_CONCURRENCY": str(start(name))}
@@ -261,11 +263,15 @@ def measure_in_turns(service, names, start, turns):
 
 
 @contextlib.contextmanager
-def opened(queue):
+def opened(service, queue):
     """Delete a queue, and yield a function that returns its state."""
     import amqp
 
-    with amqp.Connection("127.0.0.1:5672") as connection:
+    url = urlsplit(service.environment["RABBITMQ_URL"])
+    server, virtual_host = f"{url.hostname}:{url.port}", url.path[1:]
+    with amqp.Connection(
+        server, url.username, url.password, virtual_host=virtual_host
+    ) as connection:
         connection.channel().queue_delete(queue)
 
         def get_state():

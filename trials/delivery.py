@@ -269,6 +269,14 @@ def play_killed(service, times):
         "lost": starts.count(0),
         "run again": sum(starts) - number,
     }
+    if 0 in starts:
+        result["rows, messages, given up"] = service.shell(
+            "from celery import current_app as app\n"
+            "from prodserver_ops import broker\n"
+            "from prodserver_ops.worker import delayed\n"
+            "counts = broker.count_messages(app, ['trial', 'trial.failed'], 5)\n"
+            "print(delayed.WAITING.count(), *counts.values())"
+        ).splitlines()[-1]
     # A worker runs two tasks at the same time.
     return result, 0 not in starts and sum(starts) - number <= 2 * kills
 
