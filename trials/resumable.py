@@ -32,8 +32,8 @@ IMPORTS, WORKERS = 3, 2
 #: Seconds between two kills, and the part of them that is a whole worker.
 PAUSE, WHOLE = (0.1, 0.5), 0.03
 
-#: How long the imports may take after the last kill, in seconds.
-REST = 900
+#: How long the imports may take after the last kill, and a worker to stop, in seconds.
+REST, STOP = 900, 60
 
 MODELS = """
 from django.db import models
@@ -228,9 +228,9 @@ def benchmark():
 
 
 def is_good(result):
-    """Return whether nothing is lost or doubled, and each kill has repeated at most one step."""
-    repeated = result["repeated"] <= result["kills"]
-    return repeated and not result["lost"] and not result["doubled"]
+    """Return whether nothing is lost or doubled, a kill repeats one step, and workers stop soon."""
+    limits = result["repeated"] <= result["kills"] and result["longest stop"] <= STOP
+    return limits and not result["lost"] and not result["doubled"]
 
 
 def main(kills=KILLS, deploys=DEPLOYS, *brokers):
