@@ -1,13 +1,13 @@
 """Attack the web process of services, while probes check that the site and its health respond.
 
-    uv run trials/attacks.py [--short] [--servers gunicorn,granian,uvicorn] [--seconds 1]
+    uv run trials/attacks.py [--short] [--servers gunicorn,granian,uvicorn] [--seconds 0.5]
 
 Generates, for each web server, the default service and one with all options, and starts it in
 production mode on PostgreSQL (127.0.0.1:5432, user postgres, trust) and RabbitMQ. Clients send each of
-``ATTACKS`` for some seconds, as fast as the responses come. Then ``ROLES`` request every address,
-``attack_unsubscribe`` forges links, and ``attack_websockets`` attacks open connections, of which one is
-idle behind the proxy of Compose from the beginning to the end. In the meantime a probe requests the site
-and ``/health/ready`` without pause. Exits with status 1 unless
+``ATTACKS`` for some time, as fast as the responses come. Each role requests every address, and addresses
+with ``VALUES``; ``attack_unsubscribe`` forges links, and ``attack_websockets`` attacks open connections, of
+which one is idle behind the proxy of Compose from the beginning to the end. In the meantime a probe requests
+the site and ``/health/ready`` without pause. Exits with status 1 unless
 
 - each probe gets status 200 within ``PROBE_LIMIT``,
 - no request gets status 500, and none is logged with a traceback,
@@ -115,6 +115,35 @@ def walk(patterns, prefix=""):
             print("ADDRESS", "/" + re.sub(r"[\\^$?]|\\\\Z", "", path))
 walk(get_resolver().url_patterns)
 """
+
+#: Addresses with a value, and values that are not expected there.
+PATHS = """
+    /admin/SLUG/submission/%s/change/ /admin/SLUG/submission/%s/delete/ /admin/r/%s/1/ /admin/r/8/%s/
+    /admin/SLUG/submission/?id__exact=%s /admin/SLUG/submission/?author__id__exact=%s
+    /admin/SLUG/submission/?p=%s /admin/SLUG/submission/?o=%s /admin/SLUG/submission/?status=%s
+    /admin/SLUG/submission/?created_at__year=%s /admin/SLUG/submission/?created_at__gte=%s
+    /admin/SLUG/submission/?_changelist_filters=%s /admin/SLUG/submission/add/?author=%s
+    /admin/SLUG/user/?groups__id__exact=%s /admin/login/?next=%s /admin/autocomplete/?term=%s
+    /admin/ops/operations/?page=%s /admin/django_celery_beat/periodictask/?%s=1
+    /api/submissions/%s/ /api/submissions/?cursor=%s /api/submissions/?page_size=%s /api/%s
+    /unsubscribe/%s/ /emails/%s/ /static/%s /welcome/%s
+""".split()
+VALUES = [
+    *(
+        "9" * 30,
+        "-1",
+        "NaN",
+        "1e999",
+        "%00",
+        "%ff",
+        "%0a",
+        "%ED%A0%80",
+        "%F0%9F%98%80",
+        "'",
+        "{{7*7}}",
+    ),
+    *("..%2f..%2f", "%5B%5D", "%25s", "a" * 1500, "0000-00-00", "99999-01-01", "_", "_3A", "True"),
+]
 
 #: Which roles may read what is private: on the pages of the admin, or in their own data.
 TRUSTED = {"superuser", "moderator", "viewer"}
@@ -262,22 +291,38 @@ def attack_addresses(service, roles):
     """Yield what is wrong with the response to each address, for each role."""
     output = service.shell(PRINT_ADDRESSES)
     addresses = sorted(set(re.findall(r"^ADDRESS (.*)$", output, re.M)) | {"/nothing/"})
-    statuses = collections.Counter()
+    statuses, readers, escaped = collections.Counter(), set(), False
     for (name, headers), path in itertools.product(roles.items(), addresses):
         for method in ("GET",) if "logout" in path or name in TRUSTED else ("GET", "POST"):
             status, text = fetch(service, path, headers, method)
             statuses[status] += 1
             if status >= 500:
                 yield f"{name}: {method} {path} got {status}"
-            if PRIVATE in text and name not in TRUSTED:
-                yield f"{name}: {method} {path} shows what is private"
+            if PRIVATE in text:
+                readers.add(name)
+                if name not in TRUSTED:
+                    yield f"{name}: {method} {path} shows what is private"
+            escaped = escaped or MARKUP.replace("<", "&lt;").replace(">", "&gt;") in text
             if MARKUP in text:
                 # JSON is no page.
                 with contextlib.suppress(ValueError):
                     json.loads(text)
                     continue
                 yield f"{name}: {method} {path} has markup that is not escaped"
+    # Otherwise these requests prove nothing.
+    if not escaped or readers != TRUSTED & roles.keys():
+        yield f"addresses: only {readers} read what is private"
     print(f"  {len(addresses)} addresses, {len(roles)} roles: {dict(statuses)}")
+
+
+def attack_values(service, roles, values):
+    """Yield each address that fails with one of the values."""
+    for path, value in itertools.product(PATHS, values):
+        role = "token" if path.startswith("/api") else "superuser"
+        status, _ = fetch(service, path.replace("SLUG", SLUG).replace("%s", value), roles[role])
+        if status >= 500:
+            yield f"{path} got {status} with {value[:40]}"
+    print(f"  {len(PATHS)} addresses with {len(values)} values each: done")
 
 
 def attack_unsubscribe(service, token):
@@ -458,8 +503,8 @@ def probed(service, name, problems):
         problems.append(f"{name}: a probe took {probe.slowest:.1f} s")
 
 
-def run(service, seconds, realtime):
-    """Attack a service in all ways; print and return the problems."""
+def run(service, seconds, realtime, is_short=False):
+    """Attack a service in all ways, in short with few roles and values; return the problems."""
     output = service.shell(PREPARE)
     cookies = dict(re.findall(r"^COOKIE (\S+) (\S+)$", output, re.M))
     roles = {name: {"Cookie": cookie} for name, cookie in cookies.items()} | {
@@ -467,17 +512,20 @@ def run(service, seconds, realtime):
         "token": {"Authorization": f"Token {re.search('^TOKEN (.*)$', output, re.M)[1]}"},
         "bad token": {"Authorization": "Token aaaa"},
     }
+    few = {"anonymous", "user", "staff", "superuser"} if is_short else roles.keys()
     web = service.start("web")
     wait_for(lambda: is_ready(service), 40, web.text)
     attack(service, "health", cookies["superuser"], 1)
     problems = []
     with probed(service, "addresses", problems):
-        problems += list(attack_addresses(service, roles))[:10]
+        problems += list(attack_addresses(service, {name: roles[name] for name in few}))[:10]
+    with probed(service, "values", problems):
+        problems += list(attack_values(service, roles, VALUES[:: 5 if is_short else 1]))[:10]
     with probed(service, "links", problems):
         token = re.search("^LINK (.*)$", output, re.M)[1]
         problems += attack_unsubscribe(service, token)
     # Each process has loaded what it needs.
-    for name in ATTACKS:
+    for name in () if is_short else ATTACKS:
         attack(service, name, cookies["superuser"], 0.1)
     memory = get_memory(web.popen.pid)
     with contextlib.ExitStack() as stack:
@@ -548,7 +596,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--short", action="store_true", help="the default service, for a minute")
     parser.add_argument("--servers", default="gunicorn,granian,uvicorn")
-    parser.add_argument("--seconds", type=float, default=1, help="how long each attack lasts")
+    parser.add_argument("--seconds", type=float, default=0.5, help="how long each attack lasts")
     options = parser.parse_args()
     servers = ["gunicorn"] if options.short else options.servers.split(",")
     failed = False
@@ -558,8 +606,10 @@ def main():
         for answers in choices:
             print(f"{server} {answers}", flush=True)
             with make_service(web_server=server, **answers) as service:
-                seconds = 0.5 if options.short else options.seconds
-                problems = run(service, seconds, answers.get("realtime") == "channels")
+                seconds = 0.3 if options.short else options.seconds
+                problems = run(
+                    service, seconds, answers.get("realtime") == "channels", options.short
+                )
             print(*(f"  PROBLEM {problem}" for problem in problems), sep="\n")
             failed = failed or bool(problems)
     sys.exit(failed)

@@ -116,6 +116,39 @@ class TestLimits:
         assert "w9" in sql
         assert "w10" not in sql
 
+    @pytest.mark.parametrize("value", ["9" * 30, "-1", "0"])
+    def test_filters_that_no_column_can_have_are_refused(self, administrator, value, caplog):
+        for lookup in ("last_run_at__year", "id__exact", "last_run_at__month"):
+            response = administrator.get(self.SCHEDULES, {lookup: value})
+            assert response.status_code in (200, 302), lookup
+        assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+    @pytest.mark.parametrize("value", ["x", "", "9" * 30, "9" * 5000, "[1]", "1\0", "\ufffd"])
+    def test_selections_that_are_not_valid_are_refused(self, administrator, value):
+        for url in (LIST, self.SCHEDULES):
+            data = {"action": "delete_selected", "_selected_action": [value], "index": "0"}
+            response = administrator.post(url, data)
+            assert (response.status_code, response.url) == (302, url)
+            (message,) = administrator.get(url).context["messages"]
+            assert str(message) == "The selection is not valid."
+
+    def test_fields_with_completion_have_the_limits_of_lists(self, administrator, settings):
+        url, query = reverse("admin:autocomplete"), {"term": " ".join("a" * 11)}
+        response = administrator.get(url, query)
+        assert (response.status_code, response.text) == (
+            400,
+            "Search for at most 10 words and 200 characters.",
+        )
+        query["term"] = "a"
+        assert administrator.get(url, query).status_code == 403  # No field with completion.
+        slots = settings.WEB_THREADS // 2
+        for _ in range(slots):
+            list_limits.slots.acquire()
+        try:
+            assert administrator.get(url, query).status_code == 429
+        finally:
+            list_limits.slots.release(slots)
+
     def test_lists_do_not_take_all_threads(self, administrator, settings):
         taken = 0
         while list_limits.slots.acquire(blocking=False):

@@ -1,5 +1,6 @@
 """The forms of schedules in the admin: they refuse what beat could not run."""
 
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -13,6 +14,14 @@ from ..scheduling import crontabs, timing, validation
 class ScheduleForm(admin.PeriodicTaskForm):  # type: ignore[misc]
     """The form of a schedule; each problem is at the field that has it."""
 
+    def clean_args(self) -> Any:
+        """Check the JSON of the positional arguments."""
+        return check_levels(super().clean_args)
+
+    def clean_kwargs(self) -> Any:
+        """Check the JSON of the keyword arguments."""
+        return check_levels(super().clean_kwargs)
+
     def _post_clean(self) -> None:
         super()._post_clean()
         if self.errors:
@@ -22,6 +31,14 @@ class ScheduleForm(admin.PeriodicTaskForm):  # type: ignore[misc]
             self.add_error(
                 name if name in self.fields else None, f"{problem[:1].upper()}{problem[1:]}."
             )
+
+
+def check_levels(clean: Callable[[], Any]) -> Any:
+    """Return what a method returns that parses JSON."""
+    try:
+        return clean()
+    except RecursionError as error:
+        raise forms.ValidationError("This JSON has too many levels.") from error
 
 
 class CrontabForm(forms.ModelForm):  # type: ignore[type-arg]
