@@ -409,7 +409,8 @@ def attack_websockets(service, roles):
     """Yield what is wrong with open WebSockets and those that must be refused."""
     for name, headers in roles.items():
         try:
-            open_socket(service.port, headers).close()
+            with open_socket(service.port, headers):
+                pass
         except InvalidStatus:
             if name in ("superuser", "moderator"):
                 yield f"WebSocket: refused to {name}"
@@ -531,7 +532,7 @@ def run(service, seconds, realtime, is_short=False):
     with contextlib.ExitStack() as stack:
         idle = proxy = None
         if realtime and (proxy := stack.enter_context(run_proxy(service))):
-            idle = open_socket(proxy, roles["superuser"], ping_interval=None)
+            idle = stack.enter_context(open_socket(proxy, roles["superuser"], ping_interval=None))
             opened = time.monotonic()
         for name in ATTACKS:
             with probed(service, name, problems):
@@ -547,7 +548,6 @@ def run(service, seconds, realtime, is_short=False):
             except (ConnectionClosed, TimeoutError) as error:
                 problems.append(f"WebSocket: one that was idle got no message: {error!r}")
             print(f"  idle behind nginx for {time.monotonic() - opened:.0f} s")
-            idle.close()
         if realtime:
             with probed(service, "WebSockets", problems):
                 problems += attack_websockets(service, roles)
