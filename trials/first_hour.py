@@ -76,10 +76,11 @@ class Terminal:
         self.silence, self.text, self.lines = (0.0, ""), "", []
         self.answers = answers
         prefix = ["/usr/sbin/runuser", "-u", user, "--"] if user else []
+        prefix += ["env", f"HOME={environment['HOME']}"]  # runuser sets it.
         self.pid, self.terminal = pty.fork()
         if self.pid == 0:
             os.chdir(folder)
-            os.execvpe((prefix or ["bash"])[0], [*prefix, "bash", "-c", command], environment)
+            os.execvpe(prefix[0], [*prefix, "bash", "-c", command], environment)
         self.status = None
 
     @property
