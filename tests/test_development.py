@@ -108,9 +108,22 @@ def fetch(port, path="/"):
 
 
 def test_start_says_what_to_do_and_mistakes_heal(service):
-    """Unapplied migrations, the addresses, a template, and code that cannot be imported."""
+    """Code that cannot be imported, unapplied migrations, the addresses, and a template."""
     service.run("python manage.py migrate develop zero")
+    models = service.folder / "develop" / "models.py"
+    text = models.read_text()
+    failures = service.folder / "var" / "failures"
+    names = ["beat.txt", "web.txt", "worker.txt"]
+    found = lambda: sorted(path.name for path in failures.glob("*"))  # noqa: E731
+
+    # Code that is broken before the start ends no process.
+    models.write_text(text + "def wrong(\n")
     honcho, port = start(service)
+    wait_for(lambda: found() == names, 60, honcho.text)
+    wait_for(lambda: "SyntaxError" in fetch(port)[1], 20, honcho.text)
+    wait_for(lambda: honcho.text().count("starts when you save") == 3, 20, honcho.text)
+    time.sleep(1)  # The watchers have no sign that they have started.
+    models.write_text(text)
     for name in ("worker", "beat"):
         honcho.wait_for_text(f"manage.py migrate; {name} starts after that", seconds=60)
     assert "unapplied migration(s). Run: " in honcho.text()
@@ -131,12 +144,7 @@ def test_start_says_what_to_do_and_mistakes_heal(service):
     assert honcho.text().count("restarting") == before
 
     # Each process tells what is wrong with the code, and starts when that is mended.
-    models = service.folder / "develop" / "models.py"
-    text = models.read_text()
     models.write_text(text + "def wrong(\n")
-    failures = service.folder / "var" / "failures"
-    names = ["beat.txt", "web.txt", "worker.txt"]
-    found = lambda: sorted(path.name for path in failures.glob("*"))  # noqa: E731
     wait_for(lambda: found() == names, 60, honcho.text)
     wait_for(lambda: fetch(port)[0] == 500, 20, honcho.text)
     for shown in (fetch(port)[1], (failures / "worker.txt").read_text()):

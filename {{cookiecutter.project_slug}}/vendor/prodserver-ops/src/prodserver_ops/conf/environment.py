@@ -22,6 +22,7 @@ from cbs.urls import parse_dburl
 from dotenv import load_dotenv
 
 from .. import broker
+from ..core import mistakes
 from ..core.database import get_sqlite
 from . import verification
 
@@ -95,6 +96,7 @@ def use(
         ) from None
     values = evaluate(chosen)
     verification.verify_class(chosen, values)
+    mistakes.install(values)
 
     def get_value(name: str) -> Any:
         if name not in values:

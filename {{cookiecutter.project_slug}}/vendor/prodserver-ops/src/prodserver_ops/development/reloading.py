@@ -16,18 +16,18 @@ import threading
 import time
 from collections import deque
 from contextlib import suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 from django.conf import settings
 from django.core.management import CommandError
 from django.db import connections
-from django.template.loader import render_to_string
 from django.utils.module_loading import import_string
 from django_prodserver.backends.base import BaseWorkerBackend
 
 from ..core.commands import get_line, get_script
+from ..core.mistakes import get_family, serve
 from ..web.servers import port_in_use
 from . import overview
 
@@ -274,11 +274,6 @@ def get_address(process: dict[str, Any]) -> tuple[str, int] | None:
     return address
 
 
-def get_family(address: tuple[str, int]) -> socket.AddressFamily:
-    """Return the family of an address."""
-    return socket.AF_INET6 if ":" in address[0] else socket.AF_INET
-
-
 def check_port(address: tuple[str, int] | None) -> None:
     """Raise CommandError if another process uses the port of a web process."""
     if address is None:
@@ -303,33 +298,3 @@ def accepts(address: tuple[str, int] | None) -> bool:
     except OSError:
         return False
     return True
-
-
-def serve(address: tuple[str, int], name: str, output: str) -> ThreadingHTTPServer | None:
-    """Serve a page with the output of a process, with status 500, in another thread."""
-    page = render_to_string("ops/failure.html", {"name": name, "output": output}).encode()
-
-    class Handler(BaseHTTPRequestHandler):
-        def respond(self) -> None:
-            self.send_response(500)
-            self.send_header("Content-Type", "text/html; charset=utf-8")
-            self.send_header("Content-Length", str(len(page)))
-            self.end_headers()
-            if self.command != "HEAD":
-                self.wfile.write(page)
-
-        do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = respond
-
-        def log_message(self, *args: Any) -> None:
-            """Log nothing: the page reloads itself all the time."""
-
-    class Server(ThreadingHTTPServer):
-        address_family = get_family(address)
-        daemon_threads = True
-
-    try:
-        server = Server(address, Handler)
-    except OSError:
-        return None  # The terminal shows the output.
-    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.1}, daemon=True).start()
-    return server
