@@ -503,10 +503,11 @@ def play_redis(tasks=50):
             project.wait_for_web()
             found = {"before": check_at_work(project)}
             fill = 0
-            with suppress(redis.ResponseError):
-                while True:
-                    client.set(f"fill-{fill}", "x" * 10_000)
-                    fill += 1
+            for size in (10_000, 100, 1):
+                with suppress(redis.ResponseError):
+                    while True:
+                        client.set(f"fill-{fill}", "x" * size)
+                        fill += 1
             time.sleep(30)
             done = project.call("shell", "-c", "from limited.tasks import *; write.delay(20)")
             found["queued while full"] = done.stderr.strip().splitlines()[-1:][:100]

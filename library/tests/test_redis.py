@@ -22,6 +22,7 @@ from redis.exceptions import OutOfMemoryError, RedisError
 from prodserver_ops import broker
 from prodserver_ops.broker import envelopes, redis, renewal
 from prodserver_ops.console import checks
+from prodserver_ops.web import health
 
 
 def wait_for(condition):
@@ -303,7 +304,10 @@ class TestMemory:
             assert bool(broker.find_problem(app, 5)) == is_error
         assert "its maxmemory-policy is allkeys-lru" in checks.check_broker()[0].msg
 
-    def test_server_that_is_full_is_a_problem_and_no_error(self, app, full_redis):
+    def test_server_that_is_full_is_a_problem_and_no_error(self, app, full_redis, monkeypatch):
         full_redis.fill()
+        monkeypatch.setattr(health, "current_app", app)
+        with pytest.raises(health.NotConsumed, match="no memory left"):
+            health.check_queues()
         assert "Redis has no memory left for tasks" in broker.find_problem(app, 5)
         assert checks.check_broker() == []

@@ -137,3 +137,12 @@ def test_doctor_shows_sizes_and_days():
         "kept for days: deliveries 90, runs 7, delayed 1, heartbeats 1, admin_log forever"
     )
     assert ("ops_" in message) == (connection.vendor == "postgresql")
+
+
+def test_growth_is_the_size_by_the_age_of_the_oldest_row():
+    DigestRun.objects.create(
+        digest=NAME,
+        period_start=timezone.now() - timedelta(days=11),
+        period_end=timezone.now() - timedelta(days=10),
+    )
+    assert retention.get_growth({"ops_digestrun": 1000, "ops_taskrun": 5}) == {"ops_digestrun": 100}

@@ -207,9 +207,14 @@ def check_deliveries() -> Result:
 
 
 def check_tables() -> Result:
-    """Return the size of the library's tables, and how long their rows are kept."""
+    """Return the size and growth of the library's tables, and how long their rows are kept."""
     sizes = retention.get_sizes()
-    largest = [f"{name} {filesizeformat(size)}" for name, size in list(sizes.items())[:3]]
+    growth = retention.get_growth(sizes)
+    largest = [
+        f"{name} {filesizeformat(size)}"
+        + (f" (+{filesizeformat(growth[name])} a day)" if name in growth else "")
+        for name, size in list(sizes.items())[:3]
+    ]
     size = f"{filesizeformat(sum(sizes.values()))}; {', '.join(largest)}; " if sizes else ""
     days = [f"{name} {days or 'forever'}" for name, days in retention.get_days().items()]
     return Result(f"{size}kept for days: {', '.join(days)}".replace("\xa0", " "))

@@ -32,6 +32,17 @@ DEFAULTS: dict[str, int | None] = {
     "admin_log": None,
 }
 
+#: When the rows of a table were written, in the order of their keys.
+TIMES = {
+    DigestDelivery: "created_at",
+    DigestRun: "period_end",
+    ScheduleRun: "due_at",
+    TaskRun: "started_at",
+    ResumableRun: "created_at",
+}
+
+DAY = timedelta(days=1)
+
 #: Rows in a transaction.
 BATCH = 2000
 
@@ -148,3 +159,17 @@ def get_sizes() -> dict[str, int]:
             [tables],
         )
         return dict(cursor.fetchall())
+
+
+def get_growth(sizes: dict[str, int]) -> dict[str, int]:
+    """Return how many bytes a day tables have grown since their oldest row, of those with a time."""
+    fields: dict[type[Model], str] = dict(TIMES)
+    with suppress(LookupError):
+        fields[apps.get_model("admin", "LogEntry")] = "action_time"
+    growth = {}
+    for model, field in fields.items():
+        table = model._meta.db_table
+        first = model._default_manager.order_by("pk").values_list(field, flat=True).first()
+        if first is not None and table in sizes:
+            growth[table] = round(sizes[table] / max((timezone.now() - first) / DAY, 1))
+    return growth
