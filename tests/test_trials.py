@@ -74,3 +74,13 @@ def test_tasks_of_a_lost_worker_and_delayed_tasks(request, uv, part):
     require_server(request, "PostgreSQL", 5432, "docker run -d -p 5432:5432 postgres:16")
     require_server(request, "Redis", 6379, "docker run -d -p 6379:6379 redis:7")
     run_trial(uv, "delivery", part, "--short", "--broker", "redis")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["bad_days", "limits", "bad_deploys"])
+def test_bad_days_limits_and_deploys(request, uv, name):
+    require_server(request, "PostgreSQL", 5432, "docker run -d -p 5432:5432 postgres:16")
+    require_server(request, "RabbitMQ", 5672, "docker run -d -p 5672:5672 rabbitmq:4")
+    library, path = ROOT / "library", ROOT / "trials" / f"{name}.py"
+    command = [uv, "run", "-q", "--directory", library, "python", path]
+    subprocess.run(command, cwd=ROOT, env=clean_environment(), check=True)

@@ -125,17 +125,20 @@ def find_late(known: Known) -> Found:
     """Return the schedules with a run that is not queued, or that no worker has started."""
     runs = ScheduleRun.objects.order_by("-due_at")
     started = runs.filter(started_at__isnull=False)
-    before = runs.filter(schedule=OuterRef("pk"), due_at__lt=Now() - UNSTARTED)
+    # An equation would let PostgreSQL look for a schedule without runs in those of all schedules.
+    one = Q(schedule__gte=OuterRef("pk"), schedule__lte=OuterRef("pk"))
+    before = runs.filter(one, due_at__lt=Now() - UNSTARTED).order_by("-schedule_id", "-due_at")
     last = IN_USE.annotate(last=Subquery(before.values("pk")[:1])).values("last")
-    late = Q(published_at=None, created_at__lt=Now() - UNPUBLISHED) | Q(
-        pk__in=last, started_at=None, published_at__lt=Now() - UNSTARTED
-    )
+    # Each has an index of its own, which PostgreSQL does not use for both at once.
+    unpublished = Q(published_at=None, created_at__lt=Now() - UNPUBLISHED)
+    unstarted = Q(pk__in=last, started_at=None, published_at__lt=Now() - UNSTARTED)
     later = started.filter(schedule=OuterRef("schedule"), due_at__gt=OuterRef("due_at"))
-    rows = runs.filter(late, ~Exists(later), schedule__in=IN_USE).select_related("schedule")
+    rows = runs.filter(~Exists(later), schedule__in=IN_USE).select_related("schedule")
+    late = sorted([*rows.filter(unpublished), *rows.filter(unstarted)], key=lambda run: run.due_at)
     found = {
         str(run.schedule_id): f"Schedule {run.schedule.name} is late: its run due at "
         f"{show(run.due_at)} has not been {'started' if run.published_at else 'queued'}"
-        for run in rows
+        for run in reversed(late)
     }
     # Beat deletes a run that it cannot queue. The schedule recovers when its next run starts.
     latest = started.filter(schedule=OuterRef("pk")).values("started_at")[:1]
