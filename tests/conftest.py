@@ -39,6 +39,16 @@ from tests.servers import (
 
 ROOT = Path(__file__).parent.parent
 
+#: The names of the schedules of a new service.
+SCHEDULES = [
+    "deliveries-resume",
+    "moderator-digest-hourly",
+    "records-delete",
+    "tasks-resume",
+    "user-digest-daily",
+    "user-digest-weekly",
+]
+
 #: The servers of this machine. ``TEST_POSTGRESQL_URL``, ``TEST_RABBITMQ_URL`` and ``TEST_REDIS_URL``
 #: name others, such as those of another version.
 POSTGRES_SERVER = os.environ.get(
@@ -156,6 +166,14 @@ def production_variables(database_url, rabbitmq_url):
         "DATABASE_URL": database_url,
         "RABBITMQ_URL": rabbitmq_url,
     }
+
+
+def get_tracked():
+    """Return the paths of the files that git tracks or would add."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
+    listed = subprocess.check_output(command, cwd=ROOT, text=True)
+    paths = [ROOT / name for name in listed.split("\0") if name]
+    return [path for path in paths if path.is_file()]
 
 
 def read_procfile(path):
@@ -479,8 +497,8 @@ class Service:
         self.environment["MYPY_CACHE_DIR"] = str(environments / f"mypy-{worker}")
         self.environment["PATH"] = f"{scripts}{os.pathsep}{self.environment['PATH']}"
 
-    def run(self, command, **variables):
-        """Run a command in the service's folder. Return its output, or fail the test."""
+    def run(self, command, status=0, **variables):
+        """Run a command in the service's folder. Return its output; fail with another status."""
         done = subprocess.run(
             shlex.split(command),
             cwd=self.folder,
@@ -490,7 +508,7 @@ class Service:
             stderr=subprocess.STDOUT,
             text=True,
         )
-        if done.returncode:
+        if done.returncode != status:
             pytest.fail(f"{command} exited with status {done.returncode}:\n{done.stdout}")
         return done.stdout
 

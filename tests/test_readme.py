@@ -9,7 +9,7 @@ import urllib.request
 
 import pytest
 
-from tests.conftest import GIT_IDENTITY, ROOT, Process, clean_environment
+from tests.conftest import GIT_IDENTITY, ROOT, SCHEDULES, Process, clean_environment, get_tracked
 from tests.servers import PATIENCE, reachable, wait_for
 
 pytestmark = pytest.mark.slow
@@ -47,17 +47,10 @@ def environment(tmp_path, uv_cache):
 @pytest.fixture
 def clone(tmp_path):
     """A copy of this repository's working tree, without ignored files."""
-    listed = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    for name in filter(None, listed.stdout.split("\0")):
-        if (ROOT / name).exists():
-            (tmp_path / "clone" / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, tmp_path / "clone" / name)
+    for path in get_tracked():
+        copy = tmp_path / "clone" / path.relative_to(ROOT)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(path, copy)
     return tmp_path / "clone"
 
 
@@ -97,14 +90,7 @@ def test_commands_of_both_readmes_work(clone, environment, tmp_path):
         text=True,
         check=True,
     )
-    assert done.stdout.split() == [
-        "deliveries-resume",
-        "moderator-digest-hourly",
-        "records-delete",
-        "tasks-resume",
-        "user-digest-daily",
-        "user-digest-weekly",
-    ]
+    assert done.stdout.split() == SCHEDULES
     develop, generated_test, *_ = shell_commands(project / "README.md")
     check_processes(develop, project, environment, tmp_path / "develop.log")
     run(generated_test, project, environment)

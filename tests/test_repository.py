@@ -1,7 +1,6 @@
 """The files around the code, here and in a generated service: policies, updates, linting."""
 
 import re
-import subprocess
 import tomllib
 from pathlib import Path
 
@@ -9,23 +8,10 @@ import pytest
 import yaml
 from markdown_it import MarkdownIt
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, get_tracked
 from tests.test_answers import HOSTILE, plain
 
 TEMPLATE = ROOT / "{{cookiecutter.project_slug}}"
-
-
-def tracked():
-    """Return the files that git tracks or would add, as paths."""
-    listed = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    paths = [ROOT / name for name in listed.stdout.split("\0") if name]
-    return [path for path in paths if path.is_file()]
 
 
 @pytest.mark.parametrize(
@@ -50,7 +36,7 @@ def test_no_file_names_a_package_index_or_a_path_of_this_machine():
     folders = "|".join(re.escape(f"{path}/") for path in (ROOT, Path.home()))
     # Not as a part of a longer path, such as one in /proc
     pattern = re.compile(rf"{hosts}|(?<![\w}}])({folders})", re.IGNORECASE)
-    for path in tracked():
+    for path in get_tracked():
         found = pattern.search(path.read_text(errors="replace"))
         assert not found, f"{path.relative_to(ROOT)}: {found.group()}"
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import GIT_IDENTITY, clean_environment
+from tests.conftest import GIT_IDENTITY, SCHEDULES, clean_environment
 from tests.generate import SOURCES, get_template
 
 pytestmark = pytest.mark.slow
@@ -156,14 +156,7 @@ def test_setup_installs_migrates_proves_and_commits(generate, uv):
     assert (project / ".venv" / "bin" / "honcho").exists()
     with contextlib.closing(sqlite3.connect(project / "var" / "db.sqlite3")) as database:
         rows = database.execute("SELECT name FROM django_celery_beat_periodictask").fetchall()
-    assert sorted(name for (name,) in rows) == [
-        "deliveries-resume",
-        "moderator-digest-hourly",
-        "records-delete",
-        "tasks-resume",
-        "user-digest-daily",
-        "user-digest-weekly",
-    ]
+    assert sorted(name for (name,) in rows) == SCHEDULES
 
     assert git(project, "status", "--porcelain") == ""
     assert git(project, "log", "--format=%s %D") == (

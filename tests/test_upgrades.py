@@ -6,6 +6,7 @@ Services of 1.x come to 2.0 with ``upgrade_from_1.py``; ``trials/time_travel.py`
 import json
 import os
 import re
+import shlex
 import subprocess
 
 import pytest
@@ -141,17 +142,7 @@ def test_answers_can_be_changed_later(create, template, tmp_path):
 
 def upgrade(service, *options, status=0):
     """Run the upgrade command; return its output, or fail."""
-    done = subprocess.run(
-        ["python", "manage.py", "upgrade", *options],
-        cwd=service.folder,
-        env=service.environment,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    assert done.returncode == status, done.stdout
-    return done.stdout
+    return service.run(shlex.join(["python", "manage.py", "upgrade", *options]), status)
 
 
 def test_upgrade_reports_what_changed(service, template):

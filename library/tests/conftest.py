@@ -18,9 +18,11 @@ Each process of pytest-xdist has its own database, part of a broker and range of
 several runs may take place at the same time.
 """
 
+import importlib.util
 import os
 import shutil
 import signal
+from contextlib import contextmanager
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -93,7 +95,41 @@ def pytest_runtest_makereport():
 
 
 @pytest.fixture(scope="session")
-def make_part(request, worker_id):
+def use_servers(request):
+    """A context manager that skips a test, or fails it, if a server is not running."""
+
+    @contextmanager
+    def use():
+        try:
+            yield
+        except services.Unavailable as error:
+            if request.config.getoption("--require-services"):
+                pytest.fail(str(error))
+            pytest.skip(str(error))
+
+    return use
+
+
+@pytest.fixture
+def load_trial(use_servers, monkeypatch):
+    """A function that returns the module of a trial, which needs servers."""
+
+    def load(trial, *names):
+        with use_servers():
+            for name in names:
+                services.check(name)
+        path = Path(__file__).parents[2] / "trials" / f"{trial}.py"
+        monkeypatch.syspath_prepend(str(path.parent))
+        spec = importlib.util.spec_from_file_location(f"trial_{trial}", path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def make_part(use_servers, worker_id):
     """A function that returns the URL of a part of a server; skips if it is not running.
 
     Tests use queues whose names no other test has, and delete them.
@@ -102,13 +138,9 @@ def make_part(request, worker_id):
 
     def make(name):
         if name not in urls:
-            try:
+            with use_servers():
                 is_shared = name == services.RABBITMQ
                 urls[name] = services.share() if is_shared else services.create(name, worker_id)
-            except services.Unavailable as error:
-                if request.config.getoption("--require-services"):
-                    pytest.fail(str(error))
-                pytest.skip(str(error))
         return urls[name]
 
     yield make

@@ -1,31 +1,15 @@
 """Short forms of trials/bad_days.py."""
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 import services
-
-PATH = Path(__file__).resolve().parent.parent.parent / "trials" / "bad_days.py"
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
-def trial(request, monkeypatch):
+def trial(load_trial):
     """The module of the trial; skips without its servers."""
-    for name in (services.RABBITMQ, services.POSTGRESQL):
-        try:
-            services.check(name)
-        except services.Unavailable as error:
-            if request.config.getoption("--require-services"):
-                pytest.fail(str(error))
-            pytest.skip(str(error))
-    monkeypatch.syspath_prepend(str(PATH.parent))
-    spec = importlib.util.spec_from_file_location("bad_days", PATH)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_trial("bad_days", services.RABBITMQ, services.POSTGRESQL)
 
 
 def test_nobody_reads_the_log(trial):

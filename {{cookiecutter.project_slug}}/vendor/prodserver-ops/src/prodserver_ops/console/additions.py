@@ -30,7 +30,7 @@ MAX_LENGTH = 40
 #: The crontab of the schedule of a digest: Mondays at eight.
 WEEKLY = "0 8 * * 1"
 
-#: The folder with the templates of a new digest.
+#: The folder with the templates of new code and e-mail.
 TEMPLATES = Path(__file__).parent.parent / "templates" / "ops" / "new"
 
 #: Folders of code that is not the team's own.
@@ -38,184 +38,6 @@ OTHERS = {"site-packages", "vendor"}
 
 #: What a Procfile runs before the processes are started.
 RELEASE = "release"
-
-APP = """\
-from django.apps import AppConfig
-
-
-class ${class_name}Config(AppConfig):
-    name = "$name"
-    default_auto_field = "django.db.models.BigAutoField"
-"""
-
-APP_TEST = '''\
-"""The app $name."""
-
-from django.apps import apps
-
-
-def test_app_is_installed():
-    assert apps.get_app_config("$name").name == "$name"
-'''
-
-TASK = '''\
-@shared_task
-def $name():
-    """Describe here what the task does. It may run twice, so it must be idempotent."""
-'''
-
-TASK_TEST = '''\
-"""The task $name."""
-
-import pytest
-
-from $module.tasks import $name
-
-
-@pytest.mark.django_db
-def test_task_completes():
-    assert $name.apply().state == "SUCCESS"
-'''
-
-SCHEDULE = """\
-${imports}from django.db import migrations
-from prodserver_ops.scheduling.operations import CreateSchedule
-
-
-class Migration(migrations.Migration):
-    dependencies = [
-        $dependencies
-    ]
-
-    operations = [
-        CreateSchedule(
-            "$schedule",
-            task="$module.tasks.$task",
-            $timing,
-        ),
-    ]
-"""
-
-SCHEDULE_TEST = """\
-
-
-@pytest.mark.django_db
-def test_schedule_runs_the_task():
-    assert PeriodicTask.objects.get(name="$schedule").task == $task.name
-"""
-
-DIGEST = '''\
-@register
-class $class_name(WeeklyDigest):
-    """Describe here what the digest contains."""
-
-    name = "$name"
-    subject = "$words"
-    template = "$name"  # templates/email/$name.txt and $name.html
-
-    def recipients(self, run):
-        """Return the users who get the digest of this week."""
-        return get_user_model().objects.filter(is_active=True).exclude(email="")
-
-    def contents(self, recipients, run):
-        """Return the context of the templates for each recipient."""
-        return {recipient.pk: {"since": run.period_start} for recipient in recipients}
-
-    def get_sample(self):
-        """Return the context for the preview, ``/emails/`` in development."""
-        return {"since": timezone.now()}
-'''
-
-DIGEST_TASK = '''\
-@digest_task
-def send_$name():
-    """Send the digest $name for the last week."""
-    return "$name"
-'''
-
-DIGEST_TEST = '''\
-"""The digest $name."""
-
-import pytest
-from django.contrib.auth import get_user_model
-from django.core import mail
-from django.utils import timezone
-from django_celery_beat.models import PeriodicTask
-from prodserver_ops.mail import deliveries
-from prodserver_ops.mail.tasks import start_digest
-from prodserver_ops.models import DigestRun
-from prodserver_ops.worker.app import Task
-
-from $module.tasks import send_$name
-
-pytestmark = pytest.mark.django_db
-
-
-def test_digest_is_sent_to_each_active_user_with_an_address(monkeypatch):
-    create_user = get_user_model().objects.create_user
-    create_user("anna", "anna@example.com")
-    create_user("gone", "gone@example.com", is_active=False)
-    create_user("mute", "")
-    monkeypatch.setattr(Task, "apply_async", lambda *args, **kwargs: None)
-    start_digest("$name", timezone.now())
-    run = DigestRun.objects.get(digest="$name")
-    for chunk in list(deliveries.remaining_chunks(run)):
-        deliveries.send_chunk(run, chunk)
-    assert [message.to for message in mail.outbox] == [["anna@example.com"]]
-
-
-def test_schedule_sends_the_digest():
-    assert PeriodicTask.objects.get(name="$schedule").task == send_$name.name
-'''
-
-COMMAND = '''\
-"""``python manage.py $name``, which the process $name runs."""
-
-import time
-
-from django.core.management.base import BaseCommand
-
-#: Seconds between two rounds.
-PAUSE = 10
-
-
-class Command(BaseCommand):
-    """Describe here what the process does. SIGTERM ends it."""
-
-    help = "Describe here what the process does."
-
-    def handle(self, *args, **options):
-        """Work until the process is stopped."""
-        while True:
-            self.work()
-            time.sleep(PAUSE)
-
-    def work(self):
-        """Do the work of one round."""
-'''
-
-COMMAND_TEST = '''\
-"""The process $name."""
-
-import pytest
-from django.conf import settings
-
-from $module.management.commands import $name
-
-
-def test_process_runs_the_command(monkeypatch):
-    assert settings.PRODUCTION_PROCESSES["$name"]["COMMAND"] == "$name"
-    rounds = []
-
-    def pause(seconds):
-        rounds.append(seconds)
-        raise SystemExit  # As SIGTERM does
-
-    monkeypatch.setattr($name.time, "sleep", pause)
-    with pytest.raises(SystemExit):
-        $name.Command().handle()
-    assert rounds == [$name.PAUSE]
-'''
 
 
 class Refused(ValueError):
@@ -340,8 +162,9 @@ def get_class_name(name: str) -> str:
     return "".join(word.capitalize() for word in name.split("_"))
 
 
-def render(text: str, **values: str) -> str:
+def render(template: str, **values: str) -> str:
     """Fill in the names; ``$`` marks them, because Django's templates have braces."""
+    text = (TEMPLATES / f"{template}.py-tpl").read_text(encoding="utf-8")
     return Template(text).substitute(values)
 
 
@@ -354,19 +177,19 @@ def add_app(files: Files, name: str) -> None:
         raise Refused(f"{files.name(folder)} exists already; choose another name")
     for path in (folder / "__init__.py", folder / "migrations" / "__init__.py"):
         files.create(path, "")
-    files.create(folder / "apps.py", render(APP, name=name, class_name=get_class_name(name)))
+    files.create(folder / "apps.py", render("app", name=name, class_name=get_class_name(name)))
     files.create(folder / "models.py", f'"""The models of the app {name}."""\n')
-    files.create(files.base / "tests" / f"test_{name}.py", render(APP_TEST, name=name))
+    files.create(files.base / "tests" / f"test_{name}.py", render("app_test", name=name))
     insert_setting(files, "INSTALLED_APPS", f'"{name}",', after=settings.PACKAGE)
 
 
 def add_task(files: Files, app: AppConfig, name: str) -> None:
     """Add a task and its test."""
     module = Path(app.path, "tasks.py")
-    code = render(TASK, name=name)
+    code = render("task", name=name)
     files.append(module, code, name, ["from celery import shared_task"])
     values = {"name": name, "module": app.name}
-    files.create(files.base / "tests" / f"test_{name}.py", render(TASK_TEST, **values))
+    files.create(files.base / "tests" / f"test_{name}.py", render("task_test", **values))
 
 
 def add_schedule(files: Files, app: AppConfig, name: str, crontab: str | None) -> None:
@@ -378,7 +201,7 @@ def add_schedule(files: Files, app: AppConfig, name: str, crontab: str | None) -
     test = files.texts[path].replace(
         "import pytest\n", "import pytest\nfrom django_celery_beat.models import PeriodicTask\n", 1
     )
-    files.texts[path] = test + render(SCHEDULE_TEST, schedule=schedule, task=name)
+    files.texts[path] = test + "\n\n" + render("schedule_test", schedule=schedule, task=name)
 
 
 def create_schedule(
@@ -414,7 +237,7 @@ def create_schedule(
         "task": task,
         "timing": f'crontab="{crontab}"' if crontab else "interval=timedelta(days=1)",
     }
-    files.create(folder / f"{number:04d}_schedule_{task}.py", render(SCHEDULE, **values))
+    files.create(folder / f"{number:04d}_schedule_{task}.py", render("schedule", **values))
 
 
 def add_digest(files: Files, app: AppConfig, name: str, crontab: str | None) -> None:
@@ -428,23 +251,23 @@ def add_digest(files: Files, app: AppConfig, name: str, crontab: str | None) -> 
         "from django.utils import timezone",
         "from prodserver_ops.mail.digests import WeeklyDigest, register",
     ]
-    code = render(DIGEST, name=name, class_name=class_name, words=name.replace("_", " "))
+    code = render("digest", name=name, class_name=class_name, words=name.replace("_", " "))
     module = Path(app.path, "digests.py")
     if not files.read(module):
         files.texts[module] = '"""The e-mail of the service."""\n'
     files.append(module, code, class_name, imports)
-    for path in sorted(TEMPLATES.glob("digest.*")):
+    for path in sorted(TEMPLATES.glob("digest.[ht]*")):
         place = Path(app.path, "templates", "email", f"{name}{path.suffix}")
         files.create(place, path.read_text(encoding="utf-8"))
     files.append(
         Path(app.path, "tasks.py"),
-        render(DIGEST_TASK, name=name),
+        render("digest_task", name=name),
         f"send_{name}",
         ["from prodserver_ops.mail.tasks import digest_task"],
     )
     create_schedule(files, app, schedule, f"send_{name}", crontab or WEEKLY)
     values = {"name": name, "module": app.name, "schedule": schedule}
-    files.create(files.base / "tests" / f"test_{name}.py", render(DIGEST_TEST, **values))
+    files.create(files.base / "tests" / f"test_{name}.py", render("digest_test", **values))
 
 
 def add_process(files: Files, app: AppConfig, name: str) -> None:
@@ -456,9 +279,9 @@ def add_process(files: Files, app: AppConfig, name: str) -> None:
     commands = Path(app.path, "management", "commands")
     files.create_package(commands.parent)
     files.create_package(commands)
-    files.create(commands / f"{name}.py", render(COMMAND, name=name))
+    files.create(commands / f"{name}.py", render("command", name=name))
     values = {"name": name, "module": app.name}
-    files.create(files.base / "tests" / f"test_{name}.py", render(COMMAND_TEST, **values))
+    files.create(files.base / "tests" / f"test_{name}.py", render("command_test", **values))
     line = f'"{name}": processes.command(self, "{name}"),'
     insert_setting(files, "PRODUCTION_PROCESSES", line, after=None)
     start_process(files, name)
