@@ -494,9 +494,10 @@ PATCHES = (
     Patch(
         "django_celery_beat",
         REPLACES,
-        "scheduling.scheduler",
-        "Several beats may run, and each pass reads the schedules.",
+        "scheduling.scheduler console.schedule_forms",
+        "Several beats may run, and each pass reads the schedules. The form accepts no JSON that cannot be read.",
         {
+            "admin.PeriodicTaskForm._clean_json": "(self, field)",
             "schedulers.DatabaseScheduler.__init__": "(self, *args, **kwargs)",
             "schedulers.DatabaseScheduler.setup_schedule": "(self) 3d050562",
             "models.PeriodicTask.scheduler": "(self)",

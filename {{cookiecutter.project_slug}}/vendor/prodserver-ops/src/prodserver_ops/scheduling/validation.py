@@ -69,6 +69,9 @@ def _find_json_problems(row: PeriodicTask) -> Iterator[tuple[str, str]]:
             continue
         try:
             value = loads(text)
+        except RecursionError:
+            yield field, "has too many levels"
+            continue
         except Exception as error:
             # JSON can also name a type of Python, with a value that does not fit.
             yield field, f"is not valid JSON: {type(error).__name__}"
