@@ -46,6 +46,7 @@ values = st.recursive(
 )
 documents = st.one_of(
     st.sampled_from(["", "[]", "{}", "null", '"x"', "[1]", '{"a": 1}', "[" * 5000, "1" * 5000]),
+    st.sampled_from(['{"a": NaN}', '{"id": 7}']),
     st.sampled_from(["datetime", "uuid", "decimal", "bytes", "x", 1]).map(
         lambda kind: json.dumps({"__type__": kind, "__value__": "x"})
     ),

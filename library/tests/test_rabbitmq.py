@@ -266,6 +266,16 @@ class TestBatchOfAServer:
             batch.publish("c", routing_key=queue.name)
         assert not batch.unconfirmed
 
+    def test_message_after_which_the_connection_is_closed_fails_all(self, app, queue):
+        """The next one is not at fault, and a beat must not end."""
+        with pytest.raises(OperationalError), rabbitmq.open_batch(app) as batch:
+            nan = {"value": float("nan")}
+            batch.publish("a", routing_key=queue.name, declare=[queue], headers=nan)
+            for number in range(2):
+                other = Queue(f"{queue.name}.{number}", auto_delete=True, durable=False)
+                with pytest.raises(OperationalError, match="closed the connection"):
+                    batch.publish("b", routing_key=queue.name, declare=[other])
+
     def test_node_that_reads_nothing_does_not_hold_up_the_process(
         self, app, queue, proxy, monkeypatch
     ):

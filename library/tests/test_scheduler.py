@@ -18,6 +18,7 @@ from django_celery_beat.models import (
 )
 from kombu.exceptions import OperationalError as BrokerError
 
+from prodserver_ops.console import doctor
 from prodserver_ops.mail import tasks
 from prodserver_ops.models import Heartbeat, ScheduleRun
 from prodserver_ops.scheduling import claims, timing
@@ -301,6 +302,9 @@ class TestFaultyRows:
             {"headers": "[]"},
             {"headers": '"x"'},
             {"headers": "["},
+            {"headers": '{"a": NaN}'},
+            {"headers": '{"id": "x"}'},
+            {"priority": 300},
             {"args": "{}"},
             {"args": "1"},
             {"kwargs": "[1]"},
@@ -314,6 +318,8 @@ class TestFaultyRows:
         for _ in range(3):
             scheduler.run_pass()
         assert [headers["periodic_task_name"] for _, headers in published] == ["good"]
+        row.refresh_from_db()
+        assert doctor.describe_schedule(row)["problem"]
         (record,) = (record for record in caplog.records if record.levelname == "ERROR")
         assert record.getMessage().startswith("Schedule faulty cannot run: ")
         assert record.exc_info is None

@@ -1,5 +1,6 @@
 """Schedules that cannot run: the form refuses them at the field, beat marks them once."""
 
+import json
 from datetime import timedelta
 from importlib.util import find_spec
 
@@ -72,6 +73,9 @@ def test_good_row_is_accepted(post):
         ("headers", "[]", "Must be JSON such as {}."),
         ("headers", '"x"', "Must be JSON such as {}."),
         ("headers", "[", "Is not valid JSON: JSONDecodeError."),
+        ("headers", '{"a": [NaN]}', "Must not contain NaN or Infinity."),
+        ("headers", '{"task": "x", "id": 1}', "Must not contain what Celery sets: id, task."),
+        ("headers", json.dumps({"a": "x" * 9999}), "Must have at most 10000 characters."),
         ("args", "[", "Is not valid JSON: JSONDecodeError."),
         ("args", '[{"__type__": "uuid", "__value__": "x"}]', "Is not valid JSON: TypeError."),
         ("args", "{}", 'Must be JSON such as ["daily"].'),

@@ -172,7 +172,7 @@ class BatchProducer(Producer):
 
     def publish(self, *args: Any, declare: Any = (), **kwargs: Any) -> Any:
         """Publish a message; RabbitMQ numbers them from 1."""
-        connection, write_frame = self.channel.connection, self.write_frame
+        connection, write_frame = self.get_connection(), self.write_frame
         if declare := [entity for entity in declare or () if entity.name not in self.declared]:
             # RabbitMQ replies to a declaration.
             self.flush()
@@ -181,6 +181,9 @@ class BatchProducer(Producer):
         try:
             # A new connection does not confirm the messages of an earlier one.
             result = super().publish(*args, **kwargs | {"declare": declare, "retry": False})
+        except Exception:
+            self.get_connection()
+            raise  # This message cannot be serialized.
         finally:
             connection.frame_writer = keep
         # A message that cannot be serialized has no number.
@@ -191,9 +194,15 @@ class BatchProducer(Producer):
             self.wait()
         return result
 
+    def get_connection(self) -> Any:
+        """Return the connection; raise OperationalError if RabbitMQ has closed it."""
+        if self.channel.connection is None:
+            raise OperationalError("RabbitMQ closed the connection")
+        return self.channel.connection
+
     def flush(self) -> None:
         """Send what is in the buffer."""
-        self.channel.connection.transport.write(self.buffer.getvalue())
+        self.get_connection().transport.write(self.buffer.getvalue())
         self.buffer.seek(0)
         self.buffer.truncate()
 

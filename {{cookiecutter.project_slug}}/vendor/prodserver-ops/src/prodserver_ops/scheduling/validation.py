@@ -2,13 +2,15 @@
 
 from collections.abc import Iterator
 from datetime import datetime, timedelta
+from functools import cache
 from inspect import signature
+from typing import Any
 
 from celery import current_app
 from django.conf import settings
 from django.utils import timezone
 from django_celery_beat.models import PeriodicTask
-from kombu.utils.json import loads
+from kombu.utils.json import dumps, loads
 
 from .queues import get_consumed
 from .timing import KINDS, InvalidSchedule, get_due, get_next
@@ -18,6 +20,12 @@ JSON_FIELDS = {"args": (list, '["daily"]'), "kwargs": (dict, "{}"), "headers": (
 
 #: Their default values, which need no check.
 EMPTY = {"args": "[]", "kwargs": "{}", "headers": "{}"}
+
+#: The highest priority of a message.
+MAX_PRIORITY = 255
+
+#: The maximum length of the headers. RabbitMQ accepts those that fit into a frame of 128 KiB.
+MAX_HEADERS = 10_000
 
 #: The longest time after which a message may expire, in seconds: ten years.
 MAX_EXPIRY = 10 * 366 * 24 * 3600
@@ -39,6 +47,7 @@ def check(row: PeriodicTask) -> None:
 def check_message(row: PeriodicTask) -> None:
     """Raise InvalidSchedule if the message of a schedule cannot be published, or is read by nobody."""
     _raise_first(_find_json_problems(row))
+    _raise_first(_find_priority_problem(row))
     if row.queue or row.exchange or row.routing_key:
         _raise_first(_find_queue_problems(row))
 
@@ -56,6 +65,7 @@ def _find_problems(row: PeriodicTask) -> Iterator[tuple[str, str]]:
     if row.task in current_app.tasks and not json_problems.keys() & {"args", "kwargs"}:
         yield from _find_argument_problem(row)
     yield from _find_queue_problems(row)
+    yield from _find_priority_problem(row)
     if row.expire_seconds is not None and row.expire_seconds > MAX_EXPIRY:
         yield "expire_seconds", f"must be at most {MAX_EXPIRY}"
     if problem := _find_timing_problem(row, timezone.now()):
@@ -78,6 +88,26 @@ def _find_json_problems(row: PeriodicTask) -> Iterator[tuple[str, str]]:
             continue
         if not isinstance(value, kind):
             yield field, f"must be JSON such as {example}"
+        elif field == "headers":
+            yield from _find_header_problems(value, text)
+
+
+@cache
+def _get_own_headers() -> frozenset[str]:
+    """Return the names of the headers that Celery sets."""
+    return frozenset(current_app.amqp.as_task_v2("", "", (), {}).headers)
+
+
+def _find_header_problems(headers: dict[str, Any], text: str) -> Iterator[tuple[str, str]]:
+    """Find what would break a message, or the connection to RabbitMQ for all other messages."""
+    if own := _get_own_headers() & headers.keys():
+        yield "headers", f"must not contain what Celery sets: {', '.join(sorted(own))}"
+    if len(text) > MAX_HEADERS:
+        yield "headers", f"must have at most {MAX_HEADERS} characters"
+    try:
+        dumps(headers, allow_nan=False)
+    except ValueError:
+        yield "headers", "must not contain NaN or Infinity"
 
 
 def _find_argument_problem(row: PeriodicTask) -> Iterator[tuple[str, str]]:
@@ -87,6 +117,11 @@ def _find_argument_problem(row: PeriodicTask) -> Iterator[tuple[str, str]]:
     except TypeError as error:
         field = "kwargs" if "keyword argument" in str(error) else "args"
         yield field, f"does not fit the task: {error}"
+
+
+def _find_priority_problem(row: PeriodicTask) -> Iterator[tuple[str, str]]:
+    if row.priority is not None and row.priority > MAX_PRIORITY:
+        yield "priority", f"must be at most {MAX_PRIORITY}"
 
 
 def _find_queue_problems(row: PeriodicTask) -> Iterator[tuple[str, str]]:
