@@ -5,6 +5,8 @@ import hashlib
 import importlib
 import inspect
 import io
+import json
+import os
 import pkgutil
 import re
 import sys
@@ -13,6 +15,7 @@ import tokenize
 from fnmatch import fnmatch
 from pathlib import Path
 from types import ModuleType
+from unittest import mock
 
 import pytest
 from patches import PATCHES
@@ -187,11 +190,16 @@ INTERNAL = re.compile(
 )
 
 
+#: What the settings of a drill read.
+DRILL = json.dumps({"settings": "dummy.settings", "folder": "drill", "database": "drill"})
+
+
 def get_modules():
     """Return the modules of the library, and the tree of each."""
     for info in pkgutil.walk_packages(prodserver_ops.__path__, "prodserver_ops."):
         if ".migrations." not in info.name:
-            module = importlib.import_module(info.name)
+            with mock.patch.dict(os.environ, PRODSERVER_DRILL=DRILL):
+                module = importlib.import_module(info.name)
             yield module, ast.parse(Path(module.__file__).read_text())
 
 

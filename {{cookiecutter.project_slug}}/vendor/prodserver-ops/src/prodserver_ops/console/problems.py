@@ -155,7 +155,7 @@ def find_failed(known: Known) -> Found:
     last = IN_USE.annotate(last=Subquery(finished.values("pk")[:1])).values("last")
     runs = TaskRun.objects.filter(pk__in=last, status=TaskRun.Status.FAILED)
     found = {
-        str(run.schedule_id): f"Schedule {run.schedule.name} failed, {show(run.started_at)}: {run.error}"
+        str(run.schedule_id): f"Schedule {run.schedule and run.schedule.name} failed, {show(run.started_at)}: {run.error}"
         for run in runs.select_related("schedule")
     }
     # The record has only the last days. A schedule without a run in it may not have recovered.
