@@ -1,5 +1,6 @@
 """Generated tests: tests and type checks of a generated project pass in a new environment."""
 
+import subprocess
 import tomllib
 
 import pytest
@@ -38,8 +39,11 @@ def test_generated_tests_pass_on_postgresql_and_rabbitmq(
     service.run("pytest -q")
 
 
-def test_gitlab_runs_the_same_command(bake):
+def test_gitlab_accepts_its_files_and_runs_the_same_command(bake):
     project = bake(ci="gitlab", broker="redis")
+    command = ["check-jsonschema", "--builtin-schema=vendor.gitlab-ci", "--data-transform=gitlab-ci"]
+    files = [project / ".gitlab-ci.yml", *project.glob(".gitlab/workflows/*.yml")]
+    subprocess.run([*command, *files], check=True)
     (included,) = yaml.safe_load((project / ".gitlab-ci.yml").read_text())["include"]
     jobs = {}
     for path in project.glob(included["local"]):

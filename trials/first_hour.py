@@ -9,7 +9,7 @@ or later on the PATH. ``--rate`` limits what an HTTPS proxy passes on, in KB per
 the terminal, the home page and the documents of the service name, with the service running.
 
 It fails if nothing is printed for more than 5 seconds before the first page, if that page takes more than a
-minute (15 seconds with a warm cache), or if a command fails. Ports 8000 and the network have to be free.
+minute (15 seconds with a warm cache), or if a command fails. It needs the network.
 """
 
 import argparse
@@ -40,7 +40,7 @@ MAX_FIRST_PAGE = {False: 60, True: 15}
 #: How long a command may take, in seconds.
 TIMEOUT = 600
 
-SITE = "http://127.0.0.1:8000"
+PORT = 8000
 
 #: What is typed, in this order: the name, address and password of the administrator.
 PASSWORD = "the large hall"
@@ -96,7 +96,8 @@ class Terminal:
             try:
                 output = os.read(self.terminal, 65536).decode(errors="replace")
             except OSError:
-                self.status = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+                with suppress(ChildProcessError):  # Another thread has read the end too.
+                    self.status = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
                 return
             self.add(output)
 
@@ -116,9 +117,10 @@ class Terminal:
     def stop(self):
         """Press Ctrl-C, and wait for the end."""
         os.write(self.terminal, b"\x03")
-        self.read(60)
-        if self.status is None:
-            os.kill(self.pid, signal.SIGKILL)
+        end = time.monotonic() + 60
+        while self.status is None and time.monotonic() < end:
+            self.read(1)
+        os.close(self.terminal)  # Processes that still run get SIGHUP.
 
 
 class Proxy(threading.Thread):
@@ -189,6 +191,7 @@ def make_environment(home, proxy):
         | {
             "HOME": str(home),
             "PATH": os.pathsep.join(folders),
+            "PORT": str(PORT),
             "TERM": "xterm",
             "LANG": "C.UTF-8",
         }
@@ -198,7 +201,7 @@ def make_environment(home, proxy):
 def is_open():
     """Return whether the first page is there."""
     try:
-        with urlopen(SITE, timeout=1) as response:
+        with urlopen(f"http://127.0.0.1:{PORT}", timeout=1) as response:
             return response.status == 200
     except OSError:
         return False
@@ -207,7 +210,7 @@ def is_open():
 def find_commands(service, terminal):
     """Return the commands that the terminal, the home page and the documents name, in this order."""
     printed = re.findall(r"(?:create a user|Run|run): (\S+ run .+?)\r?$", terminal.text, re.M)
-    with urlopen(SITE, timeout=30) as response:
+    with urlopen(f"http://127.0.0.1:{PORT}", timeout=30) as response:
         page = response.read().decode()
     shown = [html.unescape(each) for each in re.findall(r"<code>(.*?)</code>", page, re.S)]
     named = []
@@ -230,6 +233,7 @@ def adapt(command, uv):
         command = re.sub(rf"{words}\b", values, command)
     command = re.sub(r"^(\./)?manage\.py", "uv run manage.py", command)
     command = re.sub(r"^python (?=-m|manage)", "uv run python ", command)
+    command = command.replace("localhost:8000", f"localhost:{PORT}")
     return re.sub(r"(^|&& )uv(x?) ", lambda match: f"{match[1]}{uv}{match[2]} ", command)
 
 
@@ -256,12 +260,15 @@ def run_commands(commands, service, environment, user, uv):
     return failed
 
 
+def get_command(folder):
+    """Return the first command of the README."""
+    return re.search(r"^```sh\n(.*?)\n```$", (folder / "README.md").read_text(), re.M | re.S)[1]
+
+
 def play(folder, environment, user, log):
     """Paste the first command, and wait for the first page. Return the terminal."""
-    text = (folder / "README.md").read_text()
-    command = re.search(r"^```sh\n(.*?)\n```$", text, re.M | re.S)[1]
-    terminal = Terminal(command, folder, environment, user)
-    while not is_open():
+    terminal = Terminal(get_command(folder), folder, environment, user)
+    while "Listening at" not in terminal.text or not is_open():
         if terminal.status is not None or terminal.seconds > TIMEOUT:
             sys.exit("\n".join(["The first command failed:", *terminal.lines[-30:]]))
         terminal.read(0.2)
@@ -274,6 +281,28 @@ def play(folder, environment, user, log):
     return terminal
 
 
+def judge(terminal, clone, environment, options):
+    """Return what was slow or silent, and the commands that fail."""
+    problems = []
+    limit = MAX_FIRST_PAGE[options.warm]
+    seconds, (silence, before) = terminal.first_page, terminal.silence
+    print(f"first page: {seconds:.1f} s of {limit}; load {os.getloadavg()[0]:.1f}")
+    print(f"longest silence: {silence:.1f} s of {MAX_SILENCE}, after {before[-40:]!r}", flush=True)
+    if seconds > limit:
+        problems.append(f"the first page took {seconds:.1f} seconds")
+    if silence > MAX_SILENCE:
+        problems.append(f"nothing was printed for {silence:.1f} seconds")
+    # The service keeps writing to the terminal.
+    threading.Thread(target=terminal.read, args=(3600,), daemon=True).start()
+    if not options.start:
+        uv = shlex.quote(str(clone / ".uv/bin/uv"))
+        service = (clone / re.search(r"run --directory (\S+)", get_command(clone))[1]).resolve()
+        commands = find_commands(service, terminal)
+        failed = run_commands(commands, service, environment, options.user, uv)
+        problems += [f"failed: {each}" for each in failed]
+    return problems
+
+
 def main():
     """Play, and print what takes how long."""
     parser = argparse.ArgumentParser(
@@ -282,11 +311,15 @@ def main():
     parser.add_argument("--user", help="an account that is not root")
     parser.add_argument("--warm", action="store_true", help="with the cache of a first time")
     parser.add_argument("--rate", type=int, help="KB per second of the network")
+    parser.add_argument("--port", type=int, default=PORT, help="of web, if another uses 8000")
     parser.add_argument("--start", action="store_true", help="only the first command")
     parser.add_argument("--log", type=Path, default=Path("first_hour.log"))
     options = parser.parse_args()
+    global PORT
+    PORT = options.port
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
     if is_open():
-        sys.exit("port 8000 is in use")
+        sys.exit(f"port {PORT} is in use")
     proxy = Proxy(options.rate) if options.rate else None
     if proxy:
         proxy.start()
@@ -300,31 +333,15 @@ def main():
         for number in range(1 + options.warm):
             if terminal:
                 terminal.stop()
-            clone = home / f"clone{number}"
+            clone = home / str(number) / "clone"
             make_clone(clone)
             if options.user:
                 subprocess.run(["chown", "-R", options.user, home], check=True)
             terminal = play(clone, environment, options.user, options.log)
-        problems = []
-        limit = MAX_FIRST_PAGE[options.warm]
-        seconds, (silence, before) = terminal.first_page, terminal.silence
-        print(f"first page: {seconds:.1f} s of {limit}; load {os.getloadavg()[0]:.1f}")
-        print(f"longest silence: {silence:.1f} s of {MAX_SILENCE}, after {before[-40:]!r}")
-        if seconds > limit:
-            problems.append(f"the first page took {seconds:.1f} seconds")
-        if silence > MAX_SILENCE:
-            problems.append(f"nothing was printed for {silence:.1f} seconds")
-        service = clone / "prayer_room_api"
-        # The service keeps writing to the terminal.
-        reader = threading.Thread(target=terminal.read, args=(3600,), daemon=True)
-        reader.start()
-        if not options.start:
-            uv = shlex.quote(str(clone / ".uv/bin/uv"))
-            commands = find_commands(service, terminal)
-            failed = run_commands(commands, service, environment, options.user, uv)
-            problems += [f"failed: {each}" for each in failed]
-        os.write(terminal.terminal, b"\x03")
-        reader.join(60)
+        try:
+            problems = judge(terminal, clone, environment, options)
+        finally:
+            terminal.stop()
     if problems:
         sys.exit("\n\n".join(problems))
 
