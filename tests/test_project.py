@@ -41,7 +41,11 @@ def test_generated_tests_pass_on_postgresql_and_rabbitmq(
 
 def test_gitlab_accepts_its_files_and_runs_the_same_command(bake):
     project = bake(ci="gitlab", broker="redis")
-    command = ["check-jsonschema", "--builtin-schema=vendor.gitlab-ci", "--data-transform=gitlab-ci"]
+    command = [
+        "check-jsonschema",
+        "--builtin-schema=vendor.gitlab-ci",
+        "--data-transform=gitlab-ci",
+    ]
     files = [project / ".gitlab-ci.yml", *project.glob(".gitlab/workflows/*.yml")]
     subprocess.run([*command, *files], check=True)
     (included,) = yaml.safe_load((project / ".gitlab-ci.yml").read_text())["include"]

@@ -305,6 +305,7 @@ def judge(terminal, clone, environment, options):
 
 def main():
     """Play, and print what takes how long."""
+    global PORT
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -315,7 +316,6 @@ def main():
     parser.add_argument("--start", action="store_true", help="only the first command")
     parser.add_argument("--log", type=Path, default=Path("first_hour.log"))
     options = parser.parse_args()
-    global PORT
     PORT = options.port
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
     if is_open():
