@@ -272,7 +272,8 @@ class TestRecord:
 
 
 class TestPage:
-    def test_shows_schedules_in_words_with_their_latest_runs(self, page, schedule):
+    def test_shows_schedules_in_words_with_their_latest_runs(self, page, schedule, settings):
+        settings.LANGUAGE_CODE = "en"
         make_run(schedule=schedule, status="succeeded", duration=0.25)
         make_run(schedule=schedule, status="failed", duration=61, error="ValueError: wrong")
         text = page()

@@ -329,7 +329,8 @@ class TestList:
 
         return run
 
-    def test_last_run_with_its_result(self, list_json):
+    def test_last_run_with_its_result(self, list_json, settings):
+        settings.TIME_ZONE = "UTC"
         listed = list_json()
         assert {name: (each["last_run"], each["result"]) for name, each in listed.items()} == {
             "failed": ("2026-03-04T05:06:09+00:00", "failed"),
@@ -353,7 +354,7 @@ class TestList:
         assert listed["failed"]["timing"] == "At 08:00 AM UTC"
 
     @pytest.mark.usefixtures("rows")
-    def test_columns_are_aligned(self, capsys):
+    def test_columns_are_aligned(self, capsys, settings):
         call_command("schedules")
         header, *lines, last = capsys.readouterr().out.splitlines()
         position = header.index("NEXT RUN")
@@ -361,7 +362,7 @@ class TestList:
         assert ends["disabled"] == "off"
         assert ends["faulty"] == "cannot run: its task does not exist: no.such.task"
         assert all(line[position - 1] == " " != line[position] for line in lines)
-        assert last == "4 schedules, 1 off, 1 cannot run; times in UTC"
+        assert last == f"4 schedules, 1 off, 1 cannot run; times in {settings.TIME_ZONE}"
 
     @pytest.mark.usefixtures("rows")
     @pytest.mark.parametrize("width", [80, 100, 120])
