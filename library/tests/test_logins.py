@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import sys
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -456,6 +457,7 @@ def test_views_of_allauth_and_simplejwt_are_guarded(tmp_path):
             "run",
             "--project",
             Path(__file__).parents[1],
+            f"--python={sys.executable}",
             *added,
             "run.py",
         ],
