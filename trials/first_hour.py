@@ -38,7 +38,7 @@ MAX_SILENCE = 5
 MAX_FIRST_PAGE = {False: 60, True: 15}
 
 #: How long a command may take, in seconds.
-TIMEOUT = 600
+TIMEOUT = 300
 
 PORT = 8000
 
@@ -240,8 +240,8 @@ def adapt(command, uv):
 def run_commands(commands, service, environment, user, uv):
     """Run each command; return those that fail, and print all."""
     failed, values = [], {}
-    for printed in commands:
-        command = adapt(printed, uv)
+    # The same command may be printed with and without the path of uv.
+    for command, printed in {adapt(each, uv): each for each in commands}.items():
         reason = next((why for what, why in SKIPPED.items() if re.search(what, command)), None)
         if reason:
             print(f"       - {printed.splitlines()[0][:90]}: {reason}")
