@@ -68,6 +68,7 @@ IMPORTS_IN_FUNCTIONS = {
     # Production needs nothing of development.
     ("apps.py", "development.templates"),
     ("templatetags/welcome.py", "development.welcome.get_context"),
+    ("core/mistakes.py", "watchfiles"),
     ("management/commands/prodserver.py", "development.reloading.Supervisor"),
     # A project may not have these apps.
     ("console/forgetting.py", "django.contrib.admin.models.LogEntry"),
