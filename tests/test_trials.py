@@ -31,6 +31,8 @@ def test_three_beats_that_are_disturbed(request, uv):
     run_trial(uv, "beats", 12)
 
 
+# test_first_week.py has the changes one by one.
+@pytest.mark.long
 def test_teams_that_change_their_services(request, uv):
     require_server(request, "PostgreSQL", 5432, "docker run -d -p 5432:5432 postgres:16")
     require_server(request, "RabbitMQ", 5672, "docker run -d -p 5672:5672 rabbitmq:4")
@@ -43,6 +45,8 @@ def test_attacks_on_the_web_process(request, uv):
     run_trial(uv, "attacks", "--short")
 
 
+# The library's tests have the days on which the clock changes.
+@pytest.mark.long
 def test_ten_years_in_one_time_zone(uv):
     run_trial(uv, "ten_years", 1)
 
