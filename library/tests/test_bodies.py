@@ -1,10 +1,14 @@
 """Requests whose bodies Django cannot read: no status 500, and no exception in the log."""
 
 import encodings.aliases
+from inspect import unwrap
 
 import pytest
+from django.http import HttpRequest
 from django.test import Client
 from django.urls import reverse
+
+from prodserver_ops.web import bodies
 
 FORM = "application/x-www-form-urlencoded"
 MULTIPART = "multipart/form-data; boundary=x"
@@ -113,3 +117,9 @@ def test_usual_encodings_are_accepted(client, make_user, name):
         "POST", reverse("admin:login"), data + b"--x--\r\n", f"{MULTIPART}; charset={name}"
     )
     assert response.status_code == 302
+
+
+def test_patches_are_installed_once():
+    """Django calls ``ready()`` again for a test with other ``INSTALLED_APPS``."""
+    bodies.install()
+    assert unwrap(HttpRequest._set_content_type_params) is not bodies.set_content_type

@@ -35,7 +35,8 @@ def install() -> None:
         (HttpRequest, "_set_content_type_params", set_content_type),
         (csrf._EnsureCsrfToken, "_check_token", accept),
     ):
-        setattr(owner, name, wraps(getattr(owner, name))(function))
+        if getattr(owner, name) is not function:
+            setattr(owner, name, wraps(getattr(owner, name))(function))
 
 
 def set_content_type(request: HttpRequest, meta: dict[str, Any]) -> None:
