@@ -66,6 +66,11 @@ def pytest_configure(config):
     config.parts = []
 
 
+def pytest_xdist_auto_num_workers(config):
+    """Use one worker more than there are cores, because some tests wait."""
+    return (os.cpu_count() or 1) + 1
+
+
 def pytest_xdist_setupnodes(config, specs):
     """Give each process its ports and its part of the broker, before it reads the settings."""
     name = config.getoption("--broker")

@@ -6,7 +6,7 @@ import ssl
 import struct
 import threading
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from functools import partial
 from types import SimpleNamespace
 from urllib.parse import urlsplit
@@ -220,7 +220,8 @@ class Proxy:
 
     def serve(self):
         client, _ = self.server.accept()
-        with client, socket.create_connection(self.target) as node:
+        # Either side may reset its connection.
+        with suppress(ConnectionError), client, socket.create_connection(self.target) as node:
             while not self.paused:
                 for ready in select.select([client, node], [], [], 0.05)[0]:
                     if not (data := ready.recv(65536)):
