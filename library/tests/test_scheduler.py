@@ -47,6 +47,11 @@ def exclusive():
     pass
 
 
+@shared_task(name="ops-test.waiting", without_overlapping="wait")
+def waiting():
+    pass
+
+
 class Clock:
     """The clock of the database, as a pass sees it."""
 
@@ -478,7 +483,8 @@ class TestTableOfChanges:
         clock.now += 100 * HOUR
         edit(way, row.pk, enabled=True)
         assert self.find_next(scheduler, clock) == [clock.now + HOUR]
-        edit(way, row.pk, expires=timezone.now() - HOUR)
+        # The form refuses an expiry in the past.
+        edit("save" if way == "form" else way, row.pk, expires=timezone.now() - HOUR)
         assert self.find_next(scheduler, clock) == []
         assert published == []
 
@@ -735,6 +741,32 @@ class TestWithoutOverlapping:
         )
         self.tick_later(scheduler, clock)
         assert len(published) == 2
+
+
+class TestWaiting(TestWithoutOverlapping):
+    """The last run that was due meanwhile is queued when the one at work has ended."""
+
+    @pytest.fixture
+    def running(self, scheduler, published):
+        make(task=waiting.name, last_run_at=NOW - 10 * MINUTE)
+        scheduler.run_pass()
+        ((_, headers),) = published
+        assert claims.claim(headers)
+        return headers
+
+    def test_run_is_queued_soon_after_the_last_one_has_ended(
+        self, running, scheduler, clock, published
+    ):
+        for _ in range(3):
+            self.tick_later(scheduler, clock)
+        assert len(published) == 1
+        waiting.apply(headers=running)
+        clock.now += MINUTE
+        for _ in range(2):
+            assert scheduler.run_pass() <= scheduler.max_interval
+        _, (_, headers) = published
+        assert headers["queued_at"] == (NOW + 30 * MINUTE).isoformat()
+        assert timing.get_next(scheduler.get_rows()[0], clock.now) == NOW + 40 * MINUTE
 
 
 class TestRecords:

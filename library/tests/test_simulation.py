@@ -37,6 +37,11 @@ def exclusive():
     pass
 
 
+@shared_task(name="simulation-test.waiting", without_overlapping="wait")
+def waiting():
+    pass
+
+
 @shared_task(name="simulation-test.coalescing", base=CoalescingTask)
 def coalescing():
     pass
@@ -150,6 +155,25 @@ class TestOverlaps:
         assert (slow.runs, slow.left_out, slow.overlaps) == (960, 1920, 0)
         assert report.busiest.slots == 1
         assert report.work_per_day == 480 * 150
+
+    def test_runs_that_wait_start_when_the_earlier_one_has_ended(self):
+        row = make("slow", "* * * * *", self.start, waiting)
+        report, schedules = play(self.start, 2, (row, 150))
+        slow = schedules["slow"]
+        # One after the other, also over midnight
+        assert (slow.runs, slow.left_out, slow.overlaps) == (1152, 1728, 0)
+        assert report.busiest.slots == 1
+
+    @pytest.mark.parametrize(
+        ("duration", "runs"),
+        [(60, 6), (61, 6), (90, 5), (120, 4), (150, 4), (180, 3), (4000, 3)],
+    )
+    def test_only_the_last_run_waits(self, duration, runs):
+        """On the second day, what waits at midnight is beyond the end."""
+        row = make("thrice", "57,58,59 23 * * *", self.start, waiting)
+        report, schedules = play(self.start, 2, (row, duration))
+        assert schedules["thrice"].runs == runs
+        assert report.busiest.slots == 1
 
     def test_runs_of_a_task_that_coalesces_overlap_where_workers_are_free(self):
         row = make("slow", "* * * * *", self.start, coalescing)

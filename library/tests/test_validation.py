@@ -17,6 +17,7 @@ from django_celery_beat.models import (
 )
 from kombu import Exchange, Queue
 
+from prodserver_ops.console import schedule_forms
 from prodserver_ops.mail.tasks import DIGEST_TASKS, digest_task
 from prodserver_ops.models import ScheduleRun
 from prodserver_ops.scheduling import heartbeats, validation
@@ -168,6 +169,86 @@ def test_timing_that_cannot_be_used_is_refused(client, make_user, model, fields)
     response = client.post(url, {"day_of_week": "*", "timezone": "UTC"} | fields)
     assert response.status_code == 200
     assert response.context["adminform"].errors
+
+
+def as_fields(name, moment):
+    """Return the two fields of a form for a time."""
+    local = timezone.localtime(moment)
+    return {f"{name}_0": f"{local:%Y-%m-%d}", f"{name}_1": f"{local:%H:%M:%S}"}
+
+
+def test_expiry_after_which_no_run_is_left_is_refused(post):
+    now, hour = timezone.now(), timedelta(hours=1)
+    past = as_fields("expires", now - hour)
+    assert post(**past) == {"expires": ["Is in the past."]}
+    start = as_fields("start_time", now + 2 * hour)
+    assert post(**as_fields("expires", now + hour), **start) == {
+        "expires": ["Is before the start."]
+    }
+    assert post(**as_fields("expires", now + 3 * hour), **start) == {}
+    # A schedule that has expired, and is disabled, can be edited.
+    assert post(name="expired", enabled="", **past) == {}
+
+
+class TestTwoAdministrators:
+    """Saving a form that was opened before another change must not undo that change."""
+
+    @pytest.fixture
+    def row(self):
+        hourly = IntervalSchedule.objects.create(every=1, period="hours")
+        return PeriodicTask.objects.create(
+            name="sample", task=report.name, args='["daily"]', interval=hourly
+        )
+
+    @pytest.fixture
+    def open_form(self, client, make_user, row):
+        """Return a function that opens the form, and returns one that saves it."""
+        client.force_login(make_user("admin", is_superuser=True, is_staff=True))
+        url = reverse("admin:django_celery_beat_periodictask_change", args=[row.pk])
+
+        def open_form():
+            form = client.get(url).context["adminform"].form
+            values = {name: form[name].value() for name in form.fields}
+            # The fields that a browser sends
+            data = {name: value for name, value in values.items() if value not in (None, False)}
+
+            def save(**fields):
+                response = client.post(url, data | fields)
+                if response.status_code == 302:
+                    return {}
+                return response.context["adminform"].errors
+
+            return save
+
+        return open_form
+
+    def test_second_form_is_refused_until_it_is_opened_again(self, open_form, row):
+        ann, bob = open_form(), open_form()
+        assert ann(enabled="") == {}
+        assert bob(description="x") == {"__all__": [schedule_forms.CHANGED]}
+        row.refresh_from_db()
+        assert (row.enabled, row.description) == (False, "")
+        assert open_form()(description="x") == {}
+        row.refresh_from_db()
+        assert (row.enabled, row.description) == (False, "x")
+
+    def test_one_off_schedule_that_has_run_is_not_enabled_again(self, open_form, row):
+        PeriodicTask.objects.update(one_off=True)
+        ann = open_form()
+        PeriodicTask.objects.update(enabled=False, last_run_at=timezone.now())
+        assert ann(description="x") == {"__all__": [schedule_forms.CHANGED]}
+
+    def test_run_in_between_is_no_change(self, open_form, row):
+        ann = open_form()
+        PeriodicTask.objects.update(last_run_at=timezone.now(), total_run_count=7)
+        assert ann(description="x") == {}
+        row.refresh_from_db()
+        assert row.total_run_count == 7
+
+    def test_field_is_hidden(self, client, open_form, row):
+        open_form()
+        url = reverse("admin:django_celery_beat_periodictask_change", args=[row.pk])
+        assert '<input type="hidden" name="opened"' in client.get(url).content.decode()
 
 
 def test_rows_with_any_value_in_any_field_do_not_stop_beat(monkeypatch, caplog):

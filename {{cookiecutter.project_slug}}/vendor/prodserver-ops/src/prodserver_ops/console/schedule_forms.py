@@ -1,17 +1,38 @@
 """The forms of schedules in the admin: they refuse what beat could not run."""
 
 from datetime import timedelta
+from hashlib import blake2b
 from typing import Any
 
 from celery import current_app
 from django import forms
+from django.utils import timezone
 from django_celery_beat import admin
+from django_celery_beat.models import PeriodicTask
 
 from ..scheduling import crontabs, timing, validation
 
+#: The fields of a schedule that beat changes with each run.
+COUNTED = {"last_run_at", "total_run_count", "date_changed"}
+
+CHANGED = (
+    "This schedule has changed since you opened it. Open it again, so that you do not undo that change."
+)
+
 
 class ScheduleForm(admin.PeriodicTaskForm):  # type: ignore[misc]
-    """The form of a schedule; each problem is at the field that has it."""
+    """The form of a schedule; each problem is at the field that has it.
+
+    ``opened`` is the state of the schedule when the form was opened. If another administrator, or beat,
+    has changed it since then, saving would undo that change.
+    """
+
+    opened = forms.CharField(required=False, widget=forms.HiddenInput)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.instance.pk and "opened" in self.fields:
+            self.fields["opened"].initial = get_state(self.instance)
 
     def _clean_json(self, field: str) -> Any:
         # Read below: some JSON raises errors that the original does not expect.
@@ -19,6 +40,8 @@ class ScheduleForm(admin.PeriodicTaskForm):  # type: ignore[misc]
 
     def _post_clean(self) -> None:
         super()._post_clean()
+        if self.has_changed_since():
+            self.add_error(None, CHANGED)
         if self.errors:
             return
         current_app.loader.import_default_modules()
@@ -26,6 +49,30 @@ class ScheduleForm(admin.PeriodicTaskForm):  # type: ignore[misc]
             self.add_error(
                 name if name in self.fields else None, f"{problem[:1].upper()}{problem[1:]}."
             )
+        self.check_expiry(self.instance)
+
+    def has_changed_since(self) -> bool:
+        """Return whether the schedule has changed since the form was opened."""
+        opened = self.cleaned_data.get("opened")
+        # Of two forms that are saved at the same time, the second waits here for the first.
+        rows = PeriodicTask.objects.select_for_update().filter(pk=self.instance.pk)
+        return bool(opened) and any(get_state(row) != opened for row in rows)
+
+    def check_expiry(self, row: PeriodicTask) -> None:
+        """Refuse an expiry after which no run is left: beat would disable the schedule."""
+        if row.expires is None or not row.enabled:
+            return
+        if row.expires <= timezone.now():
+            self.add_error("expires", "Is in the past.")
+        elif row.start_time is not None and row.expires <= row.start_time:
+            self.add_error("expires", "Is before the start.")
+
+
+def get_state(row: PeriodicTask) -> str:
+    """Return a text that changes with the fields of a schedule that the form can change."""
+    names = [each.attname for each in row._meta.concrete_fields if each.name not in COUNTED]
+    values = repr([str(getattr(row, name)) for name in names])
+    return blake2b(values.encode(), digest_size=16).hexdigest()
 
 
 class CrontabForm(forms.ModelForm):  # type: ignore[type-arg]
@@ -58,8 +105,17 @@ class IntervalForm(forms.ModelForm):  # type: ignore[type-arg]
         return data
 
 
+def get_fieldsets(self: Any, request: Any, obj: Any = None) -> Any:
+    """Add the hidden field to the form of an existing schedule."""
+    fieldsets = super(admin.PeriodicTaskAdmin, self).get_fieldsets(request, obj)
+    if obj is None or not self.has_change_permission(request, obj):
+        return fieldsets
+    return [*fieldsets, (None, {"fields": ["opened"], "classes": ["hidden"]})]
+
+
 def install() -> None:
     """Let the admin of django-celery-beat, which registers its models itself, use these forms."""
     admin.PeriodicTaskAdmin.form = ScheduleForm
+    admin.PeriodicTaskAdmin.get_fieldsets = get_fieldsets
     admin.CrontabScheduleAdmin.form = CrontabForm
     admin.IntervalScheduleAdmin.form = IntervalForm

@@ -155,7 +155,9 @@ def describe_overlaps(schedule: Schedule) -> str:
     why = f"it takes {format_seconds(schedule.duration)} s, and starts up to every {schedule.shortest_gap} s"
     if schedule.without_overlapping:
         due = schedule.runs + schedule.left_out
-        return f"{schedule.name}: {schedule.left_out} of {due} runs are left out: {why}"
+        waits = schedule.without_overlapping == "wait"
+        what = "left out, and others wait" if waits else "left out"
+        return f"{schedule.name}: {schedule.left_out} of {due} runs are {what}: {why}"
     text = f"{schedule.name}: {schedule.overlaps} of {schedule.runs} runs overlap: {why}"
     # A running one is no reason to leave out the next.
     return f"{text}; at most one more waits" if schedule.coalesces else text

@@ -14,9 +14,9 @@ from collections import defaultdict
 from collections.abc import Collection, Sequence
 from datetime import datetime, timedelta
 from itertools import batched
-from typing import Any
+from typing import Any, Literal
 
-from celery import beat
+from celery import beat, current_app
 from django.conf import settings
 from django.db import DatabaseError, InterfaceError, close_old_connections, connections
 from django.db.models import Case, DateTimeField, F, Q, When
@@ -159,6 +159,8 @@ class Scheduler(beat.Scheduler):
                 if values == [read[pk].last_run_at, read[pk].date_changed]
             }
             busy = self.find_busy([read[pk] for pk in unchanged])
+            # What waits stays due.
+            unchanged -= {pk for pk in busy if get_without_overlapping(read[pk]) == "wait"}
             by_due = defaultdict(list)
             for due, row in runs:
                 if row.pk in unchanged:
@@ -187,14 +189,14 @@ class Scheduler(beat.Scheduler):
         return [run for run in stored if run.pk]
 
     def find_busy(self, rows: Collection[PeriodicTask]) -> set[int]:
-        """Return the keys of the schedules whose next run is left out.
+        """Return the keys of the schedules whose next run is left out, or waits.
 
         The last run of a task that coalesces still waits in the queue; that of a task that must
         not overlap waits or is running.
         """
         tasks = {row.pk: self.app.tasks.get(row.task) for row in rows}
         waits = {pk for pk, task in tasks.items() if getattr(task, "coalesces", False)}
-        works = {pk for pk, task in tasks.items() if getattr(task, "without_overlapping", False)}
+        works = {row.pk for row in rows if get_without_overlapping(row)}
         if not waits | works:
             return set()
         published = ScheduleRun.objects.filter(
@@ -313,6 +315,11 @@ class Scheduler(beat.Scheduler):
         if server not in self.away:
             self.away.add(server)
             logger.warning("beat: Waiting: the %s is unavailable (%s)", server, type(error).__name__)
+
+
+def get_without_overlapping(row: PeriodicTask) -> bool | Literal["wait"]:
+    """Return whether a run is left out, or waits, while an earlier one is at work."""
+    return getattr(current_app.tasks.get(row.task), "without_overlapping", False)
 
 
 def update(runs: Collection[ScheduleRun], **values: Any) -> None:

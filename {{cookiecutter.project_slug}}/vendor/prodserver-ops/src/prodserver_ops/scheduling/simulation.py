@@ -15,7 +15,7 @@ from datetime import UTC, date, datetime, timedelta
 from functools import cached_property
 from itertools import accumulate, count, pairwise
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Literal
 from zoneinfo import ZoneInfo
 
 from celery import current_app
@@ -54,7 +54,7 @@ class Schedule:
     task: str
     duration: float
     duration_known: bool
-    without_overlapping: bool
+    without_overlapping: bool | Literal["wait"]
     coalesces: bool
     problem: str = ""
     runs: int = 0
@@ -133,13 +133,14 @@ class Window(NamedTuple):
 class Timing(NamedTuple):
     """When schedules run: a crontab, or period and first run in microseconds; in a span of seconds.
 
-    ``exclusive`` is the duration if a run is left out while the previous one is running.
+    ``exclusive`` is the duration if a run is left out while the previous one is running, or ``waits``.
     """
 
     rule: Crontab | tuple[int, int]
     low: float = 0
     high: float = math.inf
     exclusive: int = 0
+    waits: bool = False
 
 
 @dataclass
@@ -156,6 +157,7 @@ class Series:
     left_out: int = 0
     last: float = -math.inf
     busy_until: int = 0
+    is_waiting: bool = False
     #: The gaps that are shorter than the longest duration, and how often.
     gaps: Counter[int] = field(default_factory=Counter)
     patterns: dict[Any, Any] = field(default_factory=dict)
@@ -183,7 +185,7 @@ class Series:
 
     def get_pattern(self, day: int) -> Pattern:
         """Return the times of a day, without those outside of the timing's span."""
-        rule, low, high, _ = self.timing
+        rule, low, high, *_ = self.timing
         low, high = low - day * DAY, high - day * DAY
         if low >= DAY or high <= 0:
             return NO_RUNS
@@ -226,19 +228,28 @@ class Series:
         return found
 
     def leave_out(self, day: int, pattern: Pattern) -> Pattern:
-        """Return a day without the runs that are due while an earlier one is running."""
+        """Return a day without the runs that are due while an earlier one is running.
+
+        If they wait, the last of them starts when the earlier one has ended.
+        """
         busy = max(self.busy_until - day * DAY, 0)
-        key = ("kept", pattern.number, busy)
+        key = ("kept", pattern.number, busy, self.is_waiting)
         if key not in self.patterns:
             kept: list[int] = []
-            for time in pattern.times:
-                if time >= busy:
+            waiting = self.is_waiting
+            for time in (*pattern.times, DAY):
+                if waiting and busy < time:
+                    kept.append(busy)
+                    busy, waiting = busy + self.timing.exclusive, False
+                if busy <= time < DAY:
                     kept.append(time)
-                    busy = time + self.timing.exclusive
-            same = len(kept) == len(pattern.times)
-            self.remember(key, (pattern if same else Pattern(tuple(kept)), busy))
+                    busy, waiting = time + self.timing.exclusive, False
+                elif time < DAY:
+                    waiting = self.timing.waits
+            same = tuple(kept) == pattern.times
+            self.remember(key, (pattern if same else Pattern(tuple(kept)), busy, waiting))
         found: Pattern
-        found, busy = self.patterns[key]
+        found, busy, self.is_waiting = self.patterns[key]
         self.busy_until = day * DAY + busy
         self.left_out += len(pattern.times) - len(found.times)
         return found
@@ -302,7 +313,8 @@ class Simulation:
             return
         timing = self.get_timing(row, first)
         if schedule.without_overlapping:
-            timing = timing._replace(exclusive=get_seconds(schedule))
+            waits = schedule.without_overlapping == "wait"
+            timing = timing._replace(exclusive=get_seconds(schedule), waits=waits)
         if timing not in self.series:
             is_crontab = isinstance(timing.rule, Crontab)
             windows = self.get_windows(timing.rule.zone) if is_crontab else []  # type: ignore[union-attr]

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterable
 from datetime import datetime
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import celery.app.base
 import django
@@ -76,12 +76,13 @@ class Task(DjangoTask[Any, Any]):
 
     A task is tried again, up to three times, if the database is unavailable, read-only or ends its query;
     ``@shared_task(autoretry_for=())`` turns that off. With ``@shared_task(without_overlapping=True)``
-    beat leaves out the runs of a schedule that are due while an earlier one waits or is running.
+    beat leaves out the runs of a schedule that are due while an earlier one waits or is running; with
+    ``without_overlapping="wait"`` the last of these runs is queued when the earlier one has ended.
     https://docs.celeryq.dev/en/stable/userguide/tasks.html#automatic-retry-for-known-exceptions
     """
 
     coalesces = False
-    without_overlapping = False
+    without_overlapping: bool | Literal["wait"] = False
     max_deliveries: int | None = MAX_DELIVERIES
     autoretry_for: tuple[type[Exception], ...] = TEMPORARY_ERRORS
     retry_backoff = 20  # Wait 20, 40 and 80 seconds.
