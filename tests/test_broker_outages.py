@@ -128,7 +128,7 @@ def test_a_task_that_kills_each_worker_is_given_up(bake, make_service, postgres_
     worker = service.start("worker")
     worker.wait_for_text(" ready.", seconds=60)
     service.shell("from poisoned.tasks import poison; poison.delay()")
-    worker.wait_for_text("poisoned.tasks.poison was delivered 15 times and is given up", seconds=90)
+    worker.wait_for_text("poisoned.tasks.poison has lost 15 workers and is given up", seconds=90)
     doctor = service.spawn("doctor", "python", "manage.py", "doctor")
     doctor.popen.wait(timeout=30 * PATIENCE)
     assert "1 tasks were given up: they killed workers" in doctor.text(), doctor.text()

@@ -154,7 +154,7 @@ def play(project, kills, deploys, rows, rng):
     """Disturb the imports; return the number of imports, of kills that met one, and the stops."""
     workers = [project.start("worker") for _ in range(WORKERS)]
     project.start("beat")
-    started, killed, stops, stopping = 0, 0, [], []
+    started, killed, shown, stops, stopping = 0, 0, 0, [], []
     moments = set(rng.sample(range(kills), deploys)) if deploys <= kills else set(range(kills))
     number = 0
     while number < kills:
@@ -185,8 +185,9 @@ def play(project, kills, deploys, rows, rng):
             if other.poll() is not None:
                 workers[index] = project.start("worker")
         time.sleep(rng.uniform(*PAUSE))
-        if number and number % 100 == 0:
-            print(f"{number} kills, {started} imports", flush=True)
+        if killed >= shown + 100:
+            shown = killed
+            print(f"{killed} kills, {started} imports", flush=True)
     until = time.monotonic() + REST
     while project.get_finished() < started or stopping:
         assert time.monotonic() < until, f"not finished: {project.get_unfinished()}, {stopping}"

@@ -1,6 +1,5 @@
 """What a worker's consumer does with a message before its task runs."""
 
-import time
 from queue import Empty, Queue
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -20,19 +19,23 @@ CLASSIC = PreconditionFailed(
     "received 'quorum' but current is 'classic'"
 )
 
+#: What a method of the consumer needs.
+CONSUMER = Consumer.__new__(Consumer)
+CONSUMER.app = current_app
+
 
 @pytest.fixture
 def done():
-    """The queue of the arguments that the task ``tests.poison`` ran with."""
+    """The queue of the arguments that the task ``tests.often`` ran with."""
     done = Queue()
 
-    @current_app.task(name="tests.poison", shared=False)
-    def poison(value):
+    @current_app.task(name="tests.often", shared=False)
+    def often(value):
         done.put(value)
 
     empty_failed_queue()
     yield done
-    del current_app.tasks["tests.poison"]
+    del current_app.tasks["tests.often"]
     empty_failed_queue()
 
 
@@ -48,41 +51,35 @@ def count_failed():
 
 
 @pytest.mark.django_db(transaction=True, serialized_rollback=True)
-class TestPoison:
-    """A task that kills each worker is delivered again and again."""
+class TestOftenDelivered:
+    """A message is delivered again and again; its task may never have been started."""
 
-    @pytest.mark.parametrize("count", [None, 0, "x", MAX_DELIVERIES - 1])
-    def test_runs_as_long_as_it_is_not_delivered_too_often(self, done, run_worker, count):
-        current_app.send_task("tests.poison", [1], headers={"x-delivery-count": count})
+    @pytest.mark.parametrize("count", [None, 0, "x", MAX_DELIVERIES - 1, MAX_DELIVERIES, 100])
+    def test_runs_however_often_it_was_delivered(self, done, run_worker, count):
+        current_app.send_task("tests.often", [1], headers={"x-delivery-count": count})
         with run_worker():
             assert done.get(timeout=20) == 1
-        assert count_failed() == 0
-
-    def test_is_given_up_and_kept_until_somebody_returns_it(self, done, run_worker, caplog):
-        current_app.send_task("tests.poison", [1], headers={"x-delivery-count": MAX_DELIVERIES})
-        with run_worker():
-            deadline = time.monotonic() + 20
-            while not count_failed():
-                assert time.monotonic() < deadline
-                time.sleep(0.02)
         with pytest.raises(Empty):
             done.get_nowait()
-        assert f"tests.poison was delivered {MAX_DELIVERIES} times" in caplog.text
-        # A worker that starts leaves it; the command runs it again.
-        assert failed.requeue(current_app, lambda message: "unknown_since" in message.headers) == 0
-        assert failed.requeue(current_app, lambda message: True) == 1
-        with run_worker():
-            assert done.get(timeout=20) == 1
+        assert count_failed() == 0
 
-    def test_stays_in_its_queue_if_it_cannot_be_moved(self, monkeypatch, caplog):
-        def refuse(*args):
-            raise ConnectionError
+    def test_is_a_new_message_before_the_broker_deletes_it(self, monkeypatch):
+        published = []
+        monkeypatch.setattr(failed, "republish", lambda *args: published.append(args))
+        info = {"exchange": "a", "routing_key": "b"}
+        for count in (MAX_DELIVERIES - 1, MAX_DELIVERIES):
+            message = Mock(headers={"x-delivery-count": count}, delivery_info=info)
+            message.decode.return_value = {}
+            is_taken = Consumer.divert(CONSUMER, message)
+            assert is_taken == message.ack.called == (count == MAX_DELIVERIES)
+        assert published == [(current_app, message, ("a", "b"), message.headers)]
 
-        monkeypatch.setattr(failed, "republish", refuse)
-        info = {"exchange": "", "routing_key": "shop"}
-        message = SimpleNamespace(headers={"task": "tests.poison"}, delivery_info=info)
-        consumer.Consumer.give_up_task(SimpleNamespace(app=current_app), message)
-        assert "Could not move a message: ConnectionError" in caplog.text
+    def test_stays_in_its_queue_if_it_cannot_be_replaced(self, monkeypatch, caplog):
+        monkeypatch.setattr(failed, "republish", Mock(side_effect=ConnectionError))
+        message = Mock(delivery_info={"exchange": "", "routing_key": "shop"})
+        Consumer.replace(CONSUMER, message)
+        assert "Could not replace a message: ConnectionError" in caplog.text
+        assert not message.ack.called
 
 
 @pytest.mark.parametrize(

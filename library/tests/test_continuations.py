@@ -2,6 +2,7 @@
 
 import json
 import time
+from contextlib import suppress
 from datetime import timedelta
 from functools import partial
 from queue import Queue
@@ -22,7 +23,7 @@ from prodserver_ops.models import Alert, ResumableRun, TaskRun
 from prodserver_ops.scheduling import validation
 from prodserver_ops.tasks import delete_records, resume_tasks
 from prodserver_ops.worker import continuations
-from prodserver_ops.worker.app import MAX_DELIVERIES
+from prodserver_ops.worker.app import MAX_LOSSES
 from prodserver_ops.worker.continuations import (
     Status,
     get_lock_name,
@@ -139,7 +140,11 @@ class TestWorker:
 
 def wait_for(condition):
     until = time.monotonic() + 30
-    while not condition():
+    while True:
+        # A table of SQLite in memory is locked while another thread writes to it.
+        with suppress(OperationalError):
+            if condition():
+                return
         assert time.monotonic() < until
         time.sleep(0.01)
 
@@ -208,7 +213,7 @@ class TestSteps:
 
     def test_losses_without_progress_end(self, queue):
         deliver_lost = partial(deliver, work, 5)
-        for _ in range(MAX_DELIVERIES):
+        for _ in range(MAX_LOSSES):
             before[1] = partial(fail, SystemExit())
             with pytest.raises(SystemExit):
                 deliver_lost()
@@ -218,13 +223,13 @@ class TestSteps:
         assert get_run().status == "failed"
 
     def test_losses_with_progress_do_not_count(self, queue):
-        for number in range(2, MAX_DELIVERIES + 10):
+        for number in range(2, MAX_LOSSES + 10):
             before[number] = partial(fail, SystemExit())
             with pytest.raises(SystemExit):
-                deliver(work, MAX_DELIVERIES + 10)
+                deliver(work, MAX_LOSSES + 10)
         assert get_run().attempts == 0
-        deliver(work, MAX_DELIVERIES + 10)
-        assert get_rows() == list(range(1, MAX_DELIVERIES + 11))
+        deliver(work, MAX_LOSSES + 10)
+        assert get_rows() == list(range(1, MAX_LOSSES + 11))
 
     @pytest.mark.parametrize(("age", "status"), [(0, "running"), (60, "failed")])
     def test_hard_time_limit_ends_only_a_task_without_progress(self, queue, age, status):
@@ -235,11 +240,6 @@ class TestSteps:
         ResumableRun.objects.update(updated_at=timezone.now() - timedelta(seconds=age))
         work.on_failure(TimeLimitExceeded(300), "one", [5], {}, None)
         assert get_run().status == status
-
-    def test_message_that_was_delivered_often_is_replaced(self, queue):
-        with pytest.raises(Retry):
-            deliver(work, 5, **{"x-delivery-count": continuations.MAX_REDELIVERIES + 1})
-        assert (get_run().steps, len(queue)) == (1, 1)
 
     def test_yield_needs_a_cursor_outside_of_a_transaction(self, queue):
         @resumable_task(name="tests.none")

@@ -161,6 +161,8 @@ class Channel(pgmq.Channel):
     def _pgmq_message_to_python(self, pgmq_message: Any, queue: str) -> Any:
         if queue not in self._noack_queues:
             pgmq_message.message = envelopes.repair(pgmq_message.message)
+            info = pgmq_message.message["properties"]["delivery_info"]
+            info["redelivered"] = pgmq_message.read_ct > 1
         return super()._pgmq_message_to_python(pgmq_message, queue)
 
     def _pgmq_send_kwargs(self, message: Any) -> dict[str, Any]:

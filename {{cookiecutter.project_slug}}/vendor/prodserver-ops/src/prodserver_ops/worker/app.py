@@ -38,9 +38,8 @@ logger = logging.getLogger(__name__)
 
 broker.register_transports()
 
-#: How often the message of a lost worker is delivered before it is given up, if the broker counts
-#: this. RabbitMQ 4 deletes a message after 20 deliveries.
-MAX_DELIVERIES = 15
+#: How many workers a task may lose, or processes of a worker, before it is given up.
+MAX_LOSSES = 15
 
 #: How long a stopping worker without running tasks may take to exit, in seconds.
 STOP_TIMEOUT = 20
@@ -83,20 +82,46 @@ class Task(DjangoTask[Any, Any]):
 
     coalesces = False
     without_overlapping: bool | Literal["wait"] = False
-    max_deliveries: int | None = MAX_DELIVERIES
+    max_losses: int | None = MAX_LOSSES
     autoretry_for: tuple[type[Exception], ...] = TEMPORARY_ERRORS
     retry_backoff = 20  # Wait 20, 40 and 80 seconds.
     retry_jitter = False  # A shorter wait may be shorter than a failover.
 
     def before_start(self, task_id: str, args: Any, kwargs: Any) -> None:
-        """Ignore a second message of the same run of a schedule, or of the same delayed task."""
+        """Ignore a second message of the same run of a schedule, or of the same delayed task.
+
+        A task that has lost too many workers is given up.
+        """
         from ..scheduling.claims import claim
-        from . import delayed
+        from . import delayed, record
 
         if not (claim(self.request.headers or {}) and delayed.claim(self.request)):
             logger.info("%s ignored: the same run has already been started", self.name)
             # Celery would store a rejected task as failed.
             raise Ignore("started already")
+        if (self.request.delivery_info or {}).get("redelivered"):
+            losses = record.start_again(task_id)
+            if self.max_losses is not None and losses >= self.max_losses:
+                self.give_up(losses)
+
+    def give_up(self, losses: int) -> None:
+        """Put the running task into the queue of failed tasks instead; raise GivenUp."""
+        from .record import GivenUp
+
+        queue, info = make_failed_queue(self.app), self.request.delivery_info or {}
+        source = [info.get("exchange"), info.get("routing_key")]
+        signature = self.signature_from_request(
+            queue=queue,  # type: ignore[arg-type]
+            headers={**(self.request.headers or {}), "unknown_from": source},
+            retries=self.request.retries,
+        )
+        try:
+            with separately():
+                signature.apply_async()
+        except Exception as error:
+            raise Reject(error, requeue=True) from error
+        logger.error("%s has lost %d workers and is given up", self.name, losses)
+        raise GivenUp(f"it has lost {losses} workers, and is in the queue {queue.name}")
 
     def after_return(
         self, status: str, retval: Any, task_id: str, args: Any, kwargs: Any, einfo: Any
@@ -204,7 +229,10 @@ class Control(control.Control):
         """Let no worker run tasks, by an id or a list of ids."""
         from . import delayed
 
-        delayed.revoke([task_id] if isinstance(task_id, str) else task_id)
+        ids = [task_id] if isinstance(task_id, str) else list(task_id)
+        # First note them, for a worker that stores one at this moment.
+        delayed.revoke_later(ids)
+        delayed.revoke(ids)
         return super().revoke(task_id, *args, **kwargs)
 
 

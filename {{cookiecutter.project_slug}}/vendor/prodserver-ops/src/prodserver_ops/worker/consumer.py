@@ -13,16 +13,18 @@ from kombu.message import Message
 from .. import broker
 from ..core.headers import get_integer
 from . import delayed, failed
-from .app import MAX_DELIVERIES, make_failed_queue
 
 logger = logging.getLogger(__name__)
+
+#: After how many deliveries a message is replaced by a new one: RabbitMQ 4 deletes it after 20.
+MAX_DELIVERIES = 10
 
 #: How long storing a task that is not due may take, in seconds.
 STORE_TIMEOUT = 5
 
 
 class Consumer(failed.Consumer):
-    """A consumer that holds nothing that is not due, and gives up what kills its workers."""
+    """A consumer that holds nothing that is not due, and loses nothing that is delivered often."""
 
     channel_errors: tuple[type[Exception], ...]
     qos: Any
@@ -54,9 +56,9 @@ class Consumer(failed.Consumer):
             self.keeper.stop()
 
     def divert(self, message: Message) -> bool:
-        """Take a message that was delivered too often, or whose task is not due."""
+        """Take a message that was delivered often, or whose task is not due."""
         if get_deliveries(message) >= MAX_DELIVERIES:
-            self.give_up_task(message)
+            self.replace(message)
             return True
         return self.store(message)
 
@@ -123,27 +125,22 @@ class Consumer(failed.Consumer):
                 return str(name)
         return str(self.app.conf.task_default_queue)
 
-    # Tasks that kill their workers
+    # Messages that are delivered often
 
-    def give_up_task(self, message: Message) -> None:
-        """Move a message that was delivered too often to the queue of failed tasks.
+    def replace(self, message: Message) -> None:
+        """Put a new message into the same queue.
 
-        Each return counts as a delivery, and RabbitMQ may delete the message after the next one.
-        A task that counts its attempts itself gets a new message in the same queue.
+        Each return counts as a delivery, also of a task that was never started.
         """
-        name = str(message.headers.get("task"))
-        target: Any = message.delivery_info["exchange"], message.delivery_info["routing_key"]
-        headers = message.headers
-        task = self.app.tasks.get(name)
-        if getattr(task, "max_deliveries", MAX_DELIVERIES) is not None:
-            logger.error("%s was delivered %d times and is given up", name, MAX_DELIVERIES)
-            target, headers = make_failed_queue(self.app), headers | {"unknown_from": target}
+        info = message.delivery_info
         try:
-            failed.republish(self.app, message, target, headers)
+            failed.republish(
+                self.app, message, (info["exchange"], info["routing_key"]), message.headers
+            )
             message.ack()
         except Exception as error:
             # The broker delivers it again when the worker exits or reconnects.
-            logger.warning("Could not move a message: %s", type(error).__name__)
+            logger.warning("Could not replace a message: %s", type(error).__name__)
 
 
 class Entry:

@@ -34,7 +34,7 @@ from ..core.headers import get_integer
 from ..core.locks import try_lock
 from ..core.redaction import redact
 from ..models import ResumableRun
-from .app import MAX_DELIVERIES, Task
+from .app import MAX_LOSSES, Task
 
 logger = logging.getLogger(__name__)
 
@@ -49,9 +49,6 @@ MAX_STEP = 60
 
 #: How long a message waits for the end of the one before, in seconds.
 LOCK_TIMEOUT = 5
-
-#: After how many deliveries of a message the task gets a new one, because a broker may give it up.
-MAX_REDELIVERIES = 10
 
 #: When a task without a worker, or one without a message, is queued again.
 LOST, FORGOTTEN = timedelta(seconds=30), timedelta(minutes=10)
@@ -88,8 +85,8 @@ class ResumableTask(Task):
 
     autoretry_for = (*Task.autoretry_for, SoftTimeLimitExceeded)
     dont_autoretry_for = (Reject,)
-    # Deliveries without progress are counted in the row.
-    max_deliveries = None
+    # Those without progress are counted in the row.
+    max_losses = None
 
     def on_failure(self, exc: Any, task_id: str, args: Any, kwargs: Any, einfo: Any) -> None:
         """Store why the task has failed."""
@@ -241,10 +238,8 @@ class Run:
             error="",
             updated_at=Now(),
         )
-        if row.attempts > MAX_DELIVERIES:
-            raise RuntimeError(f"interrupted {MAX_DELIVERIES} times without completing a step")
-        if (get_integer(request, "x-delivery-count") or 0) > MAX_REDELIVERIES:
-            self.until = 0
+        if row.attempts > MAX_LOSSES:
+            raise RuntimeError(f"interrupted {MAX_LOSSES} times without completing a step")
         return row
 
     def run_steps(self, generator: Generator[Any, None, Any]) -> bool:

@@ -19,9 +19,9 @@ from typing import Any
 
 from celery import signals
 from celery.app.task import Context
-from celery.exceptions import Reject, TimeLimitExceeded, WorkerLostError
+from celery.exceptions import Ignore, Reject, TimeLimitExceeded, WorkerLostError
 from celery.states import FAILURE, RETRY, SUCCESS
-from django.db import connection, transaction
+from django.db import DatabaseError, InterfaceError, connection, transaction
 from django.utils import timezone
 
 from ..core.database import TEMPORARY_ERRORS
@@ -54,12 +54,19 @@ STATUSES = {
     RETRY: TaskRun.Status.RETRIED,
 }
 
+#: The error of a run that has lost its worker starts with this.
+LOST = "WorkerLostError"
+
 HOST = socket.gethostname()
 
 MAX_ID = TaskRun._meta.get_field("task_id").max_length
 MAX_NAME = TaskRun._meta.get_field("name").max_length
 MAX_ARGUMENTS = TaskRun._meta.get_field("arguments").max_length or 0
 MAX_ERROR = TaskRun._meta.get_field("error").max_length or 0
+
+
+class GivenUp(Ignore):
+    """The task that starts has lost too many workers; it is in the queue of failed tasks."""
 
 
 @dataclass(slots=True)
@@ -144,6 +151,14 @@ class Recorder:
         if not self.wake.is_set():
             self.wake.set()
 
+    def store(self, task_id: str) -> None:
+        """Write the note of a run that has just started."""
+        with self.lock:
+            note = self.running.get(task_id)
+            # Otherwise the thread may be writing it.
+            if note is not None and time.monotonic() - note.start < INTERVAL:
+                self.save([note])
+
     def note_failure(self, task_id: str, error: BaseException) -> None:
         """Note why a run fails before its outcome is stored, which may raise another exception."""
         if task_id in self.running:
@@ -161,6 +176,8 @@ class Recorder:
             if state not in STATUSES and note.duration < INTERVAL:
                 return
             note.status = STATUSES.get(state, TaskRun.Status.RETRIED)
+            if isinstance(result, GivenUp):
+                note.status = TaskRun.Status.FAILED
             # The thread may be writing a row of a run that took longer.
             is_short = note.status == TaskRun.Status.SUCCEEDED and note.duration < INTERVAL
             if len(self.ended) >= MAX_RUNS and is_short and not note.schedule_id:
@@ -251,7 +268,8 @@ class Recorder:
 
 def describe(error: BaseException) -> str:
     """Return an exception as the text of a row."""
-    text = str(error.args[0]) if isinstance(error, Reject) else f"{type(error).__name__}: {error}"
+    is_message = isinstance(error, Reject | Ignore) and error.args
+    text = str(error.args[0]) if is_message else f"{type(error).__name__}: {error}"
     return make_storable(redact(text))[:MAX_ERROR]
 
 
@@ -262,6 +280,23 @@ def dump(args: Any, kwargs: Any) -> str:
     except (TypeError, ValueError, RecursionError):
         return ""
     return text if len(text) <= MAX_ARGUMENTS else ""
+
+
+def start_again(task_id: str) -> int:
+    """Record that a run starts whose message was delivered before; return how many were lost.
+
+    Only runs that were started count: a worker that is lost also returns what it had just received. If
+    the database is unavailable, returns 0.
+    """
+    rows = TaskRun.objects.filter(task_id=make_storable(task_id)[:MAX_ID])
+    lost = {"status": TaskRun.Status.RETRIED, "error": f"{LOST}: its worker was lost"}
+    try:
+        rows.filter(status=TaskRun.Status.RUNNING).update(**lost)
+        get_recorder().store(task_id)
+        return rows.filter(error__startswith=LOST).count()
+    except (DatabaseError, InterfaceError) as error:
+        logger.warning("Could not record the start of a task: %s", type(error).__name__)
+        return 0
 
 
 _recorder: Recorder | None = None
