@@ -233,6 +233,21 @@ class TestWorker:
         assert DelayedTask.objects.get(task_id=result.id).started_by == DelayedTask.CANCELLED
         assert DelayedTask.objects.get(task_id=other.id).started_by != DelayedTask.CANCELLED
 
+    def test_revoked_task_does_not_run_although_no_worker_had_received_it(self, task, run_worker):
+        results = [task.apply_async([number], countdown=1.5) for number in range(3)]
+        results[0].revoke()
+        # A worker that was told, and received the message later
+        state.revoked.add(results[1].id)
+        try:
+            with run_worker():
+                assert task.done.get(timeout=20) == (2, 0)
+        finally:
+            state.revoked.clear()
+        rows = DelayedTask.objects.exclude(message="")
+        cancelled = rows.filter(started_by=DelayedTask.CANCELLED)
+        assert set(cancelled.values_list("task_id", flat=True)) == {r.id for r in results[:2]}
+        assert rows.count() == 3
+
 
 class TestPublishing:
     def test_message_is_as_it_was(self, task, run_worker):

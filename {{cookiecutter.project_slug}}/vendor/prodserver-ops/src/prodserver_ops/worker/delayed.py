@@ -151,7 +151,30 @@ def cancel(rows: QuerySet[DelayedTask]) -> int:
 
 def revoke(task_ids: Collection[str]) -> int:
     """Cancel the tasks with these ids that are not started; return their number."""
-    return cancel(DelayedTask.objects.filter(task_id__in=task_ids)) if task_ids else 0
+    ids = {clean(task_id, 64) for task_id in task_ids}
+    return cancel(DelayedTask.objects.filter(task_id__in=ids)) if ids else 0
+
+
+def revoke_later(task_ids: Iterable[str]) -> None:
+    """Cancel tasks whose messages no worker has received yet, when one stores them.
+
+    A row without a message notes the id.
+    """
+    ids = {clean(task_id, 64) for task_id in task_ids}
+    now = timezone.now()
+    fields = {"name": "revoked", "started_by": DelayedTask.CANCELLED, "published_at": now}
+    rows = [
+        DelayedTask(key=get_key(task_id, None), task_id=task_id, due_at=now, **fields)
+        for task_id in ids
+    ]
+    DelayedTask.objects.bulk_create(rows, ignore_conflicts=True)
+
+
+def revoke_noted(rows: Iterable[DelayedTask]) -> None:
+    """Cancel stored tasks that were revoked before."""
+    keys = {get_key(row.task_id, None) for row in rows}
+    noted = DelayedTask.objects.filter(key__in=keys).values_list("task_id", flat=True)
+    revoke(list(noted))
 
 
 # Publishing
@@ -286,19 +309,23 @@ class Keeper:
             pass
         if not entries:
             return
+        rows = [row for row, _ in entries]
         try:
-            DelayedTask.objects.bulk_create([row for row, _ in entries], ignore_conflicts=True)
+            DelayedTask.objects.bulk_create(rows, ignore_conflicts=True)
+            revoke_noted(rows)
         except Exception:
             for _, done in entries:
                 done(False)
             raise
+        # They may have been revoked while their messages waited.
+        self.revoked.difference_update(row.task_id for row in rows)
         if len(entries) == BATCH:
             self.wake.set()
         for _, done in entries:
             done(True)
 
     def revoke_new(self) -> None:
-        """Cancel the tasks that the command ``revoke`` of Celery named since the last pass."""
+        """Cancel tasks that the command ``revoke`` of Celery named, if it or they are new."""
         revoked = set(iterate(state.revoked))
         if new := revoked - self.revoked:
             revoke(new)
