@@ -21,6 +21,9 @@ from pathlib import Path
 
 from markdown_it import MarkdownIt
 
+#: What teams do to a service besides the recipes, in the same format.
+CHANGES = Path(__file__).resolve().parent.parent / "trials" / "changes.md"
+
 LEADS = {
     "run": re.compile(r"(?:^|\s)[Rr]un:$"),
     "create": re.compile(r"(?:^|\s)[Cc]reate `([^`]+)`:$"),
@@ -98,6 +101,15 @@ def read_recipes(path):
             (recipe.steps if step.kind else recipe.shown).append(step)
             lead = ""
     return recipes
+
+
+def read_changes(package):
+    """Return the changes of ``trials/changes.md`` for a service with this package."""
+    changes = read_recipes(CHANGES)
+    for step in (step for change in changes.values() for step in change.steps):
+        step.names = tuple(name.replace("SLUG", package) for name in step.names)
+        step.text = step.text.replace("SLUG", package)
+    return changes
 
 
 def make_step(lead, language, text):

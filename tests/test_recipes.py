@@ -25,11 +25,14 @@ import yaml
 from tests.conftest import made_once, read_procfile, require_server
 from tests.generate import TEMPLATE
 from tests.kitchen import DOMAIN, SLUG, Kitchen, create_database, drop_database
-from tests.recipes import get_path, read_recipes
+from tests.recipes import get_path, read_changes, read_recipes
 from tests.servers import PATIENCE, wait_for
 from tests.test_output import ANSWERS
 
 RECIPES = read_recipes(get_path(TEMPLATE))
+
+#: Changes of ``trials/changes.md`` that are tested like recipes: many teams start with one.
+USERS = ("Log in with the e-mail address", "Users without a user name")
 
 #: The tests of promises by the title of the recipe.
 PROMISES = {}
@@ -90,10 +93,10 @@ def test_each_recipe_applies_to_services_with_other_choices(bake, tmp_path, answ
 
 @pytest.mark.slow
 @pytest.mark.long
-@pytest.mark.parametrize("title", RECIPES)
+@pytest.mark.parametrize("title", [*RECIPES, *USERS])
 def test_service_with_the_recipe_passes_its_tests_and_works(bake, make_service, uv, title):
     service = make_service(bake(project_slug=SLUG))
-    recipe = read_recipes(get_path(service.folder))[title]
+    recipe = (read_recipes(get_path(service.folder)) | read_changes(SLUG))[title]
 
     path = f"{Path(uv).parent}{os.pathsep}{service.environment['PATH']}"
 
