@@ -116,14 +116,18 @@ def test_start_says_what_to_do_and_mistakes_heal(service):
     names = ["beat.txt", "web.txt", "worker.txt"]
     found = lambda: sorted(path.name for path in failures.glob("*"))  # noqa: E731
 
-    # Code that is broken before the start ends no process.
+    # Code that is broken before the start ends no process, and neither do settings.
+    settings = service.folder / "develop" / "settings.py"
+    settings_text = settings.read_text()
     models.write_text(text + "def wrong(\n")
+    settings.write_text(settings_text + "def wrong(\n")
     honcho, port = start(service)
-    wait_for(lambda: found() == names, 60, honcho.text)
-    wait_for(lambda: "SyntaxError" in fetch(port)[1], 20, honcho.text)
-    wait_for(lambda: honcho.text().count("starts when you save") == 3, 20, honcho.text)
-    time.sleep(1)  # The watchers have no sign that they have started.
-    models.write_text(text)
+    for count, path, mended in ((3, settings, settings_text), (6, models, text)):
+        wait_for(lambda: found() == names, 60, honcho.text)
+        wait_for(lambda name=path.name: name in fetch(port)[1], 20, honcho.text)
+        wait_for(lambda n=count: honcho.text().count("starts when you save") == n, 20, honcho.text)
+        time.sleep(1)  # The watchers have no sign that they have started.
+        path.write_text(mended)
     for name in ("worker", "beat"):
         honcho.wait_for_text(f"manage.py migrate; {name} starts after that", seconds=60)
     assert "unapplied migration(s). Run: " in honcho.text()
@@ -142,6 +146,13 @@ def test_start_says_what_to_do_and_mistakes_heal(service):
     home.write_text(home.read_text().replace("{{ description }}", "A new text."))
     wait_for(lambda: "A new text." in fetch(port)[1], 20, honcho.text)
     assert honcho.text().count("restarting") == before
+
+    # Only the processes that import a module restart.
+    urls = service.folder / "develop" / "urls.py"
+    urls.write_text(urls.read_text() + "# changed\n")
+    honcho.wait_for_text("develop/urls.py changed: restarting web")
+    wait_for(lambda: fetch(port)[0] == 200, 60, honcho.text)
+    assert honcho.text().count("restarting") == before + 1
 
     # Each process tells what is wrong with the code, and starts when that is mended.
     models.write_text(text + "def wrong(\n")

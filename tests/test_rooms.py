@@ -66,6 +66,7 @@ IMPORTS_IN_FUNCTIONS = {
     ("worker/app.py", "celery.worker.state"),  # nor the parts of a worker.
     ("web/flower.py", "celery.bin.celery.celery"),
     # Production needs nothing of development.
+    ("apps.py", "development.imports"),
     ("apps.py", "development.templates"),
     ("templatetags/welcome.py", "development.welcome.get_context"),
     ("core/mistakes.py", "watchfiles"),

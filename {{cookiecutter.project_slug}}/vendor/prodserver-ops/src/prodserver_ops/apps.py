@@ -58,8 +58,9 @@ class OpsConfig(AppConfig):
         signals.worker_ready.connect(start_alerts)
         create_database_folder()
         if settings.DEBUG:
-            from .development import templates
+            from .development import imports, templates
 
+            imports.record()
             templates.watch()
         if settings.SENTRY_DSN:
             from .core import sentry

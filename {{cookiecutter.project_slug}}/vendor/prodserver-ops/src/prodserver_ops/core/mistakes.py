@@ -1,4 +1,4 @@
-"""``prodserver PROCESS --reload`` while the code of the service cannot be imported.
+"""``prodserver PROCESS --reload`` while the code or the settings of the service cannot be imported.
 
 Django cannot load a command then. The process shows the error, and starts again when a Python file is
 saved, so that it heals by itself and honcho keeps the other processes.
@@ -24,8 +24,11 @@ TEMPLATES = Path(__file__).parent.parent / "templates"
 PARENT_INTERVAL = 500
 
 
-def install(values: dict[str, Any]) -> None:
-    """Wait for a change if the apps cannot be loaded; ``values`` are the settings by name."""
+def install(values: dict[str, Any] | None = None) -> None:
+    """Wait for a change if the apps cannot be loaded.
+
+    ``values`` are the settings by name, if they could be loaded.
+    """
     if sys.argv[1:2] != ["prodserver"] or "--reload" not in sys.argv[3:]:
         return
 
@@ -35,9 +38,21 @@ def install(values: dict[str, Any]) -> None:
         sys.__excepthook__(kind, error, trace)
         if isinstance(error, Exception) and not apps.ready:
             with suppress(KeyboardInterrupt, ImportError):
-                wait(sys.argv[2], "".join(traceback.format_exception(error)), values)
+                wait(sys.argv[2], "".join(traceback.format_exception(error)), values or guess())
 
     sys.excepthook = report
+
+
+def guess() -> dict[str, Any]:
+    """Return what the settings would be that are needed here, unless the service changes them."""
+    base = Path(sys.argv[0]).resolve().parent
+    return {
+        "BASE_DIR": base,
+        "VAR_DIR": os.environ.get("VAR_DIR") or base / "var",
+        "DEBUG": not os.environ.get("DJANGO_MODE"),
+        "BIND_HOST": os.environ.get("BIND_HOST") or "127.0.0.1",
+        "PORT": int(os.environ.get("PORT") or 8000),
+    }
 
 
 def wait(name: str, output: str, values: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""``prodserver PROCESS --reload``: restart a process when its code changes.
+"""``prodserver PROCESS --reload``: restart a process when code changes that it imports.
 
 Templates and static files need no restart. While a process cannot start, its error is shown by the
 home page, and by the web server that takes the place of web.
@@ -29,7 +29,8 @@ from django_prodserver.backends.base import BaseWorkerBackend
 from ..core.commands import get_line, get_script
 from ..core.mistakes import get_family, serve
 from ..web.servers import port_in_use
-from . import overview
+from . import imports, overview
+from .imports import get_packages
 
 try:
     import watchfiles
@@ -61,9 +62,9 @@ KEPT_LINES = 200
 ANY_HOST = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 
 
-def get_packages() -> list[Path]:
-    """Return the folders of the Python packages next to ``manage.py``."""
-    return [path.parent for path in Path(settings.BASE_DIR).glob("*/__init__.py")]
+def find_files() -> set[str]:
+    """Return the paths of all Python files of the service."""
+    return {str(path) for folder in get_packages() for path in folder.rglob("*.py")}
 
 
 def get_failure_path(name: str) -> Path:
@@ -95,12 +96,17 @@ class Child:
 
     def __init__(self, name: str) -> None:
         self.name = name
+        self.files = find_files()
+        self.imports = Path(settings.VAR_DIR, "imports", f"{name}-{os.getpid()}.txt")
         self.lines: deque[str] = deque(maxlen=KEPT_LINES)
+        with suppress(OSError):
+            self.imports.parent.mkdir(parents=True, exist_ok=True)
+            self.imports.unlink(missing_ok=True)
         self.popen = subprocess.Popen(
             get_command(name),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+            env={**os.environ, "PYTHONUNBUFFERED": "1", imports.VARIABLE: str(self.imports)},
         )
         assert self.popen.stdout is not None
         self.output = self.popen.stdout
@@ -122,6 +128,16 @@ class Child:
             *lines, rest = (rest + data).split(b"\n")
             self.lines.extend(line.decode(errors="replace") + "\n" for line in lines)
 
+    def may_use(self, path: str) -> bool:
+        """Return whether the process may have imported the old code of a file, or look for a new one."""
+        if self.has_ended() or path not in self.files or "migrations" in Path(path).parts:
+            return True
+        try:
+            names = self.imports.read_text().splitlines()
+        except OSError:
+            return True  # It is starting.
+        return imports.get_name(path) in names
+
     def has_ended(self) -> bool:
         """Return whether the process has ended by itself."""
         return self.popen.poll() is not None
@@ -139,13 +155,14 @@ class Child:
         except subprocess.TimeoutExpired:
             self.popen.kill()
             self.popen.wait()
+        self.imports.unlink(missing_ok=True)
         self.reader.join(INTERVAL)  # Its own children may keep the pipe open.
         if not self.reader.is_alive():
             self.output.close()
 
 
 class Supervisor:
-    """Runs a process, and restarts it when a Python file changes; ``write`` prints a line."""
+    """Runs a process, and restarts it when code changes that it imports; ``write`` prints a line."""
 
     def __init__(self, name: str, write: Any) -> None:
         if watchfiles is None:
@@ -183,7 +200,7 @@ class Supervisor:
         get_failure_path(self.name).unlink(missing_ok=True)
 
     def watch(self, child: Child) -> set[str]:
-        """Return the paths that have changed; an empty set if the process shall stop."""
+        """Return the paths that make a restart necessary; an empty set if the process shall stop."""
         server = None
         try:
             for changes in watchfiles.watch(
@@ -193,8 +210,8 @@ class Supervisor:
                 rust_timeout=CHILD_INTERVAL,
                 yield_on_timeout=True,
             ):
-                if changes:
-                    return {path for _, path in changes}
+                if paths := {path for _, path in changes if child.may_use(path)}:
+                    return paths
                 if server is None and child.has_ended() and not self.stopped.is_set():
                     server = self.report(child)
             return set()
@@ -233,10 +250,12 @@ class Supervisor:
 
     def announce(self) -> None:
         """Print the addresses of the service as soon as all its processes run."""
-        deadline = time.monotonic() + START_TIMEOUT
+        deadline = None
         while not self.stopped.wait(INTERVAL):
             with suppress(Exception):  # The database may lack tables, and code may be incomplete.
                 missing = overview.get_missing()
+                # The others do not start before there are tables.
+                deadline = deadline or time.monotonic() + START_TIMEOUT
                 late = time.monotonic() > deadline
                 if (late or not missing) and accepts(self.address):
                     self.write("\n" + overview.describe(missing) + "\n")
