@@ -1,13 +1,14 @@
 """Attack the web process of services, while probes check that the site and its health respond.
 
-    uv run trials/attacks.py [--short] [--servers gunicorn,granian,uvicorn] [--seconds 0.5]
+    uv run trials/attacks.py [--short] [--servers gunicorn,granian,uvicorn] [--seconds 0.5] [--seed 1]
 
 Generates, for each web server, the default service and one with all options, and starts it in
 production mode on PostgreSQL (127.0.0.1:5432, user postgres, trust) and RabbitMQ. Clients send each of
 ``ATTACKS`` for some time, as fast as the responses come. Each role requests every address, and addresses
 with ``VALUES``; ``attack_unsubscribe`` forges links, and ``attack_websockets`` attacks open connections, of
-which one is idle behind the proxy of Compose from the beginning to the end. In the meantime a probe requests
-the site and ``/health/ready`` without pause. Exits with status 1 unless
+which one is idle behind the proxy of Compose from the beginning to the end. ``attack_randomly`` sends
+requests of random methods, paths, headers and bodies, many of which are no HTTP. In the meantime a probe
+requests the site and ``/health/ready`` without pause. Exits with status 1 unless
 
 - each probe gets status 200 within ``PROBE_LIMIT``,
 - no request gets status 500, and none is logged with a traceback,
@@ -22,11 +23,13 @@ All servers take about ten minutes. ``--short`` attacks the default service on g
 import argparse
 import base64
 import collections
+import concurrent.futures
 import contextlib
 import http.client
 import itertools
 import json
 import os
+import random
 import re
 import shutil
 import socket
@@ -35,6 +38,7 @@ import sys
 import tempfile
 import threading
 import time
+import urllib.parse
 import uuid
 from pathlib import Path
 
@@ -209,6 +213,235 @@ ATTACKS = {
     "staff: search": ("GET", "/admin/SLUG/submission/?status=all&q=a+b+c+d+e", {}, None),
     "staff: bad page": ("GET", "/admin/SLUG/submission/?p=99999999999999999999", {}, None),
 }
+
+
+#: What random requests are made of.
+METHODS = "GET GET GET POST POST POST PUT PATCH DELETE HEAD OPTIONS TRACE CONNECT PROPFIND get G\x00T".split()
+KEYS = (
+    "q p o e cursor page page_size format status next action username password body author email "
+    "csrfmiddlewaretoken _popup _to_field _save _changelist_filters _selected_action select_across index "
+    "created_at__year created_at__range id__in id__exact body__icontains author__username name task "
+    "crontab interval args kwargs expires start_time enabled form-TOTAL_FORMS form-0-id"
+).split()
+TEXTS = [
+    *(
+        "",
+        "0",
+        "-1",
+        "1e999",
+        "9" * 400,
+        "a" * 70_000,
+        "é" * 3000,
+        "\U0001f600",
+        "\x00",
+        "\ud800",
+        "\x1b[31m",
+    ),
+    *(
+        "\r\nSet-Cookie: a=b",
+        "\u202e",
+        "\ufeff",
+        "{{7*7}}",
+        "%s%n",
+        "../../etc/passwd",
+        "' OR 1=1--",
+        MARKUP,
+    ),
+    *(
+        "True",
+        "null",
+        "NaN",
+        "[]",
+        "{}",
+        "1,2",
+        "2024-02-30",
+        "9999-12-31T23:59:60Z",
+        "1/0",
+        "a@b",
+        "//evil.example",
+    ),
+]
+HEADERS = (
+    "Accept Accept-Language Accept-Encoding Authorization Content-Type Content-Encoding Content-Length "
+    "Transfer-Encoding Cookie Expect Forwarded From Host If-Modified-Since If-None-Match If-Range If-Match "
+    "Origin Range Referer Upgrade Connection User-Agent X-CSRFToken X-Forwarded-For X-Forwarded-Host "
+    "X-Forwarded-Proto X-HTTP-Method-Override X-Request-ID X-Requested-With Sec-WebSocket-Key TE Via a_b"
+).split()
+HEADER_VALUES = [
+    *(
+        "bytes=0-",
+        "bytes=-1,5-1",
+        "*/*",
+        "*/*;q=x",
+        "text/html;q=" + "9" * 400,
+        "application/json; version=1",
+    ),
+    *(
+        "chunked",
+        "gzip, chunked",
+        "identity",
+        "100-continue",
+        "websocket",
+        "keep-alive, Upgrade",
+        "-5",
+        "1e3",
+        "0x10",
+    ),
+    *(
+        "en;q=1.0.0",
+        "zz-" * 300,
+        "Basic !!!",
+        "Basic Og==",
+        "Bearer a.b.c",
+        "Token",
+        "Token " + "é" * 10,
+    ),
+    *(
+        "sessionid=" + "a" * 3000,
+        "csrftoken=a; csrftoken=b;;;=",
+        'a="' + "\\011" * 500,
+        "messages=[]",
+    ),
+    *(
+        "Mon, 31 Feb 9999 25:61:61 GMT",
+        'W/"' + "a" * 500,
+        "for=[::1]:99999",
+        "::1%eth0",
+        "1.2.3.4:http",
+        "evil.example",
+    ),
+    *(
+        "[::1",
+        "a:b:c",
+        "http://",
+        "null",
+        "https://evil.example",
+        "multipart/form-data; boundary=\xff",
+        "text/a; =",
+        FORM,
+    ),
+]
+
+
+def make_random_request(chance, addresses, roles):
+    """Return the bytes of a random request."""
+
+    def text():
+        return (
+            chance.choice(TEXTS) if chance.random() < 0.8 else chance.randbytes(9).decode("latin-1")
+        )
+
+    def data(depth=0):
+        kind = chance.randrange(8 if depth < 4 else 4)
+        if kind < 4:
+            return [text(), chance.randint(-(2**70), 2**70), None, 1.5e308][kind]
+        if kind < 6:
+            return [data(depth + 1) for _ in range(chance.randrange(4))]
+        return {chance.choice(KEYS): data(depth + 1) for _ in range(chance.randrange(5))}
+
+    def form():
+        pairs = [(chance.choice(KEYS), text()) for _ in range(chance.randrange(8))]
+        return urllib.parse.urlencode(pairs, errors="surrogatepass").encode()
+
+    method, path = chance.choice(METHODS), chance.choice(addresses)
+    if chance.random() < 0.3:
+        parts = path.split("/")
+        parts[chance.randrange(len(parts))] = urllib.parse.quote(text(), errors="surrogatepass")
+        path = "/".join(parts)
+    if chance.random() < 0.4:
+        path += "?" + form().decode()
+    if chance.random() < 0.05:
+        path = chance.choice(
+            [
+                "*",
+                "http://evil.example" + path,
+                "//" + path,
+                path + " x",
+                "/%",
+                "/%zz/%c0%ae",
+                "",
+                "/\xff",
+            ]
+        )
+    headers = {"Host": HOST, "X-Forwarded-Proto": "https", "Connection": "close"}
+    headers["X-Forwarded-For"] = f"198.18.{chance.randrange(256)}.{chance.randrange(256)}"
+    headers |= roles[chance.choice(sorted(roles))]
+    if "Cookie" in headers:
+        # With a token, requests reach the forms.
+        headers["Cookie"] += "; csrftoken=" + "a" * 32
+        headers |= {"X-CSRFToken": "a" * 32, "Referer": f"https://{HOST}/"}
+    body = b""
+    if method not in ("GET", "HEAD"):
+        part = b'--x\r\nContent-Disposition: form-data; name="%s"%s\r\n\r\n%s\r\n'
+        name = b'; filename="%s"\r\nContent-Type: a/b'
+        kind, body = chance.choice(
+            [
+                ("application/json", json.dumps(data()).encode()),
+                ("application/json", json.dumps({chance.choice(KEYS): data()}).encode()),
+                ("application/json", chance.randbytes(50)),
+                (FORM, form()),
+                (FORM, chance.randbytes(50)),
+                (MULTIPART, b"".join(
+                    part % (
+                        chance.choice(KEYS).encode(),
+                        name % text().encode("utf-8", "replace") if chance.random() < 0.5 else b"",
+                        text().encode("utf-8", "replace"),
+                    )
+                    for _ in range(chance.randrange(5))
+                ) + b"--x--\r\n"),
+                (MULTIPART, chance.randbytes(50)),
+                ("a/b", b"x"),
+            ]
+        )  # fmt: skip
+        headers |= {"Content-Type": kind, "Content-Length": str(len(body))}
+    for name in chance.sample(HEADERS, chance.choice([0, 0, 1, 1, 2, 5])):
+        headers[name] = chance.choice(HEADER_VALUES) if chance.random() < 0.7 else text()
+    lines = [f"{method} {path} HTTP/1.{chance.choice('1111110')}"]
+    lines += [f"{name}: {value}" for name, value in headers.items()]
+    head = "\r\n".join(lines) + "\r\n\r\n"
+    if chance.random() < 0.02:
+        head = head[: chance.randrange(len(head))]
+    return head.encode("utf-8", "surrogatepass") + body
+
+
+def send_bytes(service, request):
+    """Send bytes; return the status of the response, or None if there is none."""
+    with socket.create_connection(("127.0.0.1", service.port), timeout=20 * PATIENCE) as client:
+        try:
+            client.sendall(request)
+            client.shutdown(socket.SHUT_WR)
+            answer = b""
+            while len(answer) < 12 and (part := client.recv(4096)):
+                answer += part
+        except ConnectionError:
+            return None
+    match = re.match(rb"HTTP/1.\d (\d+)", answer)
+    return int(match[1]) if match else None
+
+
+def attack_randomly(service, roles, seed, count):
+    """Yield the random requests that are answered with status 500, or not at all in time."""
+    output = service.shell(PRINT_ADDRESSES)
+    addresses = sorted(set(re.findall(r"^ADDRESS (.*)$", output, re.M)) | {"/nothing/"})
+    # These would end what the others need.
+    addresses = [path for path in addresses if "logout" not in path and "/user/" not in path]
+    statuses, failed = collections.Counter(), []
+
+    def run(client):
+        for number in range(client, count, CLIENTS):
+            request = make_random_request(random.Random(f"{seed}-{number}"), addresses, roles)
+            try:
+                status = send_bytes(service, request)
+            except TimeoutError:
+                status = "time-out"
+            statuses[status] += 1
+            if status in (500, "time-out"):
+                failed.append(f"random request {seed}-{number} got {status}: {request[:500]}")
+
+    with concurrent.futures.ThreadPoolExecutor(CLIENTS) as pool:
+        list(pool.map(run, range(CLIENTS)))
+    print(f"  {count} random requests: {dict(statuses)}")
+    yield from failed
 
 
 class Probe(threading.Thread):
@@ -504,7 +737,7 @@ def probed(service, name, problems):
         problems.append(f"{name}: a probe took {probe.slowest:.1f} s")
 
 
-def run(service, seconds, realtime, is_short=False):
+def run(service, seconds, realtime, is_short=False, seed=1):
     """Attack a service in all ways, in short with few roles and values; return the problems."""
     output = service.shell(PREPARE)
     cookies = dict(re.findall(r"^COOKIE (\S+) (\S+)$", output, re.M))
@@ -525,6 +758,9 @@ def run(service, seconds, realtime, is_short=False):
     with probed(service, "links", problems):
         token = re.search("^LINK (.*)$", output, re.M)[1]
         problems += attack_unsubscribe(service, token)
+    count = 300 if is_short else 3000
+    with probed(service, "random requests", problems):
+        problems += list(attack_randomly(service, roles, f"{seed}a", count))[:10]
     # Each process has loaded what it needs.
     for name in () if is_short else ATTACKS:
         attack(service, name, cookies["superuser"], 0.1)
@@ -548,6 +784,8 @@ def run(service, seconds, realtime, is_short=False):
             except (ConnectionClosed, TimeoutError) as error:
                 problems.append(f"WebSocket: one that was idle got no message: {error!r}")
             print(f"  idle behind nginx for {time.monotonic() - opened:.0f} s")
+        with probed(service, "random requests", problems):
+            problems += list(attack_randomly(service, roles, f"{seed}b", count))[:10]
         if realtime:
             with probed(service, "WebSockets", problems):
                 problems += attack_websockets(service, roles)
@@ -597,6 +835,7 @@ def main():
     parser.add_argument("--short", action="store_true", help="the default service, for a minute")
     parser.add_argument("--servers", default="gunicorn,granian,uvicorn")
     parser.add_argument("--seconds", type=float, default=0.5, help="how long each attack lasts")
+    parser.add_argument("--seed", default="1", help="selects the random requests")
     options = parser.parse_args()
     servers = ["gunicorn"] if options.short else options.servers.split(",")
     failed = False
@@ -608,7 +847,11 @@ def main():
             with make_service(web_server=server, **answers) as service:
                 seconds = 0.3 if options.short else options.seconds
                 problems = run(
-                    service, seconds, answers.get("realtime") == "channels", options.short
+                    service,
+                    seconds,
+                    answers.get("realtime") == "channels",
+                    options.short,
+                    options.seed,
                 )
             print(*(f"  PROBLEM {problem}" for problem in problems), sep="\n")
             failed = failed or bool(problems)
