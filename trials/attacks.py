@@ -187,6 +187,13 @@ ATTACKS = {
     "many fields": post(FORM, b"&".join(b"a=%d" % n for n in range(1500)), "/nothing/"),
     "many files": post(MULTIPART, (PART % (b"; filename=f", b""))[:-7] * 200, "/nothing/"),
     "large field": post(MULTIPART, PART % (b"", b"b" * 2**21), "/nothing/"),
+    "chunked form": ("POST", "/admin/login/", {"Content-Type": FORM}, [b"x" * 2**16] * 64),
+    "chunked JSON": (
+        "POST",
+        "/api/token/",
+        {"Content-Type": "application/json"},
+        [b"x" * 2**16] * 64,
+    ),
     "no boundary": post("multipart/form-data", b"x", "/nothing/"),
     "other host": post(FORM + "; charset=utf-7", b"a=b", Host="evil.example"),
     "accept": ("GET", "/api/submissions/", {"Accept": "a/b; x*=hex''%41"}, None),
@@ -722,6 +729,17 @@ def find_log_problems(text):
 
 
 @contextlib.contextmanager
+def send_slowly(service):
+    """Keep connections open whose bodies do not arrive."""
+    head = f"POST /api/token/ HTTP/1.1\r\nHost: {HOST}\r\nContent-Length: 9\r\n\r\na"
+    with contextlib.ExitStack() as stack:
+        for _ in range(4 * CLIENTS):
+            client = socket.create_connection(("127.0.0.1", service.port))
+            stack.enter_context(client).sendall(head.encode())
+        yield
+
+
+@contextlib.contextmanager
 def probed(service, name, problems):
     """Probe the service meanwhile, and add what is wrong to the problems."""
     probe = Probe(service)
@@ -737,7 +755,7 @@ def probed(service, name, problems):
         problems.append(f"{name}: a probe took {probe.slowest:.1f} s")
 
 
-def run(service, seconds, realtime, is_short=False, seed=1):
+def run(service, seconds, realtime, is_asgi, is_short=False, seed=1):
     """Attack a service in all ways, in short with few roles and values; return the problems."""
     output = service.shell(PREPARE)
     cookies = dict(re.findall(r"^COOKIE (\S+) (\S+)$", output, re.M))
@@ -761,6 +779,11 @@ def run(service, seconds, realtime, is_short=False, seed=1):
     count = 300 if is_short else 3000
     with probed(service, "random requests", problems):
         problems += list(attack_randomly(service, roles, f"{seed}a", count))[:10]
+    # A thread of gunicorn waits for a body, unless the proxy waits for it first.
+    with probed(service, "slow bodies", problems), contextlib.ExitStack() as stack:
+        if is_asgi:
+            stack.enter_context(send_slowly(service))
+            time.sleep(2)
     # Each process has loaded what it needs.
     for name in () if is_short else ATTACKS:
         attack(service, name, cookies["superuser"], 0.1)
@@ -850,6 +873,7 @@ def main():
                     service,
                     seconds,
                     answers.get("realtime") == "channels",
+                    server != "gunicorn",
                     options.short,
                     options.seed,
                 )

@@ -16,6 +16,9 @@ DRAINED = 64 * 2**20
 
 CHUNK = 2**16
 
+#: The limits of views, in bytes.
+_limits: set[int] = set()
+
 #: Types of bodies that Django decodes.
 FORMS = ("application/x-www-form-urlencoded", "multipart/form-data")
 
@@ -25,6 +28,7 @@ def limit_upload[View: Callable[..., Any]](size: int) -> Callable[[View], View]:
 
     ``method_decorator(limit_upload(size), name="dispatch")`` decorates a class.
     """
+    _limits.add(size)
 
     def decorate(view: View) -> View:
         view.upload_max_size = size  # type: ignore[attr-defined]
@@ -33,10 +37,18 @@ def limit_upload[View: Callable[..., Any]](size: int) -> Callable[[View], View]:
     return decorate
 
 
+def get_largest() -> int:
+    """Return how many bytes of a body are read at most, whichever view it is for."""
+    usual = {settings.UPLOAD_MAX_SIZE, settings.DATA_UPLOAD_MAX_MEMORY_SIZE or 0}
+    largest: int = max(usual | _limits)
+    return largest + DRAINED
+
+
 class UploadMiddleware:
     """Responds with status 413 to a request with more than ``UPLOAD_MAX_SIZE`` bytes of files.
 
-    A form in an encoding that is not in ``ENCODINGS`` gets status 415. It comes before ``CsrfViewMiddleware``, which reads the files.
+    A form in an encoding that is not in ``ENCODINGS`` gets status 415. It comes before
+    ``CsrfViewMiddleware``, which reads the files.
     """
 
     def __init__(self, get_response: Callable[[HttpRequest], HttpResponse]) -> None:
