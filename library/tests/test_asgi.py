@@ -40,7 +40,9 @@ def application(settings, monkeypatch):
     return asgi.LimitedApplication(get_asgi_application())
 
 
-async def request(application, path, content_type=b"text/plain", parts=(), **headers):
+async def request(
+    application, path, content_type=b"text/plain", parts=(), method="POST", **headers
+):
     """Return status and text of the response to a request without Content-Length."""
     sent, parts, is_complete = [], iter(parts), False
 
@@ -60,7 +62,7 @@ async def request(application, path, content_type=b"text/plain", parts=(), **hea
     encoded = [(name.encode(), value.encode()) for name, value in named.items()]
     scope = {
         "type": "http",
-        "method": "POST",
+        "method": method,
         "path": path,
         "query_string": b"",
         "headers": [*encoded, (b"content-type", content_type)],
@@ -103,6 +105,10 @@ def test_endless_body_is_cut_off(application, path, monkeypatch):
             yield b"x" * 2**20
 
     assert asyncio.run(request(application, path, parts=send_parts())) == (413, "")
+
+
+def test_tunnel_is_refused(application):
+    assert asyncio.run(request(application, "/page/", method="CONNECT")) == (405, "")
 
 
 def test_view_that_accepts_more_raises_the_limit(monkeypatch):

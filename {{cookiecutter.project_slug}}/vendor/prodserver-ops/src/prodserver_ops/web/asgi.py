@@ -44,6 +44,9 @@ class LimitedApplication:
         if scope["type"] != "http":
             await self.application(scope, receive, send)
             return
+        if scope["method"] == "CONNECT":  # uvicorn fails to send a body after status 200.
+            await reject(send, 405)
+            return
         # Django reads the headers after the body.
         scope = scope | {"headers": list(scope["headers"])}
         limit = uploads.get_largest()
@@ -74,6 +77,11 @@ class LimitedApplication:
             if has_slot:
                 self.free.release()
         if size > limit:
-            headers = [(b"connection", b"close"), (b"content-length", b"0")]
-            await send({"type": "http.response.start", "status": 413, "headers": headers})
-            await send({"type": "http.response.body"})
+            await reject(send, 413)
+
+
+async def reject(send: Any, status: int) -> None:
+    """Send a response without a text, and close the connection."""
+    headers = [(b"connection", b"close"), (b"content-length", b"0")]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body"})
