@@ -359,8 +359,14 @@ def check_given():
             known = ", ".join(questions)
             raise FailedHookException(f"{name}: unknown question; the questions are {known}")
     for name, value in main["config_dict"]["default_context"].items():
-        allowed = questions.get(name)
-        if isinstance(allowed, list) and value not in allowed:
+        allowed, valid = questions.get(name), True
+        if isinstance(allowed, list):
+            valid = value in allowed
+        elif isinstance(allowed, bool) and isinstance(value, str):
+            choices = prompt.YesNoPrompt
+            valid = value.strip().lower() in choices.yes_choices + choices.no_choices
+            allowed = ["yes", "no"]
+        if not valid:
             place = main["config_file"] or os.environ.get(
                 "COOKIECUTTER_CONFIG", "~/.cookiecutterrc"
             )

@@ -187,6 +187,12 @@ def test_value_of_a_users_configuration_that_is_no_choice_prints_one_line(
     )
     assert done.stdout.splitlines()[-1] == expected
     assert list(folder.iterdir()) == []
+    text = config.read_text()
+    config.write_text(text.replace("license: BSD-3-Clause", "compose: maybe"))
+    folder, done = run_cookiecutter(*options)
+    expected = f'compose: "maybe" in {config} must be one of: yes, no;'
+    assert (done.returncode, expected in done.stdout.splitlines()[-1]) == (1, True)
+    config.write_text(text)
     # Names of other templates and valid values are no problem.
     config.write_text(config.read_text().replace("BSD-3-Clause", "MIT"))
     folder, done = run_cookiecutter(*options)
