@@ -73,7 +73,7 @@ RESERVED_NAMES = frozenset(
 
 def reject(field, value, reason):
     """Stop the generation with one line that names the field, the value and the reason."""
-    quoted_value = json.dumps(value, ensure_ascii=False)
+    quoted_value = json.dumps(value, ensure_ascii=False, default=str)
     if len(quoted_value) > 80:
         quoted_value = f'{quoted_value[:76]}..."'
     raise FailedHookException(f"{field}: {quoted_value} {reason}")
@@ -359,22 +359,24 @@ def check_given():
             known = ", ".join(questions)
             raise FailedHookException(f"{name}: unknown question; the questions are {known}")
     for name, value in main["config_dict"]["default_context"].items():
-        allowed, valid = questions.get(name), True
-        if isinstance(allowed, list):
-            valid = value in allowed
-        elif isinstance(allowed, bool) and isinstance(value, str):
-            choices = prompt.YesNoPrompt
-            valid = value.strip().lower() in choices.yes_choices + choices.no_choices
-            allowed = ["yes", "no"]
-        if not valid:
+        if name in questions and (problem := find_problem(questions[name], value)):
             place = main["config_file"] or os.environ.get(
                 "COOKIECUTTER_CONFIG", "~/.cookiecutterrc"
             )
-            reject(
-                name,
-                value,
-                f"in {place} must be one of: {', '.join(allowed)}; --default-config ignores that file",
-            )
+            reject(name, value, f"in {place} {problem}; --default-config ignores that file")
+
+
+def find_problem(question, value):
+    """Return what is wrong with a value of a user's configuration, which YAML has read, or None."""
+    if isinstance(question, bool):
+        words = prompt.YesNoPrompt.yes_choices + prompt.YesNoPrompt.no_choices
+        is_valid = str(value).strip().lower() in words
+        return None if is_valid else "must be one of: yes, no"
+    if isinstance(question, (str, list)) and not isinstance(value, str):
+        return "must be text, in quotes"
+    if isinstance(question, list) and value not in question:
+        return f"must be one of: {', '.join(question)}"
+    return None
 
 
 def is_comparison():

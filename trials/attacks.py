@@ -412,23 +412,15 @@ def make_random_request(chance, addresses, roles):
 
 
 def send_bytes(service, request):
-    """Send bytes; return the status of the response, or None if there is none."""
-    with socket.create_connection(("127.0.0.1", service.port), timeout=5 * PATIENCE) as client:
-        answer = b""
-        try:
-            client.sendall(request)
-            while len(answer) < 12:
-                try:
-                    part = client.recv(4096)
-                except TimeoutError:
-                    # It waits for the rest of what is no complete request.
-                    client.shutdown(socket.SHUT_WR)
-                    part = client.recv(4096)
-                if not part:
-                    break
-                answer += part
-        except OSError:
-            return None
+    """Send bytes; return the status of the response, or None if the request is not complete."""
+    answer = b""
+    with (
+        socket.create_connection(("127.0.0.1", service.port), timeout=5 * PATIENCE) as client,
+        contextlib.suppress(OSError),
+    ):
+        client.sendall(request)
+        while len(answer) < 12 and (part := client.recv(4096)):
+            answer += part
     match = re.match(rb"HTTP/1.\d (\d+)", answer)
     return int(match[1]) if match else None
 
