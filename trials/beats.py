@@ -108,6 +108,14 @@ for kind, count, timing in (("i", INTERVALS, {"interval": every}), ("c", CRONTAB
 HEARTBEATS = "SELECT pid FROM ops_heartbeat WHERE process = 'beat'"
 
 
+#: When the runs of each schedule of every second were dispatched, in seconds since the epoch.
+DISPATCHED = """
+SELECT s.name, extract(epoch FROM r.published_at)::float
+FROM ops_schedulerun r JOIN django_celery_beat_periodictask s ON s.id = r.schedule_id
+WHERE s.name LIKE 'i%' AND r.published_at IS NOT NULL ORDER BY r.published_at
+"""
+
+
 class Beat:
     """A beat with wires of its own to the servers, and a clock of its own."""
 
@@ -241,6 +249,14 @@ class TrialService(Service):
         lines = path.read_text().splitlines() if path.exists() else []
         return [(name, float(due), float(at)) for name, due, at in map(str.split, lines)]
 
+    def get_dispatched(self):
+        """Return the times at which the runs of each schedule of every second were dispatched."""
+        times = collections.defaultdict(list)
+        with psycopg.connect(self.environment["DATABASE_URL"]) as connection:
+            for name, at in connection.execute(DISPATCHED):
+                times[name].append(at)
+        return times
+
 
 @contextlib.contextmanager
 def make_service():
@@ -296,7 +312,7 @@ def play(service, rounds, rng, number_of_beats):
         for beat in beats:
             beat.check_runs()
         if number % 50 == 0:
-            problems = compare(service.get_notes(), beats, start, time.time() - UNDERWAY)
+            problems = compare(service, beats, start, time.time() - UNDERWAY)
             print(f"{number} rounds, {time.time() - start:.0f} s: {problems}", flush=True)
     service.run_timers(all_of_them=True)
     for beat in beats:
@@ -318,8 +334,13 @@ def wait_for_another(service, beats, beat):
             each.check_runs()
 
 
-def compare(notes, beats, start, end):
-    """Return what is wrong between two times."""
+def compare(service, beats, start, end):
+    """Return what is wrong between two times.
+
+    Gaps are those between the times at which runs were dispatched: on a busy machine, the worker
+    starts them later.
+    """
+    notes = service.get_notes()
     runs = collections.Counter((name, due) for name, due, _ in notes)
     twice = sum(count - 1 for count in runs.values())
     early = sum(at < due - TOLERANCE for _, due, at in notes)
@@ -328,9 +349,8 @@ def compare(notes, beats, start, end):
     names = [f"c{number}" for number in range(CRONTABS)]
     missing = set(itertools.product(names, times)) - runs.keys()
     gaps = []
-    for number in range(INTERVALS):
-        done = sorted(at for name, _, at in notes if name == f"i{number}" and at <= end)
-        gaps += itertools.pairwise([start, *done, end])
+    for times in service.get_dispatched().values():
+        gaps += itertools.pairwise([start, *(at for at in times if start <= at <= end), end])
     spans = [
         (begin, until)
         for beat in beats
@@ -358,7 +378,7 @@ def main(rounds=ROUNDS, seed=SEED, beats=BEATS):
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     with make_service() as service:
         played, disturbed, start, end = play(service, rounds, random.Random(seed), beats)
-        result = compare(service.get_notes(), disturbed, start, end)
+        result = compare(service, disturbed, start, end)
     print(f"{sum(played.values())} rounds: {dict(played)}")
     print(result)
     wrong = result["twice"] or result["early"] or result["missing"]

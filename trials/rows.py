@@ -12,6 +12,7 @@ it logged. Exits with status 1 if anything is wrong.
 import collections
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -104,6 +105,14 @@ def main(count=ROWS, seed=SEED):
     return report(count, alive, runs, answer, text)
 
 
+def get_number(message):
+    """Return the number of the row that a message is about.
+
+    Its name ends with it. The rest may be redacted in the log, and contain the same words.
+    """
+    return re.search(r" (\d+) cannot run: ", message)[1]
+
+
 def report(count, alive, runs, answer, text):
     """Print what was found; return whether all is well."""
     good = -(-count // 3)
@@ -112,9 +121,10 @@ def report(count, alive, runs, answer, text):
     events = [json.loads(line) for line in text.splitlines() if line.startswith("{")]
     messages = [event["message"] for event in events if " cannot run: " in event["message"]]
     logged = collections.Counter(messages)
-    # Names end with the number of the row; the rest may be redacted in the log.
-    numbers = {message.partition(" cannot run: ")[0].rpartition(" ")[2] for message in logged}
     known = {name.rpartition(" ")[2] for name in answer["doctor"]}
+    unknown = {message for message in logged if get_number(message) not in known}
+    for message in sorted(unknown):
+        print("unknown to doctor:", message)
     result = {
         "rows": count,
         "alive": alive,
@@ -128,7 +138,7 @@ def report(count, alive, runs, answer, text):
         "good ones that doctor complains about": sum(
             name.startswith("good ") for name in answer["doctor"]
         ),
-        "logged, unknown to doctor": len(numbers - known),
+        "logged, unknown to doctor": len(unknown),
         **{name: answer[name] for name in ("status", "page", "page seconds", "doctor seconds")},
     }
     print(json.dumps(result, indent=2))

@@ -29,6 +29,10 @@ pytestmark = pytest.mark.django_db
 ROWS, SEED = 300, 23
 
 
+#: What the form says of headers that RabbitMQ cannot carry.
+UNFIT = "Contains a name, a number or a type that a message cannot have."
+
+
 @shared_task(name="ops-test.report")
 def report(period, *, copies=1):
     pass
@@ -65,7 +69,8 @@ def post(client, make_user):
 
 
 def test_good_row_is_accepted(post):
-    assert post(queue="dummy.mail", priority="5", expire_seconds="60") == {}
+    headers = json.dumps({"a": [1, 2.5, None, True, {"b": "\u00fc"}], "c": 2**63 - 1})
+    assert post(queue="dummy.mail", priority="5", expire_seconds="60", headers=headers) == {}
 
 
 @pytest.mark.parametrize(
@@ -75,6 +80,10 @@ def test_good_row_is_accepted(post):
         ("headers", '"x"', "Must be JSON such as {}."),
         ("headers", "[", "Is not valid JSON: JSONDecodeError."),
         ("headers", '{"a": [NaN]}', "Must not contain NaN or Infinity."),
+        ("headers", '{"a": 9223372036854775808}', UNFIT),
+        ("headers", json.dumps({"a" * 256: 1}), UNFIT),
+        ("headers", '{"a": {"__type__": "date", "__value__": "2030-01-31"}}', UNFIT),
+        ("headers", f'{{"a": {"[" * 900}1{"]" * 900}}}', "Has too many levels."),
         ("headers", '{"task": "x", "id": 1}', "Must not contain what Celery sets: id, task."),
         ("headers", json.dumps({"a": "x" * 9999}), "Must have at most 10000 characters."),
         ("args", "[", "Is not valid JSON: JSONDecodeError."),

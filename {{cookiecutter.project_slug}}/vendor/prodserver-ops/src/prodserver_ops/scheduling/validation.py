@@ -6,6 +6,7 @@ from functools import cache
 from inspect import signature
 from typing import Any
 
+from amqp import serialization
 from celery import current_app
 from django.conf import settings
 from django.utils import timezone
@@ -102,12 +103,26 @@ def _find_header_problems(headers: dict[str, Any], text: str) -> Iterator[tuple[
     """Find what would break a message, or the connection to RabbitMQ for all other messages."""
     if own := _get_own_headers() & headers.keys():
         yield "headers", f"must not contain what Celery sets: {', '.join(sorted(own))}"
-    if len(text) > MAX_HEADERS:
+    elif len(text) > MAX_HEADERS:
         yield "headers", f"must have at most {MAX_HEADERS} characters"
+    elif problem := _find_unfit(headers):
+        yield "headers", problem
+
+
+def _find_unfit(headers: dict[str, Any]) -> str | None:
+    """Return why RabbitMQ, whose format has the fewest values, cannot carry headers."""
     try:
         dumps(headers, allow_nan=False)
     except ValueError:
-        yield "headers", "must not contain NaN or Infinity"
+        return "must not contain NaN or Infinity"
+    try:
+        serialization.loads("F", serialization.dumps("F", [headers]), 0)
+    except RecursionError:
+        return "has too many levels"
+    except Exception:
+        # An integer of more than 64 bits, for example, or a name of more than 255 bytes
+        return "contains a name, a number or a type that a message cannot have"
+    return None
 
 
 def _find_argument_problem(row: PeriodicTask) -> Iterator[tuple[str, str]]:
