@@ -198,6 +198,11 @@ PATCHES = (
             "Transport._notify_waiter": "",
             "Transport.client": "",
             "_NotifyWaiter.__init__": "(self, dsn)",
+            "_NotifyWaiter._conn": "",
+            "_NotifyWaiter.wait": "(self, timeout)",
+            "_NotifyWaiter.close": "(self)",
+            "Channel.basic_ack": "(self, delivery_tag, multiple=...)",
+            "Channel.basic_reject": "(self, delivery_tag, requeue=...)",
         },
     ),
     Patch(

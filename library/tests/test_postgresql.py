@@ -1,5 +1,8 @@
 """PostgreSQL as the broker: names, addresses, and a worker that ends."""
 
+import threading
+import time
+from functools import partial
 from urllib.parse import urlsplit
 from uuid import uuid4
 
@@ -93,6 +96,37 @@ def broker_url(request):
         pytest.skip(str(error))
     yield url
     services.delete(services.POSTGRESQL, url)
+
+
+def test_next_message_is_taken_as_soon_as_one_is_acknowledged(broker_url, monkeypatch):
+    """Otherwise a worker gets a few in a second of those that wait already."""
+    monkeypatch.setattr(postgresql.Transport, "polling_interval", 20)
+    got = []
+    options = postgresql.get_options(settings)
+    with Connection(postgresql.get_url(broker_url), transport_options=options) as connection:
+        consumer = connection.Consumer(
+            [Queue("sample")], on_message=got.append, prefetch_count=1, accept=["json"]
+        )
+        with consumer, connection.Producer() as producer:
+            for number in range(3):
+                producer.publish(number, routing_key="sample", declare=consumer.queues)
+            start = time.monotonic()
+            connection.drain_events(timeout=20)
+            for end in ("ack", "reject"):
+                threading.Timer(0.5, getattr(got[-1], end)).start()
+                connection.drain_events(timeout=20)
+            assert len(got) == 3
+            assert time.monotonic() - start < 15
+            # Without a message, it waits, and a new one ends the wait.
+            got[-1].ack()
+            publish = partial(producer.publish, 4, routing_key="sample")
+            threading.Timer(0.5, publish).start()
+            connection.drain_events(timeout=20)
+            assert len(got) == 4
+            got[-1].ack()
+            with pytest.raises(TimeoutError):
+                connection.drain_events(timeout=1)
+            assert time.monotonic() - start < 18
 
 
 def test_server_that_is_read_only_counts_as_one_that_is_away(broker_url, monkeypatch):

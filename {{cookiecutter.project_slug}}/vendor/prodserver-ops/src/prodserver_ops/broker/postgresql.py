@@ -11,10 +11,12 @@ https://docs.celeryq.dev/projects/kombu/en/stable/reference/kombu.transport.pgmq
 
 import hashlib
 import logging
+import os
+import select
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from django.db import connection, transaction
@@ -22,7 +24,7 @@ from kombu.transport import pgmq, virtual
 from kombu.utils.url import parse_url
 from pgmq import PGMQueue
 from pgmq.install import get_embedded_install_sql
-from psycopg import DatabaseError
+from psycopg import DatabaseError, OperationalError
 from psycopg.conninfo import make_conninfo
 from psycopg.errors import ReadOnlySqlTransaction
 from psycopg_pool import ConnectionPool
@@ -73,6 +75,47 @@ class QoS(renewal.RenewedQoS, virtual.QoS):
                 numbers[info["pgmq_queue"]].append(info["pgmq_msg_id"])
         for queue, ids in numbers.items():
             self.channel.pgmq.set_vt(queue, ids, renewal.VISIBILITY)
+
+
+class NotifyWaiter(pgmq._NotifyWaiter):
+    """Waits for a message, or until the worker may take another one.
+
+    kombu's own waits for its whole time while the tasks end that a worker holds: of messages that wait
+    already, a worker got a few in a second.
+    """
+
+    def __init__(self, dsn: str) -> None:
+        super().__init__(dsn)
+        self.reader, self.writer = os.pipe()
+        os.set_blocking(self.reader, False)
+        os.set_blocking(self.writer, False)
+
+    def wake(self) -> None:
+        """End the wait; another thread may call this."""
+        with suppress(OSError):  # It is full, or closed.
+            os.write(self.writer, b".")
+
+    def wait(self, timeout: float | None) -> bool:
+        """Return whether there is a new message."""
+        wait: Any = super().wait
+        if wait(0) or self._conn is None:
+            return self._conn is not None
+        with suppress(OSError, OperationalError):  # The connection was closed.
+            poll = select.poll()
+            poll.register(self.reader, select.POLLIN)
+            poll.register(self._conn, select.POLLIN)
+            ready = dict(poll.poll(None if timeout is None else timeout * 1000))
+            if self.reader in ready:
+                os.read(self.reader, 4096)
+        return bool(wait(0))
+
+    def close(self) -> None:
+        """Close the connection and the pipe."""
+        close: Any = super().close
+        close()
+        for file in (self.reader, self.writer):
+            with suppress(OSError):
+                os.close(file)
 
 
 class Channel(pgmq.Channel):
@@ -137,6 +180,21 @@ class Channel(pgmq.Channel):
         key = self._topic_key(exchange, routing_key)
         with self._join() as raw:
             self.pgmq.send_topic(key, message, **self._pgmq_send_kwargs(message), conn=raw)
+
+    def basic_ack(self, *args: Any, **kwargs: Any) -> None:
+        """Acknowledge a message, and let the worker take the next one at once."""
+        super().basic_ack(*args, **kwargs)  # type: ignore[no-untyped-call]
+        self._wake()
+
+    def basic_reject(self, *args: Any, **kwargs: Any) -> None:
+        """Reject a message, and let the worker take the next one at once."""
+        super().basic_reject(*args, **kwargs)  # type: ignore[no-untyped-call]
+        self._wake()
+
+    def _wake(self) -> None:
+        transport: Any = self.connection
+        if transport._notify_waiter is not None:
+            transport._notify_waiter.wake()
 
     @contextmanager
     def _join(self) -> Iterator[Any]:
@@ -222,7 +280,7 @@ class Transport(pgmq.Transport):
 
     def _get_notify_waiter(self) -> Any:
         if self._notify_waiter is None:
-            self._notify_waiter = pgmq._NotifyWaiter(self.get_address())
+            self._notify_waiter = NotifyWaiter(self.get_address())
         return self._notify_waiter
 
     def close_connection(self, connection: Any) -> None:

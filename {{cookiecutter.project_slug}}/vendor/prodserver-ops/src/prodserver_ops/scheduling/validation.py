@@ -116,7 +116,7 @@ def _find_unfit(headers: dict[str, Any]) -> str | None:
     except ValueError:
         return "must not contain NaN or Infinity"
     try:
-        serialization.loads("F", serialization.dumps("F", [headers]), 0)
+        serialization.loads("F", serialization.dumps("F", (headers,)), 0)
     except RecursionError:
         return "has too many levels"
     except Exception:
