@@ -1,5 +1,7 @@
 """A task whose time limit is longer than what RabbitMQ or a deploy allows is reported."""
 
+import math
+
 import pytest
 from celery import current_app
 from django.conf import settings as django_settings
@@ -38,6 +40,36 @@ def limit():
 
 def find():
     return [message.id for message in task_limits.find_messages()]
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("310", 310),
+        ("310s", 310),
+        ("'5m10s' # longer than the limit", 310),
+        ("1h0m0.5s", 3600.5),
+        ("5min 10s", 310),
+        ("1hr", 3600),
+        ("infinity", math.inf),
+        ("5 fortnights", math.inf),
+        ("", math.inf),
+    ],
+)
+def test_durations_of_compose_and_systemd(text, seconds):
+    assert task_limits.parse_duration(text) == seconds
+
+
+def test_only_workers_of_compose_count(folder):
+    web = "services:\n  web:\n    stop_grace_period: 30s\n"
+    (folder / "compose.yaml").write_text(web)
+    assert find() == []
+    worker = (
+        "  worker:\n    init: true\n\n    environment:\n      A: b\n    stop_grace_period: 2m\n"
+    )
+    (folder / "compose.yaml").write_text(web + worker)
+    (message,) = task_limits.find_messages()
+    assert "compose.yaml lets a worker that stops take only 120 s" in message.msg
 
 
 def test_usual_limits_fit(folder):
