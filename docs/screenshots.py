@@ -30,7 +30,6 @@ URL = f"http://127.0.0.1:{PORT}"
 CREATE_DATA = """
 from prayer_room_api.admin import answer
 from prayer_room_api.tasks import send_moderator_digest
-from prodserver_ops.mail.tasks import send_notification
 User.objects.create_superuser("admin", "admin@example.com", "secret", first_name="Alex")
 sam = User.objects.create_user("sam", "sam@example.com")
 for text in (
@@ -41,6 +40,11 @@ for text in (
     Submission.objects.create(author=sam, body=text)
 answer(Submission.objects.get(pk=3), "Yes, there is.", User.objects.get(username="admin"))
 send_moderator_digest.delay()
+"""
+
+#: A task that fails, for the page Operations.
+FAIL = """
+from prodserver_ops.mail.tasks import send_notification
 send_notification.delay("welcome", 1)
 """
 
@@ -69,7 +73,9 @@ def run(*command, folder, check=True):
 def environment():
     """Return the environment of the commands, with uv and without this one's."""
     kept = {name: value for name, value in os.environ.items() if name != "VIRTUAL_ENV"}
-    return kept | {"PORT": PORT, "COOKIECUTTER_CONFIG": os.devnull}
+    folder = Path(os.environ.get("UV", "uv")).parent
+    path = f"{folder}{os.pathsep}{os.environ['PATH']}"
+    return kept | {"PORT": PORT, "COOKIECUTTER_CONFIG": os.devnull, "PATH": path}
 
 
 def wait_for_service():
@@ -89,8 +95,11 @@ def shorten(text):
     return listed.sub("", text)
 
 
-def photograph(texts):
-    """Write the pictures; ``texts`` are those of the terminal, by the name of the picture."""
+def photograph(texts, fail):
+    """Write the pictures; ``texts`` are those of the terminal, by the name of the picture.
+
+    ``fail`` runs a task that fails, after the picture of the home page.
+    """
     IMAGES.mkdir(exist_ok=True)
     with sync_playwright() as playwright:
         chromium = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -111,6 +120,8 @@ def photograph(texts):
         }.items():
             page.goto(URL + path)
             page.screenshot(path=IMAGES / f"{name}.png", full_page=name != "home")
+            if name == "home":
+                fail()
         page = browser.new_page(viewport={"width": 640, "height": 200})
         page.goto(f"{URL}/emails/moderator.html")
         page.screenshot(path=IMAGES / "digest.png", full_page=True)
@@ -137,11 +148,17 @@ def main():
             run(uv, "run", "manage.py", "shell", "-v0", "-c", CREATE_DATA, folder=project)
             time.sleep(70)  # A schedule runs each minute.
             doctor = run(uv, "run", "manage.py", "doctor", folder=project, check=False)
+
+            def fail():
+                run(uv, "run", "manage.py", "shell", "-v0", "-c", FAIL, folder=project)
+                time.sleep(5)  # Until the worker has recorded it.
+
             photograph(
                 {
                     "generation": f"$ uvx cookiecutter . --no-input\n{shorten(generation)}",
                     "doctor": f"$ uv run manage.py doctor\n{doctor.replace(folder, '/home/alex')}",
-                }
+                },
+                fail,
             )
         finally:
             os.killpg(honcho.pid, signal.SIGINT)
