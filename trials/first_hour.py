@@ -258,7 +258,7 @@ def run_commands(commands, service, environment, user, uv):
             f"{terminal.seconds:7.1f} {terminal.status} {printed.splitlines()[0][:90]}", flush=True
         )
         if terminal.status != 0:
-            failed.append(f"{printed}\n" + "\n".join(terminal.lines[-15:]))
+            failed.append(f"{printed}\n" + "\n".join(terminal.lines[-40:]))
     return failed
 
 
