@@ -46,6 +46,9 @@ PARENT_INTERVAL = 0.5
 #: How often to check whether the process is running, in milliseconds.
 CHILD_INTERVAL = 500
 
+#: How much lower the priority of a process is than that of web, which a browser waits for.
+NICENESS = 5
+
 #: How often to look for unapplied migrations and for the other processes, in seconds.
 INTERVAL = 1
 
@@ -108,6 +111,9 @@ class Child:
             stderr=subprocess.STDOUT,
             env={**os.environ, "PYTHONUNBUFFERED": "1", imports.VARIABLE: str(self.imports)},
         )
+        if name != "web":
+            priority = os.getpriority(os.PRIO_PROCESS, self.popen.pid) + NICENESS
+            os.setpriority(os.PRIO_PROCESS, self.popen.pid, priority)
         assert self.popen.stdout is not None
         self.output = self.popen.stdout
         self.reader = threading.Thread(target=self.copy_output, daemon=True)
