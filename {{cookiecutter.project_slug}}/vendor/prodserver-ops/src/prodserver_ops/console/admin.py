@@ -7,6 +7,7 @@ from django.contrib import admin
 from django.contrib.auth import get_user_model
 from django.db.models import QuerySet
 from django.http import HttpRequest
+from django.utils.text import Truncator
 
 from ..mail.digests import get_digests
 from ..models import DelayedTask, DigestDelivery, TaskRun, Token
@@ -94,6 +95,11 @@ class DelayedTaskAdmin(RecordAdmin):
 class TaskRunAdmin(RecordAdmin, OperationsAdmin):
     """Lists task runs, and provides the page *Operations*."""
 
-    list_display = ("name", "status", "started_at", "duration", "error", "host")
+    list_display = ("name", "status", "started_at", "duration", "short_error", "host")
     list_filter = ("status",)
     search_fields = ("name", "error", "request_id")
+
+    @admin.display(description="error")
+    def short_error(self, run: TaskRun) -> str:
+        """Return the error as one line: its cell is narrow, and would make the row high."""
+        return Truncator(run.error).chars(60)
