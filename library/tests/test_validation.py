@@ -16,6 +16,7 @@ from django_celery_beat.models import (
     SolarSchedule,
 )
 from kombu import Exchange, Queue
+from kombu.exceptions import OperationalError
 
 from prodserver_ops.console import schedule_forms
 from prodserver_ops.mail.tasks import DIGEST_TASKS, digest_task
@@ -197,6 +198,47 @@ def test_expiry_after_which_no_run_is_left_is_refused(post):
     assert post(**as_fields("expires", now + 3 * hour), **start) == {}
     # A schedule that has expired, and is disabled, can be edited.
     assert post(name="expired", enabled="", **past) == {}
+
+
+class TestRunNow:
+    """The action of the list: a schedule that cannot run was a status 500."""
+
+    @pytest.fixture
+    def run_now(self, client, make_user):
+        """Return a function that runs a schedule, and returns what the page says."""
+        client.force_login(make_user("admin", is_superuser=True, is_staff=True))
+        url = reverse("admin:django_celery_beat_periodictask_changelist")
+        hourly = IntervalSchedule.objects.create(every=1, period="hours")
+
+        def run_now(**fields):
+            row = PeriodicTask.objects.create(name="sample", task=report.name, interval=hourly)
+            PeriodicTask.objects.filter(pk=row.pk).update(**({"args": '["daily"]'} | fields))
+            data = {"action": "run_tasks", "_selected_action": [row.pk]}
+            (message,) = client.post(url, data, follow=True).context["messages"]
+            return str(message)
+
+        return run_now
+
+    @pytest.mark.parametrize(
+        ("fields", "said"),
+        [
+            ({}, "1 task was successfully run"),
+            ({"enabled": False}, "1 task was successfully run"),
+            ({"args": "["}, "sample cannot run: args is not valid JSON: JSONDecodeError."),
+            ({"args": "{}"}, 'sample cannot run: args must be JSON such as ["daily"].'),
+            ({"args": "[1, 2]"}, "sample cannot run: args does not fit the task: too many"),
+            ({"queue": "nowhere"}, "sample cannot run: queue is read by no worker; the queues"),
+        ],
+    )
+    def test_says_why_it_cannot(self, run_now, fields, said):
+        assert run_now(**fields).startswith(said)
+
+    def test_broker_that_is_unavailable_is_no_error(self, run_now, monkeypatch):
+        def fail(*args, **kwargs):
+            raise OperationalError
+
+        monkeypatch.setattr(type(report._get_current_object()), "apply_async", fail)
+        assert run_now().startswith("The broker is unavailable")
 
 
 class TestTwoAdministrators:

@@ -1,14 +1,19 @@
 """The forms of schedules in the admin: they refuse what beat could not run."""
 
 from datetime import timedelta
+from functools import wraps
 from hashlib import blake2b
 from typing import Any
 
 from celery import current_app
 from django import forms
+from django.contrib import messages
+from django.db.models import QuerySet
+from django.http import HttpRequest
 from django.utils import timezone
 from django_celery_beat import admin
 from django_celery_beat.models import PeriodicTask
+from kombu.exceptions import OperationalError
 
 from ..scheduling import crontabs, timing, validation
 
@@ -18,6 +23,10 @@ COUNTED = {"last_run_at", "total_run_count", "date_changed"}
 CHANGED = (
     "This schedule has changed since you opened it. Open it again, so that you do not undo that change."
 )
+
+
+#: The action of the list, before it is replaced.
+run_all = admin.PeriodicTaskAdmin.run_tasks
 
 
 class ScheduleForm(admin.PeriodicTaskForm):  # type: ignore[misc]
@@ -113,9 +122,27 @@ def get_fieldsets(self: Any, request: Any, obj: Any = None) -> Any:
     return [*fieldsets, (None, {"fields": ["opened"], "classes": ["hidden"]})]
 
 
+@wraps(run_all)
+def run_tasks(self: Any, request: HttpRequest, queryset: "QuerySet[PeriodicTask]") -> None:
+    """Queue the tasks of schedules; show why, if one of them cannot run."""
+    current_app.loader.import_default_modules()
+    for row in queryset:
+        for field, problem in validation.find_problems(row).items():
+            if field not in timing.KINDS:
+                text = f"{row.name} cannot run: {field} {problem}."
+                self.message_user(request, text, messages.ERROR)
+                return
+    try:
+        run_all(self, request, queryset)
+    except OperationalError:
+        text = "The broker is unavailable: look at the page Operations for what has been queued."
+        self.message_user(request, text, messages.ERROR)
+
+
 def install() -> None:
     """Let the admin of django-celery-beat, which registers its models itself, use these forms."""
     admin.PeriodicTaskAdmin.form = ScheduleForm
     admin.PeriodicTaskAdmin.get_fieldsets = get_fieldsets
+    admin.PeriodicTaskAdmin.run_tasks = run_tasks
     admin.CrontabScheduleAdmin.form = CrontabForm
     admin.IntervalScheduleAdmin.form = IntervalForm
