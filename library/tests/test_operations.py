@@ -125,6 +125,29 @@ class TestRecord:
         recorder.write()
         assert TaskRun.objects.get().status == status
 
+    def test_lost_runs_are_counted_and_recorded(self, recorder, monkeypatch):
+        monkeypatch.setattr(record, "_recorder", recorder)
+        context = sample.request.__class__(headers={})
+        # One was lost before it was recorded, and one while its row said that it runs.
+        make_run(task_id="id1", status="running")
+        for losses in (1, 2, 3):
+            recorder.start("id1", context, sample.name, [], {})
+            assert record.start_again("id1") == losses
+        recorder.end("id1", "IGNORED", record.GivenUp("it has lost 3 workers"))
+        recorder.write()
+        rows = list(TaskRun.objects.order_by("pk").values_list("status", "error"))
+        assert rows[:3] == [("retried", "WorkerLostError: its worker was lost")] * 3
+        assert rows[3:] == [("failed", "it has lost 3 workers")]
+
+    def test_lost_runs_are_not_counted_while_the_database_is_away(self, monkeypatch, caplog):
+        def fail():
+            raise OperationalError("the connection is closed")
+
+        monkeypatch.setattr(record, "get_recorder", fail)
+        make_run(task_id="id1", status="running")
+        assert record.start_again("id1") == 0
+        assert "Could not record the start of a task: OperationalError" in caplog.text
+
     def test_first_tasks_of_two_threads_have_one_recorder(self, monkeypatch):
         both = threading.Barrier(2)
 

@@ -173,7 +173,7 @@ class Recorder:
                 return
             note.duration = time.monotonic() - note.start
             # A run that was rejected or ignored at once has no row. Another run of the task has one.
-            if state not in STATUSES and note.duration < INTERVAL:
+            if state not in STATUSES and note.duration < INTERVAL and not note.is_stored:
                 return
             note.status = STATUSES.get(state, TaskRun.Status.RETRIED)
             if isinstance(result, GivenUp):
