@@ -287,6 +287,15 @@ PATCHES = (
         },
     ),
     Patch(
+        "celery.app.task.Task",
+        USES,
+        "worker.app worker.continuations",
+        "The message of the running task, for the queue of failed tasks and for the next steps.",
+        {
+            "signature_from_request": "(self, request=..., args=..., kwargs=..., queue=..., **extra... 25b0988f"
+        },
+    ),
+    Patch(
         "celery.contrib.django.task.DjangoTask",
         OVERRIDES,
         "worker.app",

@@ -264,11 +264,17 @@ def find_missing() -> Iterator[str]:
     if applied[0] == applied[1]:
         missing = get_structure(production) - get_structure(connection)
         tables = {text.partition(" ")[2] for text in missing if text.startswith("table ")}
-        if found := sorted(text for text in missing if text.rpartition(" of ")[2] not in tables):
-            yield f"missing: {join(found)}"
+        found = {text for text in missing if text.rpartition(" of ")[2] not in tables}
+        if found:
+            yield f"missing: {join(sorted(found, key=get_rank))}"
     for model in get_models():
         with suppress(DatabaseError):  # find_missing() has named a table without its parts.
             yield from find_missing_rows(model, production)
+
+
+def get_rank(text: str) -> tuple[bool, str]:
+    """Return where a missing object is listed: first those that contain others."""
+    return not text.startswith(("schema ", "extension ", "table ")), text
 
 
 def get_structure(database: BaseDatabaseWrapper) -> set[str]:
