@@ -2,7 +2,7 @@
 
 import subprocess
 from contextlib import closing
-from datetime import timedelta
+from datetime import UTC, timedelta
 
 import psycopg
 import pytest
@@ -219,7 +219,7 @@ class TestCommand:
         self, restore, notification, digest, queue, capsys, tmp_path
     ):
         Origin.objects.update(restored_at=timezone.now())
-        end = digest.period(tasks.get_due_digests(timezone.now())[NAME])[1]
+        end = digest.period(tasks.get_due_digests(timezone.now())[NAME])[1].astimezone(UTC)
         first, _, third = sorted(digest.keys)
         (author,) = notification.keys
         path = tmp_path / "mail.log"
@@ -257,8 +257,7 @@ class TestCommand:
 
     def test_a_restore_can_be_announced(self, digest, capsys):
         with pytest.raises(SystemExit):
-            call_command(
-                "restored", "--to", f"{timezone.now() - timedelta(hours=2):%Y-%m-%dT%H:%M}"
-            )
+            time = timezone.localtime() - timedelta(hours=2)
+            call_command("restored", "--to", f"{time:%Y-%m-%dT%H:%M}")
         assert transport.is_paused()
         assert f"{NAME} until" in capsys.readouterr().out
