@@ -71,6 +71,8 @@ class Service:
         self.github = GitHub(folder / "github", uv)
         self.variables = {"UV": uv, "UV_PROJECT_ENVIRONMENT": self.github.folder / "environment"}
         self.commits, self.notes, self.problems, self.handled = [], [], [], 0
+        #: What the last run of the workflow, or its pull request, says about what stops the service
+        self.reason = ""
         self.place = "services/rooms" if chance.random() < 0.25 else "."
         self.folder = self.root / self.place
         extra = json.dumps(self.answers | {"setup": False})
@@ -193,11 +195,13 @@ class Service:
         the weekly workflow of that time from deleting commits.
         """
         status, log = self.github.run_workflow()
+        self.reason = ""
         if status:
             lines = [line for line in log.splitlines() if line.strip()] or ["no output"]
             known = "refusing", "has commits of others", "workflow is that"
             named = [line for line in lines if any(text in line for text in known)]
-            self.notes.append(f"log: {[*named, lines[-1]][0].strip()[:90]}")
+            self.reason = f"log: {[*named, lines[-1]][0].strip()[:90]}"
+            self.notes.append(self.reason)
         for pull in self.github.pulls():
             if pull["open"]:
                 self.handle(pull, is_released)
@@ -228,6 +232,10 @@ class Service:
         """Resolve conflicts in favour of the team, run the commands that it names, and merge."""
         body, work = " ".join(pull["body"].split()), self.clone(pull["head"])
         self.handled += 1
+        stops = re.findall(
+            r"^## ((?:.+\n\nFailed:)|Conflicts|Changes to missing.+)", pull["body"], re.M
+        )
+        self.reason = "; ".join(" ".join(stop.split()) for stop in stops)
         # Earlier releases report the tests alone.
         expected = SECTIONS if "upgrade --bundle" in self.read_workflow() else SECTIONS[:1]
         missing = [title for title in expected if title not in pull["body"]]
@@ -340,7 +348,9 @@ def main(numbers, seed):
                     problems.append(f"{number}: lost {lost}")
                 if service.verify(template.versions[starts[-1]]):
                     ended, arrived = "yes", arrived + 1
-                elif not service.notes:
+                elif service.reason:
+                    service.notes.append(f"did not arrive: {service.reason}")
+                else:
                     problems.append(f"{number}: it did not arrive, and nothing says why")
             except Failed as error:
                 problems.append(f"{number}: {error}")
