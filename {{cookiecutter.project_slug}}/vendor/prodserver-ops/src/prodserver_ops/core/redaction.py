@@ -37,8 +37,12 @@ SECRET_NAME = re.compile(_NAMES, re.IGNORECASE)
 REDACTIONS = [
     # Headers, up to the end of the line
     (
-        re.compile(r"\b((?:proxy-)?authorization|(?:set-)?cookie): *[^\s\"'][^\n]*", re.IGNORECASE),
-        r"\1: ***",
+        re.compile(
+            r"\b((?:http_)?(?:(?:proxy[_-])?authorization|(?:set[_-])?cookie)[ \t]{0,4}[:=][ \t]{0,4})"
+            r"[^\s\"'][^\n]*",
+            re.IGNORECASE,
+        ),
+        r"\1***",
     ),
     # Other values of secret names: in quotes, which may be escaped, or one word
     (
@@ -49,12 +53,12 @@ REDACTIONS = [
             r'"(?:[^"\\\n]|\\.)*"?'
             r"|'(?:[^'\\\n]|\\.)*'?"
             r"|\\{1,4}[\"'](?:[^\"'\\\n]|\\+[^\"'\\])*(?:\\+[\"'])?"
-            r")|(?!\*\*\*)[^\s\"'&,;)}\]\\]+)",
+            r")|(?!\*\*\*)(?:(?:Bearer|Basic|Digest|Token)[ \t]{1,4})?[^\s\"'&,;)}\]\\]+)",
             re.IGNORECASE,
         ),
         r"\1***",
     ),
-    (re.compile(r"\b(Bearer|Basic|Token) [\w.~+/=-]{16,}", re.IGNORECASE), r"\1 ***"),
+    (re.compile(r"\b(Bearer|Basic|Token)[ \t]{1,4}[\w.~+/=-]{16,}", re.IGNORECASE), r"\1 ***"),
     # Query strings
     (re.compile(r"(?<=[\w/])\?[^\s'\"]+"), "?***"),
     # Client addresses in the messages of a web server
