@@ -206,6 +206,17 @@ def test_settings(record):
     assert script.change_settings(text, "rooms/settings.py", "rooms", record) == text
 
 
+def test_settings_after_a_conflict():
+    """The import is that of 2.0, but the team has kept its classes."""
+    start = "from prodserver_ops import conf\n"
+    classes = "class ProdSettings({0}.ProductionDefaults, Settings):\n    X = {0}.SCHEMA_CLASS\n"
+    old, new = (start + classes.format(name) for name in ("ops", "conf"))
+    assert translate(old) == (new, [])
+    # Another module of this name
+    assert translate("import ops\n" + old)[0] == "import ops\n" + old
+    assert translate(start + "x = ops.restart()\n")[0] == start + "x = ops.restart()\n"
+
+
 def test_project(record):
     old = dedent("""\
         dependencies = [

@@ -500,8 +500,21 @@ class Translator:
                 self.translate_import(node)
             elif isinstance(node, ast.Attribute):
                 self.translate_attribute(node)
+        self.translate_mixed()
         self.translate_strings()
         return apply(text, self.edits), sorted(set(self.left))
+
+    def translate_mixed(self) -> None:
+        """Change ``ops.Defaults`` in settings whose import is that of 2.0.
+
+        This happens if a conflict in the classes is resolved with what the team had.
+        """
+        imports = [
+            node for node in ast.walk(self.tree) if isinstance(node, ast.Import | ast.ImportFrom)
+        ]
+        names = {alias.asname or alias.name for node in imports for alias in node.names}
+        if "conf" in names and "ops" not in names:
+            self.replace_settings("ops")
 
     def offset(self, line: int, column: int) -> int:
         """Return the offset of a position of ``ast``, whose columns are bytes."""
