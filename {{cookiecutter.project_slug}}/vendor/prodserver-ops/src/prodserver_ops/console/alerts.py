@@ -165,7 +165,8 @@ def tell() -> None:
         if LIMIT.count(field) < (LIMIT.slots if new else LIMIT_OVER):
             parts[field] = new, over
         else:
-            log_once(f"{len(new)} new problems are not sent yet: the limit of messages per hour is reached")
+            waiting = f"{len(new)} new problems and {len(over)} that are over"
+            log_once(f"{waiting} are not sent yet: the limit of messages per hour is reached")
     for field, error in send(parts).items():
         if error is None:
             for rows, value in zip(parts[field], (Now(), None), strict=True):
