@@ -321,6 +321,28 @@ PATCHES = (
         {"celery": ""},
     ),
     Patch(
+        "billiard",
+        OVERRIDES,
+        "worker.pool",
+        "A process of a pool without an event loop can be killed while it waits for a task: the lock "
+        "that it holds then outlives it, and no other one gets a task.",
+        {
+            "pool.Pool._setup_queues": "(self)",
+            "queues.SimpleQueue.get_payload": "(self)",
+            "queues.SimpleQueue.send_payload": "(self, value)",
+            "queues._SimpleQueue._reader": "",
+            "queues.SimpleQueue._rlock": "",
+            "queues.SimpleQueue._wlock": "",
+        },
+    ),
+    Patch(
+        "celery.concurrency.prefork.TaskPool",
+        REPLACES,
+        "worker.pool",
+        "Workers use that pool.",
+        {"BlockingPool": ""},
+    ),
+    Patch(
         "celery.worker",
         REPLACES,
         "worker.app worker.consumer worker.delayed worker.failed",

@@ -345,8 +345,11 @@ def prepare_beat(sender: Any, **kwargs: Any) -> None:
 
 @signals.worker_init.connect
 def prepare_worker(**kwargs: Any) -> None:
-    """Verify the settings of a worker, however it was started."""
+    """Verify the settings of a worker, however it was started, and prepare its pool."""
+    from . import pool
+
     verify_module()
+    pool.install()
 
 
 @signals.setup_logging.connect
