@@ -744,7 +744,7 @@ class TestWithoutOverlapping:
 
 
 class TestWaiting(TestWithoutOverlapping):
-    """The last run that was due meanwhile is queued when the one at work has ended."""
+    """The last run that was due meanwhile is queued when the running one has ended."""
 
     @pytest.fixture
     def running(self, scheduler, published):

@@ -318,7 +318,7 @@ class Scheduler(beat.Scheduler):
 
 
 def get_without_overlapping(row: PeriodicTask) -> bool | Literal["wait"]:
-    """Return whether a run is left out, or waits, while an earlier one is at work."""
+    """Return whether a run is left out, or waits, while an earlier one is running."""
     return getattr(current_app.tasks.get(row.task), "without_overlapping", False)
 
 
