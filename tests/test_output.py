@@ -197,13 +197,13 @@ def test_contract_tests_are_few(default_project):
     assert "parametrize" not in text
 
 
-def test_output_is_reproducible(cookies):
-    for answers in ANSWERS.values():
-        first, second = (generate_project(cookies, **answers) for _ in range(2))
-        assert files(first) == files(second)
-        for path in files(first):
-            assert (first / path).read_bytes() == (second / path).read_bytes(), path
-            assert (first / path).stat().st_mode == (second / path).stat().st_mode, path
+@pytest.mark.parametrize("name", ANSWERS)
+def test_output_is_reproducible(bake, cookies, name):
+    first, second = bake(**ANSWERS[name]), generate_project(cookies, **ANSWERS[name])
+    assert files(first) == files(second)
+    for path in files(first):
+        assert (first / path).read_bytes() == (second / path).read_bytes(), path
+        assert (first / path).stat().st_mode == (second / path).stat().st_mode, path
 
 
 def test_python_files_are_valid_and_pass_ruff(project):

@@ -58,6 +58,8 @@ IMPORTS_IN_FUNCTIONS = {
     ("console/checks.py", "console.processes"),
     ("console/checks.py", "console.task_limits"),
     ("worker/app.py", "worker.delayed"),
+    ("worker/app.py", "worker.pool"),
+    ("worker/app.py", "worker.record"),
     ("worker/app.py", "worker.results.Result"),
     ("worker/app.py", "worker.results.make_reliable"),
     ("templatetags/operations.py", "console.operations.VIEW_PERMISSION"),

@@ -438,7 +438,8 @@ def attack_randomly(service, roles, seed, count):
             request = make_random_request(random.Random(f"{seed}-{number}"), addresses, roles)
             status = send_bytes(service, request)
             statuses[status] += 1
-            if status is not None and status >= 500:
+            # Gunicorn responds with 501 to a transfer encoding that it does not know.
+            if status is not None and status >= 500 and status != 501:
                 failed.append(f"random request {seed}-{number} got {status}: {request[:500]}")
 
     with concurrent.futures.ThreadPoolExecutor(CLIENTS) as pool:
@@ -772,7 +773,7 @@ def run(service, seconds, realtime, is_asgi, is_short=False, seed=1):
     with probed(service, "links", problems):
         token = re.search("^LINK (.*)$", output, re.M)[1]
         problems += attack_unsubscribe(service, token)
-    count = 300 if is_short else 3000
+    count = 100 if is_short else 3000
     with probed(service, "random requests", problems):
         problems += list(attack_randomly(service, roles, f"{seed}a", count))[:10]
     # A thread of gunicorn waits for a body, unless the proxy waits for it first.

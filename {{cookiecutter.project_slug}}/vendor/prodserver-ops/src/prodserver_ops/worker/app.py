@@ -105,8 +105,8 @@ class Task(DjangoTask[Any, Any]):
                 self.give_up(losses)
 
     def give_up(self, losses: int) -> None:
-        """Put the running task into the queue of failed tasks instead; raise GivenUp."""
-        from .record import GivenUp
+        """Put the running task into the queue of failed tasks instead; raise ``GivenUp``."""
+        from . import record
 
         queue, info = make_failed_queue(self.app), self.request.delivery_info or {}
         source = [info.get("exchange"), info.get("routing_key")]
@@ -121,7 +121,7 @@ class Task(DjangoTask[Any, Any]):
         except Exception as error:
             raise Reject(error, requeue=True) from error
         logger.error("%s has lost %d workers and is given up", self.name, losses)
-        raise GivenUp(f"it has lost {losses} workers, and is in the queue {queue.name}")
+        raise record.GivenUp(f"it has lost {losses} workers, and is in the queue {queue.name}")
 
     def after_return(
         self, status: str, retval: Any, task_id: str, args: Any, kwargs: Any, einfo: Any
