@@ -197,8 +197,10 @@ def dead_server(request):
         def hold():
             while True:
                 try:
-                    held.append(server.accept())
+                    held.append(server.accept()[0])
                 except OSError:
+                    for client in held:
+                        client.close()
                     return
 
         threading.Thread(target=hold, daemon=True).start()
