@@ -206,7 +206,7 @@ class Supervisor:
         get_failure_path(self.name).unlink(missing_ok=True)
 
     def watch(self, child: Child) -> set[str]:
-        """Return the paths that make a restart necessary; an empty set if the process shall stop."""
+        """Return the paths that make a restart necessary; an empty set if the process has to stop."""
         server = None
         try:
             for changes in watchfiles.watch(
