@@ -325,9 +325,16 @@ PATCHES = (
         OVERRIDES,
         "worker.pool",
         "A process of a pool without an event loop can be killed while it waits for a task: the lock "
-        "that it holds then outlives it, and no other one gets a task.",
+        "that it holds then outlives it, and no other one gets a task. Or after it has read a task.",
         {
             "pool.Pool._setup_queues": "(self)",
+            "pool.Pool._maintain_pool": "(self)",
+            "pool.Pool._taskqueue": "",
+            "pool.Pool._cache": "",
+            "pool.Pool.lost_worker_timeout": "",
+            "pool.Pool.apply_async": "(self, func, args=..., kwds=..., callback=..., error_callbac... c39ba004",
+            "pool.ApplyResult._job": "",
+            "pool.TASK": "",
             "queues.SimpleQueue.get_payload": "(self)",
             "queues.SimpleQueue.send_payload": "(self, value)",
             "queues._SimpleQueue._reader": "",

@@ -9,7 +9,9 @@ from types import SimpleNamespace
 import pytest
 from celery import current_app
 from django.core.management import call_command
+from django.utils import timezone
 
+from prodserver_ops.models import TaskRun
 from prodserver_ops.worker import failed
 from prodserver_ops.worker.app import get_failed_queue, make_failed_queue
 
@@ -154,6 +156,16 @@ def test_requeue_runs_all_or_some_again(learn, run_worker, capsys):
         assert get_all(done, 2) == [1, 2]
     with pytest.raises(Empty):
         done.get_nowait()
+
+
+def test_runs_of_requeued_tasks_count_as_tried_again():
+    given_up = {"status": "failed", "error": "it has lost 15 workers", "started_at": timezone.now()}
+    task_id = current_app.send_task(NAME, [1], queue=make_failed_queue(current_app)).id
+    for name in (task_id, "another"):
+        TaskRun.objects.create(task_id=name, **given_up)
+    call_command("requeue")
+    repeated = TaskRun.objects.exclude(repeated_at=None)
+    assert list(repeated.values_list("task_id", flat=True)) == [task_id]
 
 
 def test_task_that_was_given_up_for_another_reason_is_returned_by_command_alone(learn):

@@ -8,6 +8,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import timedelta
+from types import SimpleNamespace
 
 import pytest
 import time_machine
@@ -24,7 +25,7 @@ from django_celery_beat.models import IntervalSchedule, PeriodicTask
 from prodserver_ops.console import doctor, operations, problems, retention
 from prodserver_ops.models import Heartbeat, ScheduleRun, TaskRun
 from prodserver_ops.tasks import delete_records
-from prodserver_ops.worker import record
+from prodserver_ops.worker import failed, record
 from prodserver_ops.worker.app import Task
 
 pytestmark = pytest.mark.django_db
@@ -136,6 +137,10 @@ class TestRecord:
         recorder.end("id1", "IGNORED", record.GivenUp("it has lost 3 workers"))
         recorder.write()
         rows = list(TaskRun.objects.order_by("pk").values_list("status", "error"))
+        # A person has requeued it, and it loses its worker again.
+        for losses in (0, 1):
+            recorder.start("id1", context, sample.name, [], {})
+            assert record.start_again("id1") == losses
         assert rows[:3] == [("retried", "WorkerLostError: its worker was lost")] * 3
         assert rows[3:] == [("failed", "it has lost 3 workers")]
 
@@ -463,6 +468,29 @@ class TestButtons:
         assert "has already been tried again" in admin_client.post(url, follow=True).text
         assert len(queued) == 1
         assert "tried again" in admin_client.get(reverse(PAGE)).text
+
+    def test_run_that_was_given_up_is_requeued(self, admin_client, queued, monkeypatch):
+        run = make_run(status="failed", task_id="id1", error="it has lost 15 workers, and")
+        url = reverse("admin:ops_repeat", args=[run.pk])
+        waiting = [SimpleNamespace(headers={"id": id}) for id in ("id1", "id2")]
+
+        def requeue(app, is_wanted):
+            found = [message for message in waiting if is_wanted(message)]
+            for message in found:
+                waiting.remove(message)
+            return len(found)
+
+        monkeypatch.setattr(failed, "requeue", requeue)
+        assert "Queued: test.operations." in admin_client.post(url, follow=True).text
+        assert [message.headers["id"] for message in waiting] == ["id2"]
+        assert "has already been tried again" in admin_client.post(url, follow=True).text
+        # Its message was deleted.
+        TaskRun.objects.update(repeated_at=None)
+        text = admin_client.post(url, follow=True).text
+        assert "test.operations is not in the queue of failed tasks." in text
+        run.refresh_from_db()
+        assert run.repeated_at is None
+        assert queued == []
 
     def test_failure_that_cannot_be_queued_can_be_tried_again_later(
         self, admin_client, monkeypatch

@@ -30,8 +30,43 @@ os._exit(0)
 """
 
 
+#: Kills the first process that has read a job.
+SCRIPT_OF_READ = """
+import os, signal, sys, time
+from operator import add
+from celery.concurrency import prefork
+from prodserver_ops.worker import pool
+
+original = pool.read
+
+def read(queue):
+    message = original(queue)
+    if b"add" in message and not os.path.exists(sys.argv[1]):
+        open(sys.argv[1], "w").close()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return message
+
+pool.read = read
+pool.install()
+processes = prefork.TaskPool.BlockingPool(2, lost_worker_timeout=0.5)
+results = [processes.apply_async(add, (number, 1)) for number in range(4)]
+assert [result.get(timeout=30) for result in results] == [1, 2, 3, 4]
+assert os.path.exists(sys.argv[1]) and not processes._cache
+print("ran")
+os._exit(0)
+"""
+
+
 def test_processes_that_are_killed_while_they_wait_keep_no_lock():
-    command = [sys.executable, "-W", "ignore", "-c", SCRIPT]
+    run(SCRIPT)
+
+
+def test_job_is_not_lost_with_the_process_that_has_read_it(tmp_path):
+    run(SCRIPT_OF_READ, str(tmp_path / "killed"))
+
+
+def run(*script):
+    command = [sys.executable, "-W", "ignore", "-c", *script]
     environment = {**os.environ, "PYTHONPATH": str(Path(prodserver_ops.__file__).parent.parent)}
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
     assert done.stdout == "ran\n", done.stderr

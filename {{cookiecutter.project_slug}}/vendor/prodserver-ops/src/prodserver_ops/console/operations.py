@@ -29,7 +29,7 @@ from ..core import concurrently
 from ..models import DelayedTask, Heartbeat, ResumableRun, TaskRun
 from ..scheduling import heartbeats, queues, timing
 from ..scheduling.restores import find_restore
-from ..worker import continuations, delayed
+from ..worker import continuations, delayed, record
 from ..worker.app import get_failed_queue
 from . import alerts, doctor, problems
 from .large_tables import LargeTableAdmin
@@ -241,6 +241,10 @@ class OperationsAdmin(LargeTableAdmin):
             if not resume(request, resumable):
                 TaskRun.objects.filter(pk=pk).update(repeated_at=None)
             return redirect("admin:ops_operations")
+        if run.error.startswith(record.GIVEN_UP):
+            if not requeue(request, run):
+                TaskRun.objects.filter(pk=pk).update(repeated_at=None)
+            return redirect("admin:ops_operations")
         args, kwargs = json.loads(run.arguments)
         headers = {"schedule": run.schedule_id} if run.schedule_id else {}
         if not submit(
@@ -288,6 +292,24 @@ def submit(
         messages.error(request, f"Not queued: {label}: {doctor.redact_error(error)}")
         return False
     messages.success(request, f"Queued: {label}.")
+    return True
+
+
+def requeue(request: HttpRequest, run: TaskRun) -> bool:
+    """Requeue the message of a run that was given up, and show a message; return whether it is queued."""
+    from ..worker import failed  # Loads Celery's worker.
+
+    try:
+        count = failed.requeue(
+            current_app, lambda message: record.clean_id(message.headers.get("id")) == run.task_id
+        )
+    except Exception as error:
+        messages.error(request, f"Not queued: {run.name}: {doctor.redact_error(error)}")
+        return False
+    if not count:
+        messages.error(request, f"Not queued: {run.name} is not in the queue of failed tasks.")
+        return False
+    messages.success(request, f"Queued: {run.name}.")
     return True
 
 

@@ -121,7 +121,9 @@ class Task(DjangoTask[Any, Any]):
         except Exception as error:
             raise Reject(error, requeue=True) from error
         logger.error("%s has lost %d workers and is given up", self.name, losses)
-        raise record.GivenUp(f"it has lost {losses} workers, and is in the queue {queue.name}")
+        raise record.GivenUp(
+            f"{record.GIVEN_UP} {losses} workers, and is in the queue {queue.name}"
+        )
 
     def after_return(
         self, status: str, retval: Any, task_id: str, args: Any, kwargs: Any, einfo: Any

@@ -14,6 +14,7 @@ from typing import Any, TypeGuard
 
 from celery import Celery, signals
 from celery.worker.consumer import Consumer as CeleryConsumer
+from django.utils import timezone
 from kombu import Queue
 from kombu.exceptions import OperationalError
 from kombu.message import Message
@@ -21,6 +22,8 @@ from kombu.message import Message
 from ..core.headers import get_request_id
 from ..core.logs import request_id
 from ..core.text import make_storable, shorten
+from ..models import TaskRun
+from . import record
 from .app import make_failed_queue
 from .messages import find_problem
 
@@ -183,6 +186,25 @@ def requeue(app: Celery, is_wanted: Callable[[Message], bool]) -> int:
         republish(app, message, target if is_target(target) else default, headers)
 
     return take(app, is_wanted, act)
+
+
+def repeat(app: Celery, is_wanted: Callable[[Message], bool]) -> int:
+    """Return failed tasks to their queues because a person wants it; return their number.
+
+    Their runs count as tried again.
+    """
+    ids = []
+
+    def note(message: Message) -> bool:
+        if wanted := is_wanted(message):
+            ids.append(record.clean_id(message.headers.get("id")))
+        return wanted
+
+    try:
+        return requeue(app, note)
+    finally:
+        runs = TaskRun.objects.filter(task_id__in=ids, error__startswith=record.GIVEN_UP)
+        runs.filter(repeated_at=None).update(repeated_at=timezone.now())
 
 
 def take(

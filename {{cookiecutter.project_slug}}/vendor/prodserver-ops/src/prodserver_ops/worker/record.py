@@ -22,6 +22,7 @@ from celery.app.task import Context
 from celery.exceptions import Ignore, Reject, TimeLimitExceeded, WorkerLostError
 from celery.states import FAILURE, RETRY, SUCCESS
 from django.db import DatabaseError, InterfaceError, connection, transaction
+from django.db.models import Max
 from django.utils import timezone
 
 from ..core.database import TEMPORARY_ERRORS
@@ -54,8 +55,8 @@ STATUSES = {
     RETRY: TaskRun.Status.RETRIED,
 }
 
-#: The error of a run that has lost its worker starts with this.
-LOST = "WorkerLostError"
+#: The error of a run that has lost its worker starts with this, and that of one that is given up.
+LOST, GIVEN_UP = "WorkerLostError", "it has lost"
 
 HOST = socket.gethostname()
 
@@ -106,7 +107,7 @@ class Note:
         """Return the row of the run, with its current state."""
         if self.row is None:
             self.row = TaskRun(
-                task_id=make_storable(self.task_id)[:MAX_ID],
+                task_id=clean_id(self.task_id),
                 name=self.name[:MAX_NAME],
                 arguments=dump(self.args, self.kwargs),
                 schedule_id=self.schedule_id,
@@ -120,7 +121,7 @@ class Note:
 
     def save_killed(self) -> None:
         """Store the end of a run that its own process could not note."""
-        rows = TaskRun.objects.filter(task_id=self.task_id[:MAX_ID])
+        rows = TaskRun.objects.filter(task_id=clean_id(self.task_id))
         if rows.filter(status="running").update(status=self.status, error=self.error):
             return
         # Celery reports an exceeded time limit twice.
@@ -273,6 +274,11 @@ def describe(error: BaseException) -> str:
     return make_storable(redact(text))[:MAX_ERROR]
 
 
+def clean_id(task_id: Any) -> str:
+    """Return the id of a task as rows have it."""
+    return make_storable(str(task_id))[:MAX_ID]
+
+
 def dump(args: Any, kwargs: Any) -> str:
     """Return the arguments of a task as JSON, or an empty string if they are too long."""
     try:
@@ -285,15 +291,16 @@ def dump(args: Any, kwargs: Any) -> str:
 def start_again(task_id: str) -> int:
     """Record that a run starts whose message was delivered before; return how many were lost.
 
-    Only runs that were started count: a worker that is lost also returns what it had just received. If
-    the database is unavailable, returns 0.
+    Only runs that were started count: a worker that is lost also returns what it had just received.
+    After a task was given up, they count anew. If the database is unavailable, returns 0.
     """
-    rows = TaskRun.objects.filter(task_id=make_storable(task_id)[:MAX_ID])
+    rows = TaskRun.objects.filter(task_id=clean_id(task_id))
     lost = {"status": TaskRun.Status.RETRIED, "error": f"{LOST}: its worker was lost"}
     try:
         rows.filter(status=TaskRun.Status.RUNNING).update(**lost)
         get_recorder().store(task_id)
-        return rows.filter(error__startswith=LOST).count()
+        given_up = rows.filter(error__startswith=GIVEN_UP).aggregate(last=Max("pk"))["last"]
+        return rows.filter(error__startswith=LOST, pk__gt=given_up or 0).count()
     except (DatabaseError, InterfaceError) as error:
         logger.warning("Could not record the start of a task: %s", type(error).__name__)
         return 0

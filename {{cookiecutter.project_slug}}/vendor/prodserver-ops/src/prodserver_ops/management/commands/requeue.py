@@ -7,7 +7,7 @@ from celery import current_app
 from django.core.management.base import BaseCommand
 from kombu.message import Message
 
-from ...worker.failed import requeue
+from ...worker.failed import repeat
 
 
 class Command(BaseCommand):
@@ -31,4 +31,4 @@ class Command(BaseCommand):
         def is_wanted(message: Message) -> bool:
             return not names or message.headers.get("task") in names
 
-        self.stdout.write(f"{requeue(current_app, is_wanted)} tasks queued again")
+        self.stdout.write(f"{repeat(current_app, is_wanted)} tasks queued again")
