@@ -66,6 +66,7 @@ IMPORTS_IN_FUNCTIONS = {
     ("templatetags/operations.py", "console.operations.get_summary"),
     ("worker/app.py", "celery.bin.base.CLIContext"),  # Web needs neither a command line
     ("worker/app.py", "celery.worker.state"),  # nor the parts of a worker.
+    ("console/operations.py", "worker.failed"),
     ("web/flower.py", "celery.bin.celery.celery"),
     # Production needs nothing of development.
     ("apps.py", "development.imports"),
