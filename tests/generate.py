@@ -48,9 +48,12 @@ def get_releases():
     """Return the commits of the releases, by version, from the history alone."""
     command = ["git", "log", "--reverse", "--format=%H %s"]
     log = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    return {
+    releases = {
         match[2]: match[1] for match in re.finditer(r"^(\w+) Release (\d+\.\d+\.\d+)$", log, re.M)
     }
+    if "1.0.0" not in releases:
+        raise RuntimeError("the releases are missing in this clone: git fetch --unshallow")
+    return releases
 
 
 def extract_release(release, folder):

@@ -93,6 +93,19 @@ def test_only_a_push_to_main_is_released_after_all_tests():
     assert not [text for text in texts if "workflow_run" in text or "pull_request_target" in text]
 
 
+def test_tests_that_upgrade_have_the_whole_history():
+    """The default is the last commit alone, without the releases."""
+    complete = []
+    for path in ROOT.glob(".github/workflows/*.yml"):
+        for job in yaml.safe_load(path.read_text())["jobs"].values():
+            commands = "\n".join(step.get("run", "") for step in job["steps"])
+            if ".ci/run" in commands or "pytest -m long" in commands:
+                complete.append(path.name)
+                checkout = job["steps"][0]["with"]
+                assert checkout.get("fetch-depth") == 0, path
+    assert sorted(complete) == ["ci.yml", "long.yml"]
+
+
 def test_the_workflow_lints():
     commands = [step.get("run") for step in steps(ROOT)]
     assert "uv run ruff check" in commands
