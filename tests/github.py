@@ -70,7 +70,7 @@ class GitHub:
         self.folder = folder
         self.uv = uv
         self.origin = folder / "origin.git"
-        self.secrets = {}
+        self.secrets, self.variables = {}, {}
         folder.mkdir()
         self.git("init", "--quiet", "--bare", "--initial-branch=main", str(self.origin))
         hook = self.origin / "hooks" / "pre-receive"
@@ -191,9 +191,11 @@ class GitHub:
         )
 
     def evaluate(self, text):
-        """Return the value of a variable of a step, which names secrets."""
+        """Return the value of a variable of a step, which names secrets and variables."""
         if text == "${{ github.token }}":
             return "token of GitHub"
+        if text.startswith("${{ vars."):
+            return self.variables.get(text.split()[1].removeprefix("vars."), "")
         match = re.fullmatch(
             r"\$\{\{ secrets\.(\w+)(?: (&&|\|\|) ('yes'|github\.token))? \}\}", text
         )

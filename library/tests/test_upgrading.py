@@ -220,26 +220,46 @@ def test_token_is_for_the_template_alone(monkeypatch):
     assert "TEMPLATE_TOKEN" not in upgrades.execute(["env"]).stdout
 
 
-def test_changed_address_must_be_confirmed(service, monkeypatch):
+@pytest.mark.parametrize("version", ["a", "b"])
+def test_changed_address_must_be_confirmed(service, monkeypatch, version):
+    """Also if one commit changes both the address and the version, as a stranger might propose."""
     found = record("https://example.com/one", "a" * 40)
     commit(service, {".cruft.json": json.dumps(found)})
     assert upgrades.choose_address(found, None) == "https://example.com/one"
-    changed = found | {"template": "https://example.com/two"}
+    changed = record("https://example.com/two", version * 40)
     commit(service, {".cruft.json": json.dumps(changed)})
+    later = changed | {"commit": "c" * 40}
+    commit(service, {".cruft.json": json.dumps(later)})
     with pytest.raises(CommandError, match=r"Confirm it with: --template https://example\.com/two"):
-        upgrades.choose_address(changed, None)
-    assert upgrades.choose_address(changed, changed["template"]) == changed["template"]
+        upgrades.choose_address(later, None)
+    assert upgrades.choose_address(later, later["template"]) == later["template"]
     monkeypatch.setattr("sys.stdin.isatty", lambda: True)
     for answer, accepted in (("", False), ("y", True)):
         monkeypatch.setattr("builtins.input", lambda text, answer=answer: answer)
         if accepted:
-            assert upgrades.choose_address(changed, None) == "https://example.com/two"
+            assert upgrades.choose_address(later, None) == "https://example.com/two"
         else:
             with pytest.raises(CommandError, match="not upgraded"):
-                upgrades.choose_address(changed, None)
+                upgrades.choose_address(later, None)
     # After an upgrade the address is known in this clone.
     git(service, "config", "--local", upgrades.KNOWN, "https://example.com/two")
-    assert upgrades.choose_address(changed, None) == "https://example.com/two"
+    assert upgrades.choose_address(later, None) == "https://example.com/two"
+
+
+def test_address_is_confirmed_by_a_variable_of_the_repository(service, monkeypatch):
+    found = record("https://example.com/one", "a" * 40)
+    commit(service, {".cruft.json": json.dumps(found)})
+    monkeypatch.setenv("TEMPLATE_URL", "gh:team/template")
+    assert upgrades.choose_address(found, None) == "https://github.com/team/template"
+
+
+def test_archive_cannot_be_upgraded_from(service):
+    found = record("https://example.com/main.zip", None)
+    commit(service, {".cruft.json": json.dumps(found)})
+    with pytest.raises(
+        CommandError, match=r"archive .*main\.zip; name the repository .* --template"
+    ):
+        upgrades.choose_address(found, None)
 
 
 def test_lock_file_does_not_make_a_tree_dirty(service):
@@ -249,6 +269,145 @@ def test_lock_file_does_not_make_a_tree_dirty(service):
     write(service, {"one": "", "run": "b\n"})
     with pytest.raises(CommandError, match=r"changes: .*one, .*run: commit them first|run, .*one"):
         upgrades.require_clean_tree()
+
+
+@pytest.fixture
+def upgrade(service, template, monkeypatch):
+    """A function that upgrades the service from 2.0.0 to 2.10.0, without uv."""
+    old = git(template, "rev-parse", "2.0.0")
+    commit(service, {".cruft.json": json.dumps(record(template, old)), ".gitignore": "local\n"})
+
+    def render(self, uv, revision, given, folder):
+        files = FILES if revision == old else FILES | NEW
+        version = "2.0.0" if revision == old else "2.10.0"
+        write(folder, files | {".cruft.json": json.dumps(record(template, revision, version))})
+        return folder
+
+    monkeypatch.setattr(upgrades.Template, "render", render)
+    monkeypatch.setattr(upgrades, "install", lambda uv, change: "")
+    return lambda *options: call_command("upgrade", "--no-tests", *options)
+
+
+NEW = {
+    "example/models.py": LINES.replace("line 3\n", "line three\n"),
+    "example/api.py": "new\n",
+    "local": "of the template\n",
+}
+
+
+@pytest.mark.parametrize("name", ["write_record", "store_tree", "get_folders"])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device")])
+def test_interrupted_upgrade_leaves_the_tree_as_it_was(service, upgrade, monkeypatch, name, error):
+    def fail(*args, **kwargs):
+        (service / "left").touch()
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(upgrades, name, fail)
+        with pytest.raises(type(error) if isinstance(error, OSError) else error):
+            upgrade()
+    assert git(service, "status", "--porcelain") == ""
+    assert (service / "example" / "models.py").read_text() == LINES
+    with pytest.raises(CommandError, match="no upgrade to continue"):
+        upgrade("--continue")
+    upgrade()
+    assert (service / "example" / "api.py").read_text() == "new\n"
+
+
+def test_killed_upgrade_is_not_continued(service, upgrade, monkeypatch):
+    # Nothing undoes what a process has done that is killed.
+    monkeypatch.setattr(upgrades, "undo", lambda: None)
+    with monkeypatch.context() as patch:
+        patch.setattr(upgrades, "write_record", lambda found: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            upgrade()
+    for options in [], ["--continue"]:
+        with pytest.raises(CommandError, match="an upgrade was killed; undo what it has left with"):
+            upgrade(*options)
+    git(service, "reset", "--hard", "--quiet")
+    upgrade()
+
+
+def test_interrupted_tests_are_continued(service, upgrade, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        patch.setattr(upgrades, "read_state", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            upgrade()
+    with pytest.raises(CommandError, match=r"run: uv run manage\.py upgrade --continue"):
+        upgrade()
+    capsys.readouterr()
+    upgrade("--continue")
+    assert capsys.readouterr().out.startswith("# Template 2.0.0 → 2.10.0\n")
+
+
+def test_upgrade_that_was_given_up_is_not_continued(service, upgrade, monkeypatch):
+    commit(service, {"example/models.py": LINES.replace("line 3\n", "our line\n")})
+    with pytest.raises(SystemExit):
+        upgrade()
+    git(service, "reset", "--hard", "--quiet")
+    with pytest.raises(CommandError, match="nothing is left of the upgrade; run: uv run manage"):
+        upgrade("--continue")
+
+
+def test_files_that_are_not_in_git_are_not_overwritten(service, upgrade):
+    write(service, {"local": "ours\n"})
+    with pytest.raises(CommandError, match="files that are not in git: local: commit or rename"):
+        upgrade()
+    assert (service / "local").read_text() == "ours\n"
+    assert git(service, "status", "--porcelain") == ""
+
+
+def test_untracked_files_are_found_whatever_git_shows(service, upgrade):
+    git(service, "config", "status.showUntrackedFiles", "no")
+    write(service, {"note": "ours\n"})
+    with pytest.raises(CommandError, match=r"changes: .*note: commit them first"):
+        upgrade()
+
+
+@pytest.mark.parametrize("setting", ["core.autocrlf=true", "core.fileMode=false"])
+def test_upgrade_of_a_clone_with_settings_for_windows(service, upgrade, setting):
+    """Its files have other line breaks or modes than those in git."""
+    git(service, "config", *setting.split("="))
+    git(service, "rm", "-r", "--cached", "--quiet", ".")
+    git(service, "reset", "--hard", "--quiet")
+    if setting == "core.fileMode=false":
+        (service / "example" / "models.py").chmod(0o777)
+    else:
+        assert b"\r\n" in (service / "run").read_bytes()
+    upgrade()
+    assert "line three" in (service / "example" / "models.py").read_text()
+    assert git(service, "ls-files", "--eol", "--stage", "example/api.py").startswith("100644 ")
+
+
+def test_committed_line_breaks_of_windows_are_no_conflicts(service, upgrade):
+    with (service / "example" / "models.py").open("w", newline="\r\n") as models:
+        models.write(LINES.replace("line 15", "our line 15"))
+    commit(service)
+    upgrade()
+    text = (service / "example" / "models.py").read_text()
+    assert "line three" in text
+    assert "our line 15" in text
+
+
+@pytest.mark.parametrize("branch", [True, False])
+def test_bundle_of_a_detached_shallow_clone_with_hooks_and_signing(
+    service, upgrade, tmp_path, settings, branch
+):
+    commit(service)
+    clone = tmp_path / "clone"
+    git(tmp_path, "clone", "--quiet", "--depth=1", f"file://{service.parents[1]}", str(clone))
+    settings.BASE_DIR = clone / "services" / "rooms"
+    git(clone, "config", "commit.gpgSign", "true")
+    git(clone, "config", "user.signingKey", "none")
+    git(clone, "config", "log.showSignature", "true")
+    hook = clone / ".git" / "hooks" / "pre-commit"
+    hook.write_text("#!/bin/sh\nexit 1\n")
+    hook.chmod(0o755)
+    if not branch:
+        git(clone, "switch", "--quiet", "--detach")
+    upgrade("--bundle", str(tmp_path / "bundle"))
+    assert git(clone, "log", "-1", "--format=%s", upgrades.BRANCH) == "Template 2.0.0 → 2.10.0"
+    git(service, "fetch", "--quiet", str(tmp_path / "bundle" / "upgrade.bundle"), upgrades.BRANCH)
 
 
 def test_renamed_package_gets_changes_and_new_files(service, tmp_path):

@@ -11,14 +11,15 @@ import os
 import re
 import secrets
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
 import tempfile
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from fnmatch import fnmatch
@@ -51,6 +52,9 @@ HOSTS = {"gh": "https://github.com/", "gl": "https://gitlab.com/", "bb": "https:
 #: The setting of git, in this clone alone, with the address that was upgraded from last.
 KNOWN = "prodserver.template"
 
+#: The variable with the address of a template that has moved, for clones without that setting.
+CONFIRMED = "TEMPLATE_URL"
+
 #: The setting of git, in this clone alone, with the Unix time of the last check for a release.
 CHECKED = "prodserver.checked"
 
@@ -68,13 +72,12 @@ VARIABLE = re.compile(
     r"""^    ([A-Z]\w+) = env\(|env\(key="(\w+)"|^    @env\(.*\n    def ([A-Z]\w+)""", re.M
 )
 
-#: Git must merge in the same way, whatever a user has configured.
+#: Git must store rendered files and merge in the same way, whatever a user has configured. What the
+#: working tree of the service is like, such as ``core.autocrlf``, is up to the user.
+STORE = ["-c", "core.fileMode=true", "-c", "core.autocrlf=false", "-c", "core.safecrlf=false"]
 MERGE = [
     part
     for option in (
-        "core.fileMode=true",
-        "core.autocrlf=false",
-        "core.safecrlf=false",
         "merge.conflictStyle=merge",
         "merge.directoryRenames=true",
         "merge.renames=true",
@@ -96,6 +99,11 @@ LOST = (
 )
 
 KEPT = "The template deleted these files. They are kept, because the service has changed them:"
+
+KILLED = (
+    "an upgrade was killed; undo what it has left with `git reset --hard` and `git clean -fd`, and run "
+    "it again"
+)
 
 CONFLICTS = (
     "Resolve the marked lines of these files, then run `uv run manage.py upgrade --continue`, which "
@@ -123,7 +131,12 @@ class Merge:
     def load(cls) -> "Merge":
         """Return the stored merge, or raise CommandError."""
         with suppress(FileNotFoundError):
-            return cls(**json.loads(get_state_path().read_text()))
+            merge = cls(**json.loads(get_state_path().read_text()))
+            if not merge.title:
+                raise CommandError(KILLED)
+            if not git("diff", "--name-only", merge.base, "--", ".", f":!{LOCK}"):
+                raise CommandError("nothing is left of the upgrade; run: uv run manage.py upgrade")
+            return merge
         # In another clone, such as one of the branch of the weekly pull request
         commit = git("log", "-1", "--format=%H", "--", RECORD)
         before, after = (read_version(each) for each in (f"{commit}^", commit))
@@ -176,7 +189,7 @@ def run(
 
 def git(*arguments: str) -> str:
     """Run git in the service's folder; return its output without the line break at its end."""
-    return run(["git", *arguments]).rstrip("\n")
+    return run(["git", "-c", "log.showSignature=false", *arguments]).rstrip("\n")
 
 
 def get_last_lines(text: str) -> str:
@@ -234,16 +247,16 @@ def require_clean_tree() -> None:
     """Raise CommandError with the changed files, unless all but the lock file are committed."""
     # Paths of the status are those of the repository, also in a folder of it.
     lock = git("rev-parse", "--show-prefix") + LOCK
-    entries = [line[3:] for line in git("status", "--porcelain").splitlines()]
+    status = git("status", "--porcelain", "--untracked-files=normal")
+    entries = [line[3:] for line in status.splitlines()]
     changed = [name for name in entries if name.strip('"') != lock]
     if not changed:
         return
     shown = ", ".join(changed[:5]) + (f" and {len(changed) - 5} more" if changed[5:] else "")
-    hint = (
-        "resolve its conflicts and run: uv run manage.py upgrade --continue"
-        if get_state_path().exists()
-        else "commit them first"
-    )
+    hint = "commit them first"
+    if get_state_path().exists():
+        Merge.load()
+        hint = "resolve its conflicts and run: uv run manage.py upgrade --continue"
     raise CommandError(f"the working tree has changes: {shown}: {hint}")
 
 
@@ -260,20 +273,28 @@ def get_address(text: str) -> str:
 
 
 def choose_address(record: dict[str, Any], given: str | None) -> str:
-    """Return the template's address; ask about one that has changed since the last upgrade."""
-    if given:
+    """Return the template's address; ask about one that has changed and was not confirmed."""
+    if given := given or os.environ.get(CONFIRMED):
         return get_address(given)
     address = get_address(record["template"])
+    if address.endswith(".zip"):
+        raise CommandError(
+            f"the service was generated from the archive {address}; name the repository of the "
+            "template: uv run manage.py upgrade --template URL"
+        )
     known = execute(["git", "config", "--local", KNOWN]).stdout.strip()
-    known = known or read_earlier_address(record) or address
+    known = known or read_earlier_address(address)
     if known == address:
         return address
     question = (
-        f"The address of the template has changed since the last upgrade.\n  {known}\n"
+        f"The address of the template has changed.\n  {known}\n"
         f"  {address}, which {RECORD} names now\nAn upgrade runs code from there."
     )
     if not sys.stdin.isatty():
-        raise CommandError(f"{question} Confirm it with: --template {address}")
+        raise CommandError(
+            f"{question} Confirm it with: --template {address}, and for the weekly workflow with "
+            f"the variable {CONFIRMED} of the repository"
+        )
     if input(f"{question} Continue? [y/N] ").strip().lower() not in ("y", "yes"):
         raise CommandError("not upgraded")
     return address
@@ -307,12 +328,14 @@ def is_earlier(earlier: dict[str, Any], record: dict[str, Any]) -> bool:
     return bool(earlier) and earlier["commit"] not in (None, record["commit"])
 
 
-def read_earlier_address(record: dict[str, Any]) -> str | None:
-    """Return the address that the record had when its commit was recorded, if git knows it."""
-    commits = git("log", "--format=%H", "--", RECORD).splitlines()
-    found = [read_committed_record(commit) for commit in commits]
-    same = [earlier for earlier in found if earlier and not is_earlier(earlier, record)]
-    return get_address(same[-1]["template"]) if same else None
+def read_earlier_address(address: str) -> str:
+    """Return the last other address in the history, or the same one if there is none.
+
+    Whoever proposes another address can propose a commit with it, so neither confirms the other.
+    """
+    commits = git("log", "--full-history", "--format=%H", "--", RECORD).splitlines()
+    found = [read_committed_record(commit).get("template", address) for commit in commits]
+    return next((each for each in map(get_address, found) if each != address), address)
 
 
 class Template:
@@ -485,7 +508,7 @@ def store_tree(service: Path, parent: str | None, message: str) -> str:
             "GIT_AUTHOR_DATE": "2000-01-01T00:00:00Z",
             "GIT_COMMITTER_DATE": "2000-01-01T00:00:00Z",
         }
-        run(["git", *MERGE, "add", "--force", "--all"], environment, tree)
+        run(["git", *STORE, "add", "--force", "--all"], environment, tree)
         stored = run(["git", "write-tree"], environment, tree).strip()
         parents = ["-p", parent] if parent else []
         command = ["git", "commit-tree", *parents, "-m", message, stored]
@@ -500,12 +523,23 @@ def merge(old: Path, new: Path, skipped: list[str], name: str) -> Merge:
         for path in [path for path in files if matches(path, skipped)]:
             (service / path).unlink()
             del files[path]
-    folders = get_folders(git("ls-files").splitlines())
+    known = set(git("ls-files").splitlines())
+    folders = get_folders(known)
+    if ignored := sorted(
+        path
+        for path in set(after) - set(before) - known
+        if os.path.lexists(Path(settings.BASE_DIR, path))
+    ):
+        # Git would overwrite them.
+        raise CommandError(
+            f"the template has new files of the names of files that are not in git: "
+            f"{', '.join(ignored)}: commit or rename them, or add them to `skip` in `[tool.cruft]`"
+        )
     base = store_tree(old, None, "The template before")
-    done = execute(
-        ["git", *MERGE, "cherry-pick", "--no-commit", store_tree(new, base, f"Template {name}")],
-        IDENTITY,
-    )
+    change = store_tree(new, base, f"Template {name}")
+    # A file may have been committed with line breaks of Windows.
+    pick = ["cherry-pick", "--no-commit", "--strategy-option=ignore-cr-at-eol", change]
+    done = execute(["git", *MERGE, *pick], IDENTITY)
     stages: dict[str, set[str]] = {}
     for line in git("ls-files", "--unmerged", "-z").split("\0"):
         if line:
@@ -538,6 +572,30 @@ def merge(old: Path, new: Path, skipped: list[str], name: str) -> Merge:
         Path(settings.BASE_DIR, path).unlink(missing_ok=True)
     result.lost.sort()
     return result
+
+
+@contextmanager
+def undo_if_interrupted() -> Iterator[None]:
+    """Leave the working tree as it was if what is in this context does not end.
+
+    There was nothing in it that is not committed; see ``require_clean_tree()``.
+    """
+    # For a process that is killed: load() refuses to continue this.
+    Merge(git("rev-parse", "HEAD")).save()
+    try:
+        yield
+    except BaseException:
+        undo()
+        raise
+
+
+def undo() -> None:
+    """Bring the working tree back to the last commit, without untracked files."""
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    git("reset", "--hard", "--quiet")
+    git("clean", "-d", "--force", "--quiet")
+    get_state_path().unlink(missing_ok=True)
+    signal.signal(signal.SIGINT, handler)
 
 
 def get_folders(names: Iterable[str]) -> set[str]:
@@ -687,6 +745,8 @@ def build_report(uv: str, change: Merge, *, with_tests: bool) -> tuple[bool, str
     While there are conflicts, the report says only where they are.
     """
     problem = ""
+    # Whoever interrupts the tests can continue.
+    change.save()
     if set(change.conflicts) <= {get_schema()}:
         problem = install(uv, change)
     elif "pyproject.toml" not in change.conflicts:
@@ -708,7 +768,6 @@ def build_report(uv: str, change: Merge, *, with_tests: bool) -> tuple[bool, str
             "`uv run manage.py upgrade --continue` reports them when what is above is resolved.",
         ]
     else:
-        get_state_path().unlink(missing_ok=True)
         before, after = read_state(change.base), read_state()
         sections += [
             list_section("New migrations", sorted(after.migrations - before.migrations)),
@@ -717,10 +776,11 @@ def build_report(uv: str, change: Merge, *, with_tests: bool) -> tuple[bool, str
                 "Removed environment variables", sorted(before.variables - after.variables)
             ),
         ]
+        tests_passed = True
         if with_tests:
             tests_passed, section = run_tests(uv)
             passed = passed and tests_passed
             sections += [section, run_deploy_checks(uv, read_record())]
-            if not tests_passed:
-                change.save()
+        if tests_passed:
+            get_state_path().unlink(missing_ok=True)
     return passed, "\n\n".join(section for section in sections if section) + "\n"

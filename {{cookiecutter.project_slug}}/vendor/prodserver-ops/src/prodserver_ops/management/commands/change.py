@@ -71,15 +71,17 @@ class Command(BaseCommand):
                 for name, value in given.items()
             ]
             answers = upgrades.read_answers(after, record, address)
-            merged = upgrades.merge(before, after, skipped, ", ".join(changes))
-        merged.title = ", ".join(changes)
+            with upgrades.undo_if_interrupted():
+                merged = upgrades.merge(before, after, skipped, ", ".join(changes))
+                upgrades.write_record(record | {"context": {"cookiecutter": answers}})
+                merged.title = ", ".join(changes)
+                merged.save()
         changed = [
             path
             for path in sorted(set(files[0]) | set(files[1]))
             if upgrades.matches(path, [MIGRATIONS]) and files[0].get(path) != files[1].get(path)
         ]
         merged.notes = upgrades.list_section("Do this", changed, UNCHANGED)
-        upgrades.write_record(record | {"context": {"cookiecutter": answers}})
         passed, report = upgrades.build_report(uv, merged, with_tests=not options["no_tests"])
         self.stdout.write(report)
         if not passed or merged.conflicts:

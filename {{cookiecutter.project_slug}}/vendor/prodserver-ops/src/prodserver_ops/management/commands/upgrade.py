@@ -135,12 +135,14 @@ class Command(BaseCommand):
             before, after = upgrades.render_both(template, uv, versions, folder)
             answers = upgrades.read_answers(after, record, address)
             skipped, later = upgrades.read_skipped(record), answers["_version"]
-            merged = upgrades.merge(before, after, skipped, later)
-            merged.title = f"Template {version} → {later}"
-            merged.notes = sort_notes(template.read_changelog(new), version)
-        upgrades.write_record(
-            record | {"template": address, "commit": new, "context": {"cookiecutter": answers}}
-        )
+            notes = sort_notes(template.read_changelog(new), version)
+            later_record = record | {"template": address, "commit": new}
+            later_record["context"] = {"cookiecutter": answers}
+            with upgrades.undo_if_interrupted():
+                merged = upgrades.merge(before, after, skipped, later)
+                upgrades.write_record(later_record)
+                merged.title, merged.notes = f"Template {version} → {later}", notes
+                merged.save()
         return merged
 
     def merge_workflows(
@@ -164,8 +166,10 @@ class Command(BaseCommand):
             for path in upgrades.list_files(service):
                 if not path.startswith(".github/workflows/"):
                     (service / path).unlink()
-        merged = upgrades.merge(before, after, upgrades.read_skipped(record), "workflows")
-        merged.title = "Workflows"
+        with upgrades.undo_if_interrupted():
+            merged = upgrades.merge(before, after, upgrades.read_skipped(record), "workflows")
+            merged.title = "Workflows"
+            merged.save()
         return merged
 
     def go_on(self) -> upgrades.Merge:
@@ -197,7 +201,8 @@ class Command(BaseCommand):
         """Commit the upgrade, and write commit and report for the job that proposes it."""
         folder.mkdir(parents=True)
         upgrades.git("add", "--all")
-        upgrades.run(["git", "commit", "--quiet", "--message", merged.title], upgrades.IDENTITY)
+        commit = ["git", "commit", "--quiet", "--no-verify", "--no-gpg-sign", "--message", merged.title]
+        upgrades.run(commit, upgrades.IDENTITY)
         upgrades.git("branch", "--force", upgrades.BRANCH)
         bundle = str((folder / "upgrade.bundle").resolve())
         upgrades.git("bundle", "create", "--quiet", bundle, f"{merged.base}..{upgrades.BRANCH}")
