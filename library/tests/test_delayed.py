@@ -214,7 +214,7 @@ class TestWorker:
     def test_runs_what_was_published_although_its_clock_is_late(self, task, run_worker):
         row = make(-1)
         delayed.publish_due(current_app)
-        late = timezone.now() - timedelta(seconds=2)
+        late = timezone.now() - timedelta(minutes=5)
         with time_machine.travel(late, tick=True), run_worker():
             assert task.done.get(timeout=20) == (0, 0)
         row.refresh_from_db()
@@ -353,9 +353,10 @@ class TestClaim:
         delayed.cancel(DelayedTask.objects.filter(pk=cancelled.pk))
         assert not start(cancelled, attempt)
 
-    @pytest.mark.parametrize("header", [5, "x", [], [1, 2, 3], {}, None])
+    @pytest.mark.parametrize("header", [5, "x", [], [1, 2, 3], ["x", 1], [1, 1], {}, None])
     def test_forged_header_is_none(self, header):
         row = make()
+        assert delayed.claim(Context(id=row.task_id, headers={delayed.HEADER: header}))
         eta = delayed.loads(row.message)["headers"]["eta"]
         assert delayed.claim(Context(id=row.task_id, eta=eta, headers={delayed.HEADER: header}))
 

@@ -77,7 +77,9 @@ class Consumer(failed.Consumer):
                 return False
             row = delayed.make_row(message, headers, due, self.find_queue(message))
             if delayed.get_attempt(row.key, message.headers):
-                # It was published because it is due; the clock of this worker is late.
+                # It was published because it is due; the clock of this worker is late, and Celery
+                # would hold it. claim() finds the row by the other header.
+                del message.headers["eta"]
                 return False
         except Exception:
             # Celery logs what is wrong with the message.

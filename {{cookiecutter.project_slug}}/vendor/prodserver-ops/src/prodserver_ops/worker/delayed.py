@@ -129,10 +129,15 @@ def claim(request: Context) -> bool:
     It may not if the task was cancelled, or if another message of the same task has been started.
     While the database is unavailable, every message may run.
     """
-    if not request.eta:
-        return True
-    key = get_key(request.id, request.eta)
-    attempt = get_attempt(key, request.headers or {})
+    headers = request.headers or {}
+    match headers.get(HEADER):
+        case [str(published), _] if not request.eta:
+            key = published
+        case _ if request.eta:
+            key = get_key(request.id, request.eta)
+        case _:
+            return True
+    attempt = get_attempt(key, headers)
     rows = DelayedTask.objects.filter(key=key)
     try:
         startable = rows.filter(Q(started_by=None) | Q(started_by=attempt))
