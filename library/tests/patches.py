@@ -303,6 +303,13 @@ PATCHES = (
         {"delay_on_commit": "(self, *args, **kwargs) cfdc039b"},
     ),
     Patch(
+        "celery.contrib.django.task.DjangoTask",
+        OVERRIDES,
+        "worker.app",
+        "The class of what a worker has received; see worker.requests.",
+        {"Request": ""},
+    ),
+    Patch(
         "celery.bin",
         USES,
         "worker.app",
@@ -350,6 +357,13 @@ PATCHES = (
         {"BlockingPool": ""},
     ),
     Patch(
+        "celery.worker.request.Request",
+        OVERRIDES,
+        "worker.requests",
+        "A task that raises MemoryError does not end its worker.",
+        {"on_failure": "(self, exc_info, send_failed_event=..., return_ok=...) 46d79bfe"},
+    ),
+    Patch(
         "celery.worker",
         REPLACES,
         "worker.app worker.consumer worker.delayed worker.failed",
@@ -368,6 +382,7 @@ PATCHES = (
             "consumer.consumer.Consumer.start": "(self) 9ae90a1c",
             "consumer.consumer.Consumer.channel_errors": "",
             "consumer.consumer.Consumer.timer": "",
+            "consumer.consumer.Consumer.task_buckets": "",
             "consumer.consumer.Consumer.app": "",
         },
     ),

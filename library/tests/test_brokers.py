@@ -5,6 +5,7 @@ import sys
 import time
 from contextlib import suppress
 from datetime import timedelta
+from itertools import pairwise
 from queue import Empty, Queue
 from types import SimpleNamespace
 from uuid import uuid4
@@ -16,7 +17,7 @@ import services
 from celery import current_app
 from celery.exceptions import Reject
 from django.db import OperationalError
-from django.utils import timezone
+from django.utils import timezone, translation
 from dummy.settings import TestSettings
 from kombu import Exchange
 from kombu import Queue as KombuQueue
@@ -318,6 +319,52 @@ def test_task_that_loses_each_worker_is_given_up(app, run_worker, monkeypatch):
     assert 3 < len(starts) < 7
     assert failed.requeue(app, lambda message: True) == 1
     assert count(app, app.conf.task_default_queue) == [1]
+
+
+def test_task_that_raises_memory_error_fails_and_its_worker_goes_on(app, note, run_worker):
+    @app.task(name="sample.memory", shared=False)
+    def use_memory():
+        raise MemoryError("too large")
+
+    use_memory.delay()
+    note.delay(1)
+    with run_worker(app):
+        assert get_all(note.done, 1) == [1]
+    assert count(app, app.conf.task_default_queue) == [0]
+
+
+def test_tasks_over_their_rate_limit_do_not_hold_up_others(app, note, run_worker):
+    limited, done = Queue(), note.done
+
+    @app.task(name="sample.limited", shared=False, rate_limit="1/m")
+    def limit(value):
+        limited.put(value)
+
+    for number in range(5):
+        limit.delay(number)
+    note.delay(1)
+    with run_worker(app):
+        assert get_all(done, 1) == [1]
+        assert get_all(limited, 1) == [0]
+        wait_for(lambda: DelayedTask.objects.count() == 4)
+    times = sorted(row.due_at for row in DelayedTask.objects.all())
+    assert all(58 < (b - a).total_seconds() < 90 for a, b in pairwise(times))
+    assert count(app, app.conf.task_default_queue) == [0]
+
+
+def test_task_inherits_no_language_or_time_zone(app, run_worker):
+    done = Queue()
+
+    @app.task(name="sample.activate", shared=False)
+    def activate():
+        done.put((translation.get_language(), timezone.get_current_timezone_name()))
+        translation.activate("de")
+        timezone.activate("Asia/Tokyo")
+
+    activate.delay()
+    activate.delay()
+    with run_worker(app):
+        assert get_all(done, 2) == [("en", "UTC")] * 2
 
 
 def test_failed_tasks_may_be_read_any_number_of_times(app, note):

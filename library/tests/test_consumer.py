@@ -1,5 +1,6 @@
 """What a worker's consumer does with a message before its task runs."""
 
+from datetime import datetime
 from queue import Empty, Queue
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -8,6 +9,8 @@ import pytest
 from amqp import PreconditionFailed
 from celery import current_app
 from celery.exceptions import WorkerShutdown
+from django.utils import timezone
+from kombu.utils.limits import TokenBucket
 
 from prodserver_ops import broker
 from prodserver_ops.worker import consumer, failed
@@ -21,7 +24,7 @@ CLASSIC = PreconditionFailed(
 
 #: What a method of the consumer needs.
 CONSUMER = Consumer.__new__(Consumer)
-CONSUMER.app = current_app
+CONSUMER.app, CONSUMER.task_buckets = current_app, {}
 
 
 @pytest.fixture
@@ -77,9 +80,34 @@ class TestOftenDelivered:
     def test_stays_in_its_queue_if_it_cannot_be_replaced(self, monkeypatch, caplog):
         monkeypatch.setattr(failed, "republish", Mock(side_effect=ConnectionError))
         message = Mock(delivery_info={"exchange": "", "routing_key": "shop"})
-        Consumer.replace(CONSUMER, message)
+        Consumer.replace(CONSUMER, message, {})
         assert "Could not replace a message: ConnectionError" in caplog.text
         assert not message.ack.called
+
+
+def test_task_that_was_postponed_runs_when_its_rate_limit_allows_it(monkeypatch):
+    published = []
+    monkeypatch.setattr(failed, "republish", lambda *args: published.append(args[3]))
+    limited = Consumer.__new__(Consumer)
+    limited.app, limited.next_starts = current_app, {}
+    limited.task_buckets = {"tests.limited": TokenBucket(1 / 60)}
+
+    def receive(**headers):
+        info = {"exchange": "", "routing_key": "dummy"}
+        message = Mock(headers={"task": "tests.limited", **headers}, delivery_info=info)
+        return limited.postpone(message)
+
+    assert not limited.postpone(Mock(headers={"task": "another"}))
+    # Due at once, and after one and two minutes.
+    assert [receive() for _ in range(3)] == [False, True, True]
+    assert not receive(postponed=True)
+    # Another worker, or a restart, has delayed others until the same time.
+    limited.task_buckets["tests.limited"].can_consume()
+    assert receive(postponed=True)
+    assert [headers["postponed"] for headers in published] == [True] * 3
+    etas = [datetime.fromisoformat(headers["eta"]) for headers in published]
+    waits = [(eta - timezone.now()).total_seconds() for eta in etas]
+    assert waits == [pytest.approx(seconds, abs=10) for seconds in (60, 120, 180)]
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from datetime import timedelta
 from functools import partial
 from queue import Queue
 from threading import Thread
+from uuid import UUID
 
 import pytest
 from celery import current_app
@@ -17,6 +18,7 @@ from django.urls import reverse
 from django.utils import timezone
 from django_celery_beat.models import IntervalSchedule, PeriodicTask
 from kombu.exceptions import OperationalError as BrokerError
+from kombu.utils.json import loads as kombu_loads
 
 from prodserver_ops.core.locks import try_lock
 from prodserver_ops.models import Alert, ResumableRun, TaskRun
@@ -309,6 +311,26 @@ class TestMessages:
             run_thread()
         assert [error.requeue for error in errors] == [False]
         assert not ResumableRun.objects.exists()
+
+    def test_arguments_and_cursor_may_be_any_that_celery_serializes(self, queue):
+        seen = []
+
+        @resumable_task(interval=0)
+        def dated(cursor, day):
+            seen.append((cursor, day))
+            for number in range(2):
+                before.pop(number, lambda: None)()
+                yield UUID(int=number)
+
+        before[0] = stop
+        day = timezone.now()
+        with pytest.raises(Retry):
+            deliver(dated, day)
+        call = get_run()
+        assert kombu_loads(call.arguments) == [[day], {}]
+        continuations._stopping[0] = 0
+        deliver(dated, day, number=1)
+        assert seen == [(None, day), (UUID(int=0), day)]
 
     def test_earlier_message_is_ignored(self, queue):
         before[2] = stop

@@ -361,4 +361,4 @@ def test_check_reports_backends_that_run_no_tasks_in_workers(settings):
 
 def test_check_reports_the_default_of_django(settings):
     settings.TASKS = global_settings.TASKS
-    assert [message.id for message in check_tasks()] == ["tasks.W001"]
+    assert [message.id for message in check_tasks()] == ["tasks.W003"]

@@ -21,6 +21,7 @@ from django.db import DataError, OperationalError
 from django.urls import reverse
 from django.utils import timezone
 from django_celery_beat.models import IntervalSchedule, PeriodicTask
+from kombu.utils.json import dumps, loads
 
 from prodserver_ops.console import doctor, operations, problems, retention
 from prodserver_ops.models import Heartbeat, ScheduleRun, TaskRun
@@ -101,6 +102,15 @@ class TestRecord:
         recorder.start(f"id{number}", context, sample.name, list(args), {})
         recorder.end(f"id{number}", state, result)
 
+    def test_arguments_of_any_type_that_celery_serializes_are_recorded(self, recorder, queued):
+        day = timezone.now()
+        self.note(recorder, 1, "FAILURE", ValueError("a"), args=(day,))
+        self.note(recorder, 2, "FAILURE", ValueError("a"), args=(object(),))
+        recorder.write()
+        first, second = TaskRun.objects.order_by("pk")
+        assert loads(first.arguments) == [[day], {}]
+        assert second.arguments == ""
+
     def test_result_duration_and_arguments_are_recorded(self, recorder):
         self.note(recorder, 1)
         self.note(recorder, 2, "FAILURE", ValueError("password=hunter2 at a@example.com"))
@@ -143,6 +153,21 @@ class TestRecord:
             assert record.start_again("id1") == losses
         assert rows[:3] == [("retried", "WorkerLostError: its worker was lost")] * 3
         assert rows[3:] == [("failed", "it has lost 3 workers")]
+
+    @pytest.mark.parametrize(("url", "losses"), [("amqp://mq", 1), ("redis://r", 0)])
+    def test_run_that_rabbitmq_ends_counts_as_lost(
+        self, recorder, monkeypatch, settings, url, losses
+    ):
+        monkeypatch.setattr(record, "_recorder", recorder)
+        settings.CELERY_BROKER_URL, settings.RABBITMQ_CONSUMER_TIMEOUT = url, 60
+        context = sample.request.__class__(headers={})
+        for seconds in (30, 61):
+            recorder.start("id1", context, sample.name, [], {})
+            recorder.running["id1"].start -= seconds
+            recorder.end("id1", "", None)
+        recorder.write()
+        recorder.start("id1", context, sample.name, [], {})
+        assert record.start_again("id1") == losses
 
     def test_lost_runs_are_not_counted_while_the_database_is_away(self, monkeypatch, caplog):
         def fail():
@@ -192,6 +217,15 @@ class TestRecord:
         recorder.running["id2"].start -= record.INTERVAL
         recorder.end("id2", "SUCCESS", None)
         assert [note.task_id for note in recorder.ended] == ["id1", "id2"]
+
+    def test_error_without_a_text_is_recorded(self, recorder):
+        class FaultyError(Exception):
+            def __str__(self):
+                raise ValueError
+
+        self.note(recorder, 1, "FAILURE", FaultyError())
+        recorder.write()
+        assert TaskRun.objects.get().error == "FaultyError"
 
     def test_error_that_no_database_stores_is_changed(self, recorder):
         self.note(recorder, 1, "FAILURE", ValueError("a\0b\udcff"))
@@ -491,6 +525,12 @@ class TestButtons:
         run.refresh_from_db()
         assert run.repeated_at is None
         assert queued == []
+
+    def test_try_again_restores_the_types_of_the_arguments(self, admin_client, queued):
+        day = timezone.now()
+        run = make_run(status="failed", arguments=dumps([[day], {}]))
+        admin_client.post(reverse("admin:ops_repeat", args=[run.pk]))
+        assert queued == [(sample.name, [day], {}, {})]
 
     def test_failure_that_cannot_be_queued_can_be_tried_again_later(
         self, admin_client, monkeypatch

@@ -7,6 +7,7 @@ from celery import current_app
 from django.conf import settings as django_settings
 
 from prodserver_ops.console import task_limits
+from prodserver_ops.console.checks import check_bodies
 
 COMPOSE = """
 services:
@@ -40,6 +41,27 @@ def limit():
 
 def find():
     return [message.id for message in task_limits.find_messages()]
+
+
+def test_tasks_whose_body_would_not_run_are_reported():
+    @current_app.task(name="tests.async", shared=False)
+    async def waits():
+        pass
+
+    @current_app.task(name="tests.generator", shared=False, bind=True)
+    def yields(self):
+        yield 1
+
+    try:
+        messages = check_bodies()
+    finally:
+        for name in ("tests.async", "tests.generator"):
+            current_app.tasks.pop(name)
+    assert [message.msg.partition(":")[0] for message in messages] == [
+        "The task tests.async is async",
+        "The task tests.generator is a generator",
+    ]
+    assert check_bodies() == []
 
 
 @pytest.mark.parametrize(

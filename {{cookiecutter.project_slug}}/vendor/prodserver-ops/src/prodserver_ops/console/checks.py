@@ -1,5 +1,6 @@
 """System checks for problems that would otherwise appear only at run time."""
 
+import inspect
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -131,6 +132,23 @@ def check_queues(app_configs: Any = None, **kwargs: Any) -> Messages:
     ]
 
 
+@checks.register
+def check_bodies(app_configs: Any = None, **kwargs: Any) -> Messages:
+    """Report tasks that a worker would only call, without running their body."""
+    messages: Messages = []
+    for name, task in sorted(current_app.tasks.items()):
+        function = inspect.unwrap(task.run)
+        if inspect.iscoroutinefunction(function):
+            kind, hint = "async", "Write def, and await in async_to_sync() of asgiref."
+        elif inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+            kind, hint = "a generator", "Use @resumable_task, or remove yield."
+        else:
+            continue
+        text = f"The task {name} is {kind}: a worker does not run its body."
+        messages.append(checks.Error(text, hint=hint, id="tasks.E001"))
+    return messages
+
+
 @checks.register(deploy=True)
 def check_broker(app_configs: Any = None, **kwargs: Any) -> Messages:
     """Report a broker that deletes queued tasks when its memory is full, if it is running."""
@@ -219,7 +237,7 @@ def check_tasks(app_configs: Any = None, **kwargs: Any) -> Messages:
         checks.Warning(
             f"The backend {alias!r} in TASKS {fault}.",
             hint='Set its "BACKEND" to "prodserver_ops.worker.django_tasks.Backend".',
-            id="tasks.W001",
+            id="tasks.W003",
         )
         for alias, backend in getattr(settings, "TASKS", {}).items()
         for name, fault in faults.items()

@@ -22,7 +22,7 @@ from celery.states import RETRY
 from celery.utils import quorum_queues
 from django.conf import settings
 from django.db import transaction
-from django.utils import timezone
+from django.utils import timezone, translation
 from django.utils.module_loading import import_string
 from kombu import Queue
 from kombu.utils.objects import cached_property
@@ -83,6 +83,7 @@ class Task(DjangoTask[Any, Any]):
     coalesces = False
     without_overlapping: bool | Literal["wait"] = False
     max_losses: int | None = MAX_LOSSES
+    Request = "prodserver_ops.worker.requests:Request"
     autoretry_for: tuple[type[Exception], ...] = TEMPORARY_ERRORS
     retry_backoff = 20  # Wait 20, 40 and 80 seconds.
     retry_jitter = False  # A shorter wait may be shorter than a failover.
@@ -360,6 +361,14 @@ def keep_django_logging(**kwargs: Any) -> None:
 
     Celery leaves logging alone as soon as this signal has a receiver.
     """
+
+
+@signals.task_prerun.connect
+def reset_activated(task: Any, **kwargs: Any) -> None:
+    """Let no task inherit a language or a time zone that an earlier one has activated."""
+    if not task.request.is_eager:
+        translation.deactivate()
+        timezone.deactivate()
 
 
 @signals.worker_before_create_process.connect

@@ -1,6 +1,7 @@
 """The consumer of a worker: what happens to a message before its task runs."""
 
 import logging
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -22,6 +23,9 @@ MAX_DELIVERIES = 10
 #: How long storing a task that is not due may take, in seconds.
 STORE_TIMEOUT = 5
 
+#: The header of a task that its rate limit has delayed.
+POSTPONED = "postponed"
+
 
 class Consumer(failed.Consumer):
     """A consumer that holds nothing that is not due, and loses nothing that is delivered often."""
@@ -31,6 +35,9 @@ class Consumer(failed.Consumer):
     task_consumer: Any
     call_soon_ack: Callable[..., Any]
     keeper: delayed.Keeper
+    task_buckets: dict[str, Any]
+    #: When the next task of a name with a rate limit may start, by the clock of ``time.monotonic()``.
+    next_starts: dict[str, float]
 
     class Blueprint(CeleryConsumer.Blueprint):  # type: ignore[misc, valid-type]
         """The parts of Celery's consumer, without delays in RabbitMQ."""
@@ -43,7 +50,7 @@ class Consumer(failed.Consumer):
 
     def start(self) -> None:
         """Consume until the worker stops; exit with one line if a queue cannot be used."""
-        self.keeper = delayed.Keeper(self.app)
+        self.keeper, self.next_starts = delayed.Keeper(self.app), {}
         try:
             super().start()
         except self.channel_errors as error:
@@ -58,9 +65,9 @@ class Consumer(failed.Consumer):
     def divert(self, message: Message) -> bool:
         """Take a message that was delivered often, or whose task is not due."""
         if get_deliveries(message) >= MAX_DELIVERIES:
-            self.replace(message)
+            self.replace(message, message.headers)
             return True
-        return self.store(message)
+        return self.store(message) or self.postpone(message)
 
     # Tasks that are not due
 
@@ -127,9 +134,32 @@ class Consumer(failed.Consumer):
                 return str(name)
         return str(self.app.conf.task_default_queue)
 
+    # Tasks with a rate limit
+
+    def postpone(self, message: Message) -> bool:
+        """Delay a task whose rate limit is reached; return whether it is delayed.
+
+        Celery would hold the message, and a worker that holds a few of them receives no others.
+        """
+        name = str(message.headers.get("task"))
+        if (bucket := self.task_buckets.get(name)) is None:
+            return False
+        if POSTPONED in message.headers:
+            # It is due, unless another one has been faster.
+            if bucket.expected_time(len(bucket.contents) + 1) < delayed.HOLD:
+                return False
+        now = time.monotonic()
+        start = max(self.next_starts.get(name, now), now)
+        self.next_starts[name] = start + 1 / bucket.fill_rate
+        if start - now < delayed.HOLD:
+            return False
+        eta = timezone.now() + timedelta(seconds=start - now)
+        self.replace(message, message.headers | {"eta": eta.isoformat(), POSTPONED: True})
+        return True
+
     # Messages that are delivered often
 
-    def replace(self, message: Message) -> None:
+    def replace(self, message: Message, headers: dict[str, Any]) -> None:
         """Put a new message into the same queue.
 
         Each return counts as a delivery, also of a task that was never started.
@@ -137,7 +167,7 @@ class Consumer(failed.Consumer):
         info = message.delivery_info
         try:
             failed.republish(
-                self.app, message, (info["exchange"], info["routing_key"]), message.headers
+                self.app, message, (info["exchange"], info["routing_key"]), headers
             )
             message.ack()
         except Exception as error:

@@ -12,7 +12,6 @@ queues the tasks of lost workers again.
 """
 
 import hashlib
-import json
 import logging
 import mmap
 import threading
@@ -29,6 +28,7 @@ from celery.exceptions import Reject, Retry, SoftTimeLimitExceeded, TimeLimitExc
 from django.db import DatabaseError, InterfaceError, connection, transaction
 from django.db.models import Q, QuerySet
 from django.db.models.functions import Now
+from kombu.utils.json import dumps, loads
 
 from ..core.headers import get_integer
 from ..core.locks import try_lock
@@ -108,9 +108,9 @@ def resumable_task(
     """Decorator: turn a generator function into a task that goes on where it was.
 
     Its first argument is the cursor: None at first, then what it yielded last. Callers do not pass
-    it. Each cursor must be valid JSON. ``interval`` is how often the cursor is stored, in seconds;
-    0 means after each step, for steps that change something outside of the database. The other
-    options are those of ``@shared_task``::
+    it. A cursor is any value that can be an argument of a task, except None. ``interval`` is how often
+    the cursor is stored, in seconds; 0 means after each step, for steps that change something outside
+    of the database. The other options are those of ``@shared_task``::
 
         @resumable_task
         def import_rows(cursor, path):
@@ -194,16 +194,16 @@ class Run:
             row = self.row = self.claim(args, kwargs)
             if row.status == Status.FINISHED:
                 # The worker was lost before it could acknowledge the message.
-                return json.loads(row.result)
+                return loads(row.result)
             self.steps, self.total = row.steps, row.total
             _current.run = self
             try:
                 with client_side_cursors():
-                    generator = self.function(json.loads(row.cursor), *args, **kwargs)
+                    generator = self.function(loads(row.cursor), *args, **kwargs)
                     while not self.run_steps(generator):
                         if _stopping[0] or time.monotonic() >= self.until:
                             self.queue_next()
-                return json.loads(row.result)
+                return loads(row.result)
             except (Retry, Reject):
                 raise
             except Exception:
@@ -221,8 +221,8 @@ class Run:
         number = get_number(request.headers)
         defaults = {
             "name": self.task.name,
-            "arguments": json.dumps([args, kwargs]),
-            "options": json.dumps(get_options(self.task)),
+            "arguments": dumps([args, kwargs]),
+            "options": dumps(get_options(self.task)),
         }
         row, _ = ResumableRun.objects.get_or_create(task_id=request.id, defaults=defaults)
         if number < row.number or (row.status == Status.FAILED and number == row.number):
@@ -256,14 +256,14 @@ class Run:
                     if time.monotonic() >= until or _stopping[0]:
                         break
             except StopIteration as end:
-                values = {"status": Status.FINISHED, "result": json.dumps(end.value)}
+                values = {"status": Status.FINISHED, "result": dumps(end.value)}
                 self.row.result = values["result"]
             else:
                 if cursor is None or len(connection.savepoint_ids) != depth:
                     raise TypeError(
                         f"{self.task.name} must yield a cursor, outside of transaction.atomic()."
                     )
-                values = {"cursor": json.dumps(cursor)}
+                values = {"cursor": dumps(cursor)}
             self.steps += steps
             self.update(**values, steps=self.steps, total=self.total, attempts=0)
         self.has_progressed = True
@@ -359,8 +359,8 @@ def requeue(row: ResumableRun) -> None:
 
     Raises an exception if the broker is unavailable, or if the task no longer exists.
     """
-    options = json.loads(row.options)
-    args, kwargs = json.loads(row.arguments)
+    options = loads(row.options)
+    args, kwargs = loads(row.arguments)
     task: Any = current_app.tasks[row.name]
     # A message of a run that has failed is ignored, unless it has a higher number.
     number = row.number + 1 if row.status == Status.FAILED else row.number

@@ -21,10 +21,13 @@ from celery import signals
 from celery.app.task import Context
 from celery.exceptions import Ignore, Reject, TimeLimitExceeded, WorkerLostError
 from celery.states import FAILURE, RETRY, SUCCESS
+from django.conf import settings
 from django.db import DatabaseError, InterfaceError, connection, transaction
 from django.db.models import Max
 from django.utils import timezone
+from kombu.utils.json import dumps
 
+from .. import broker
 from ..core.database import TEMPORARY_ERRORS
 from ..core.headers import get_integer, get_request_id, get_time
 from ..core.logs import request_id
@@ -185,6 +188,8 @@ class Recorder:
                 return
             if isinstance(error := failure or result, BaseException):
                 note.error = describe(error)
+            elif not state and is_too_long(note.duration):
+                note.error = f"{LOST}: it took longer than the consumer_timeout of RabbitMQ"
             self.add(note)
         if not self.wake.is_set():
             self.wake.set()
@@ -270,8 +275,18 @@ class Recorder:
 def describe(error: BaseException) -> str:
     """Return an exception as the text of a row."""
     is_message = isinstance(error, Reject | Ignore) and error.args
-    text = str(error.args[0]) if is_message else f"{type(error).__name__}: {error}"
+    try:
+        text = str(error.args[0]) if is_message else f"{type(error).__name__}: {error}"
+    except Exception:  # A fault in the class of the exception.
+        text = type(error).__name__
     return make_storable(redact(text))[:MAX_ERROR]
+
+
+def is_too_long(duration: float) -> bool:
+    """Return whether RabbitMQ delivers a message again whose task takes so many seconds."""
+    if broker.find(settings.CELERY_BROKER_URL).module != "rabbitmq":
+        return False
+    return duration >= float(settings.RABBITMQ_CONSUMER_TIMEOUT)
 
 
 def clean_id(task_id: Any) -> str:
@@ -282,7 +297,10 @@ def clean_id(task_id: Any) -> str:
 def dump(args: Any, kwargs: Any) -> str:
     """Return the arguments of a task as JSON, or an empty string if they are too long."""
     try:
-        text = json.dumps([args, kwargs])
+        try:
+            text = json.dumps([args, kwargs])
+        except TypeError:  # Such as a date; this takes longer.
+            text = dumps([args, kwargs])
     except (TypeError, ValueError, RecursionError):
         return ""
     return text if len(text) <= MAX_ARGUMENTS else ""
