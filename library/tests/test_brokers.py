@@ -293,6 +293,7 @@ def test_messages_of_each_queue_are_counted(app, note):
 
 
 def test_failed_task_runs_again(app, note, run_worker):
+    assert failed.requeue(app, lambda message: True) == 0
     note.apply_async([7], queue=make_failed_queue(app))
     assert count(app, get_failed_queue()) == [1]
     assert failed.requeue(app, lambda message: False) == 0

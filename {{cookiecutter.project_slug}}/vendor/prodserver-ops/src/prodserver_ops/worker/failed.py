@@ -221,7 +221,8 @@ def take(
     with app.connection_for_write() as connection, connection.channel() as channel:
         bound: Any = queue(channel)
         bound.declare()
-        for _ in range(bound.queue_declare(passive=True).message_count):
+        # With Redis, an empty queue does not exist.
+        for _ in range(bound.queue_declare().message_count):
             if (message := bound.get(no_ack=False)) is None:
                 break  # Another worker reads them too.
             if not is_wanted(message):
