@@ -350,6 +350,13 @@ PATCHES = (
         },
     ),
     Patch(
+        "billiard.common",
+        USES,
+        "worker.record",
+        "Tell a task that exits from one whose process is terminated.",
+        {"terminate_handler_fired": "()"},
+    ),
+    Patch(
         "celery.concurrency.prefork.TaskPool",
         REPLACES,
         "worker.pool",
@@ -360,8 +367,12 @@ PATCHES = (
         "celery.worker.request.Request",
         OVERRIDES,
         "worker.requests",
-        "A task that raises MemoryError does not end its worker.",
-        {"on_failure": "(self, exc_info, send_failed_event=..., return_ok=...) 46d79bfe"},
+        "A task that raises MemoryError does not end its worker, and one that exits has failed.",
+        {
+            "on_failure": "(self, exc_info, send_failed_event=..., return_ok=...) 46d79bfe",
+            "_already_cancelled": "",
+            "_already_revoked": "",
+        },
     ),
     Patch(
         "celery.worker",

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -168,6 +169,28 @@ class TestRecord:
         recorder.write()
         recorder.start("id1", context, sample.name, [], {})
         assert record.start_again("id1") == losses
+
+    @pytest.mark.parametrize("seconds", [0, 61])
+    def test_task_that_exits_has_failed(self, recorder, monkeypatch, schedule, seconds):
+        monkeypatch.setattr(record, "_recorder", recorder)
+        headers = {"schedule": schedule.pk}
+        context = {"id": "id1", "headers": headers, "is_eager": False}
+        recorder.start("id1", sample.request.__class__(**context), sample.name, [], {})
+        recorder.running["id1"].start -= seconds
+        recorder.write()
+        sample.push_request(**context)
+        try:
+            sys.exit(3)
+        except SystemExit:
+            record.note_end("id1", sample, None, None)
+            # In the main process:
+            record.note_killed(sample, "id1", record.TaskExit("SystemExit(3)"), args=[], kwargs={})
+        finally:
+            sample.pop_request()
+        recorder.write()
+        run = TaskRun.objects.get()
+        assert (run.status, run.error) == ("failed", "TaskExit: SystemExit(3)")
+        assert run.schedule_id == schedule.pk
 
     def test_lost_runs_are_not_counted_while_the_database_is_away(self, monkeypatch, caplog):
         def fail():

@@ -158,6 +158,16 @@ def test_task_that_no_code_has_is_refused(post):
     assert list(post(regtask="", task="ops-test.gone")) == ["task"]
 
 
+@pytest.mark.parametrize("task", ["", "a\0", "x" * 201])
+def test_task_that_is_no_name_is_refused(post, task):
+    assert "task" in post(regtask="", task=task)
+
+
+@pytest.mark.parametrize("field", ["kwargs", "headers"])
+def test_json_may_be_left_out(post, field):
+    assert post(**{field: ""}) == {}
+
+
 @pytest.mark.parametrize(
     ("model", "fields"),
     [

@@ -47,6 +47,15 @@ class ScheduleForm(admin.PeriodicTaskForm):  # type: ignore[misc]
         # Read below: some JSON raises errors that the original does not expect.
         return self.cleaned_data[field]
 
+    def clean_headers(self) -> str:
+        """Return the headers; the model would store NULL for none, which the table refuses."""
+        return self.cleaned_data["headers"] or "{}"
+
+    def clean(self) -> Any:
+        """Check the fields together; the original needs a value of the field ``task``."""
+        self.cleaned_data.setdefault("task", "")
+        return super().clean()
+
     def _post_clean(self) -> None:
         super()._post_clean()
         if self.has_changed_since():

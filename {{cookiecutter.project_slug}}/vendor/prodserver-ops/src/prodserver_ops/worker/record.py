@@ -15,8 +15,9 @@ import time
 from collections import OrderedDict
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import Any, cast
 
+from billiard import common as billiard
 from celery import signals
 from celery.app.task import Context
 from celery.exceptions import Ignore, Reject, TimeLimitExceeded, WorkerLostError
@@ -71,6 +72,10 @@ MAX_ERROR = TaskRun._meta.get_field("error").max_length or 0
 
 class GivenUp(Ignore):
     """The task that starts has lost too many workers; it is in the queue of failed tasks."""
+
+
+class TaskExit(Exception):
+    """A task raised SystemExit or KeyboardInterrupt."""
 
 
 @dataclass(slots=True)
@@ -194,10 +199,17 @@ class Recorder:
         if not self.wake.is_set():
             self.wake.set()
 
-    def end_killed(self, task_id: str, name: str, args: Any, kwargs: Any, error: Exception) -> None:
+    def forget(self, task_id: str) -> None:
+        """Forget a run whose end another process notes."""
+        with self.lock:
+            self.running.pop(task_id, None)
+
+    def end_killed(
+        self, task_id: str, name: str, args: Any, kwargs: Any, headers: Any, error: Exception
+    ) -> None:
         """Note that a run failed because its process was killed; called in the main process."""
         now = time.time()
-        note = Note(task_id, name, args, kwargs, {}, None, now, 0, error=describe(error))
+        note = Note(task_id, name, args, kwargs, headers, None, now, 0, error=describe(error))
         note.status, note.is_killed = TaskRun.Status.FAILED, True
         with self.lock:
             self.add(note)
@@ -354,8 +366,12 @@ def note_end(task_id: str, task: Any, retval: Any, state: str | None, **others: 
     """
     if task.request.is_eager:
         return
-    raised = sys.exception()
-    if isinstance(raised, Exception):
+    raised, process = sys.exception(), cast("Any", billiard)
+    is_exit = isinstance(raised, SystemExit | KeyboardInterrupt)
+    if is_exit and not process.terminate_handler_fired():
+        # The task itself exits; the main process notes that.
+        get_recorder().forget(task_id)
+    elif isinstance(raised, Exception):
         state, retval = (RETRY if state == SUCCESS else FAILURE), raised
     get_recorder().end(task_id, state or "", retval)
     request_id.set(None)
@@ -363,10 +379,11 @@ def note_end(task_id: str, task: Any, retval: Any, state: str | None, **others: 
 
 @signals.task_failure.connect
 def note_killed(sender: Any, task_id: str, exception: Any, **others: Any) -> None:
-    """Note in a worker's main process that the process of a run was killed."""
-    if isinstance(exception, TimeLimitExceeded | WorkerLostError):
+    """Note in a worker's main process that the process of a run was killed, or exited."""
+    if isinstance(exception, TimeLimitExceeded | WorkerLostError | TaskExit):
         args, kwargs = others.get("args"), others.get("kwargs")
-        get_recorder().end_killed(task_id, sender.name, args, kwargs, exception)
+        headers = sender.request.headers or {}
+        get_recorder().end_killed(task_id, sender.name, args, kwargs, headers, exception)
 
 
 @signals.worker_process_shutdown.connect
