@@ -4,26 +4,17 @@ The workflow ``example.yml`` pushes the files to the branch ``example``, so that
 service without generating one. The folder must not exist, or be empty but for ``.git``.
 """
 
-import os
 import shutil
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def write_example(folder):
     """Generate the default service, without setup, and move its files to the folder."""
-    with tempfile.TemporaryDirectory() as output:
-        command = [sys.executable, "-m", "cookiecutter", str(ROOT), "--no-input", "setup=no"]
-        environment = os.environ | {"COOKIECUTTER_CONFIG": os.devnull}
-        command += ["--output-dir", output]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        if done.returncode:
-            sys.exit(done.stdout + done.stderr)
-        (service,) = Path(output).iterdir()
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    from tests.generate import generated_project
+
+    with generated_project() as service:
         folder.mkdir(parents=True, exist_ok=True)
         for path in service.iterdir():
             shutil.move(path, folder / path.name)

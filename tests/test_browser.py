@@ -28,7 +28,7 @@ document.addEventListener("securitypolicyviolation", event => console.error(
 """
 
 
-@pytest.fixture(params=["6.0", "5.2"])
+@pytest.fixture(params=["6.0", pytest.param("5.2", marks=pytest.mark.long)])
 def service(request, bake, make_service, postgres_url, rabbitmq_url):
     """A service in production mode with a running web process at http://localhost."""
     if CHROMIUM is None:
