@@ -16,7 +16,7 @@ NAME is one of
 ``rabbitmq``     RabbitMQ restarts three times, loses a queue, and revokes a permission
 ``backlog``      200,000 messages wait in RabbitMQ
 ``redis``        Redis has no memory left
-``pgmq``         PGMQ after many messages
+``pgmq``         PGMQ after 1,000,000 messages
 ===============  =========================================================================
 
 Uses a small project. Starts its own RabbitMQ, Redis and PostgreSQL where they are hurt; otherwise
@@ -24,6 +24,7 @@ those of library/tests/services.py. Some need root or a C compiler, and say so. 
 and exits with status 1 if one is worse than it may be.
 """
 
+import json
 import os
 import re
 import subprocess
@@ -518,35 +519,76 @@ def play_redis(tasks=50):
         server.wait()
 
 
-def play_pgmq(messages=100_000):
-    """So many messages through PGMQ: the tables afterwards, and whether it is still fast."""
-    with make(services.POSTGRESQL) as project:
+#: Measures the median of ``delay()``, in milliseconds.
+DELAY = """
+import statistics, time
+from limited.tasks import write
+times = []
+for number in range(300):
+    start = time.perf_counter()
+    write.delay(number % 50)
+    times.append(time.perf_counter() - start)
+print(round(statistics.median(times) * 1000, 2))
+"""
+
+#: Queues messages as long as that of a task, and deletes them as a worker does.
+SEND = "SELECT count(*) FROM pgmq.send_batch(%s, array_fill(%s::jsonb, ARRAY[1000]))"
+TAKE = "SELECT count(*) FROM pgmq.delete(%s, ARRAY(SELECT msg_id FROM pgmq.read(%s, 60, 1000)))"
+
+TABLE = """
+SELECT pg_total_relation_size(relid) / 1048576, n_dead_tup, autovacuum_count
+FROM pg_stat_user_tables WHERE schemaname = 'pgmq' AND relname = %s
+"""
+
+
+def play_pgmq(messages=1_000_000):
+    """So many messages wait in PGMQ and are taken: the table, and whether it is still fast."""
+    queue, table, body = "dummy", "q_dummy", json.dumps({"body": "x" * 800})
+    found = {}
+
+    def measure(name):
         project.start_all()
         project.wait_for_web()
-        found = {"before": check_at_work(project)}
+        delay = float(project.shell(DELAY))
+        wait_for(lambda: not project.query("SELECT count(*) FROM pgmq.q_dummy")[0][0], 300)
         start = time.monotonic()
-        project.queue(
-            "from itertools import batched",
-            f"for keys in batched(range({messages}), 5000): write.apply_many([(n % 50,) for n in keys])",
-        )
-        found["queued in"] = round(time.monotonic() - start)
-        sizes = (
-            "SELECT relname, pg_total_relation_size(c.oid) / 1048576 FROM pg_class c JOIN "
-            "pg_namespace n ON n.oid = relnamespace WHERE nspname = 'pgmq' AND relkind = 'r' "
-            "ORDER BY 2 DESC LIMIT 3"
-        )
-        found["MB, queued"] = project.query(sizes)
-        count = "SELECT sum(queue_length) FROM pgmq.metrics_all()"
-        wait_for(lambda: not project.query(count)[0][0], 3600, lambda: project.query(count))
-        found["tasks a second"] = round(messages / (time.monotonic() - start))
-        found["MB, done"] = project.query(sizes)
-        start = time.monotonic()
-        found["after"] = check_at_work(project, 20, 50)
-        found["dead rows"] = project.query(
-            "SELECT relname, n_dead_tup, autovacuum_count FROM pg_stat_user_tables WHERE schemaname = 'pgmq' "
-            "ORDER BY 2 DESC LIMIT 3"
-        )
-        return found | project.stop_all()
+        calls = "write.apply_many([(n % 50,) for n in range(500)])"
+        project.queue(calls)
+        wait_for(lambda: not project.query("SELECT count(*) FROM pgmq.q_dummy")[0][0], 300)
+        seconds = time.monotonic() - start
+        found[name] = {"delay() in ms": delay, "500 tasks in s": round(seconds, 1)}
+        found[name] |= project.stop_all()
+
+    with make(services.POSTGRESQL) as project:
+        measure("before")
+        with psycopg.connect(project.database, autocommit=True) as connection:
+
+            def repeat(statement, *parameters):
+                start = time.monotonic()
+                for _ in range(messages // 1000):
+                    connection.execute(statement, parameters)
+                seconds = round(time.monotonic() - start)
+                size = connection.execute(TABLE, [table]).fetchone()
+                return {"seconds": seconds, "MB, dead rows, vacuumed": size}
+
+            found["queued"] = repeat(SEND, queue, body)
+            found["taken"] = repeat(TAKE, queue, queue)
+            measure("after")
+            connection.execute("VACUUM pgmq.q_dummy")
+            measure("after a vacuum")
+            found["queued again"] = repeat(SEND, queue, body)
+    return found
+
+
+def is_fast(found):
+    """Return whether PGMQ is as fast as before, and has reused its room."""
+    before, after = found["before"], found["after a vacuum"]
+    return (
+        after["delay() in ms"] < 2 * before["delay() in ms"]
+        and after["500 tasks in s"] < 2 * before["500 tasks in s"]
+        and found["queued again"]["MB, dead rows, vacuumed"][0]
+        < 1.5 * found["queued"]["MB, dead rows, vacuumed"][0]
+    )
 
 
 def is_fine(found):
@@ -598,7 +640,7 @@ PLAYS = {
             found["deep"] == 503 and found["running"] == [None] * 3 and found["statuses"] == [0]
         ),
     ),
-    "pgmq": (play_pgmq, is_fine),
+    "pgmq": (play_pgmq, is_fast),
 }
 
 

@@ -589,6 +589,18 @@ def undo_if_interrupted() -> Iterator[None]:
         raise
 
 
+@contextmanager
+def explain_interrupt() -> Iterator[None]:
+    """Say after Ctrl-C how to go on, in one line."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        state = "nothing was changed"
+        if get_state_path().exists():
+            state = "the rest is reported by: uv run manage.py upgrade --continue"
+        raise CommandError(f"interrupted; {state}", returncode=130) from None
+
+
 def undo() -> None:
     """Bring the working tree back to the last commit, without untracked files."""
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -47,6 +47,7 @@ class Command(BaseCommand):
         parser.add_argument("answers", nargs="+", metavar="NAME=VALUE")
         parser.add_argument("--no-tests", action="store_true", help="Do not run the tests.")
 
+    @upgrades.explain_interrupt()
     def handle(self, *args: Any, **options: Any) -> None:
         """Change the answers, and print the report."""
         uv = upgrades.find_uv()

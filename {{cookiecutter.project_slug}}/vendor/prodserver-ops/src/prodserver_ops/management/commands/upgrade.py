@@ -76,6 +76,7 @@ class Command(BaseCommand):
         )
         parser.add_argument("--no-tests", action="store_true", help="Do not run the tests.")
 
+    @upgrades.explain_interrupt()
     def handle(self, *args: Any, **options: Any) -> None:
         """Upgrade, and print the report."""
         uv = upgrades.find_uv()
