@@ -5,12 +5,18 @@ from typing import Any
 
 from django.core.management import CommandError
 from django.core.management.commands import migrate
-from django.db import connections
+from django.db import OperationalError, connections
 
 from ...core.locks import get_lock
 
 #: How long to wait for another process, and the time between two attempts, in seconds.
 WAIT_SECONDS, INTERVAL = 900, 0.5
+
+#: The time between two attempts to lock a table, in seconds. Queries wait behind each attempt.
+LOCK_INTERVAL = 20
+
+#: The SQLSTATE of a lock that was not available within the lock timeout.
+LOCK_NOT_AVAILABLE = "55P03"
 
 
 class Command(migrate.Command):
@@ -37,7 +43,27 @@ class Command(migrate.Command):
                     if time.monotonic() > deadline:
                         raise CommandError("another process has been migrating for too long")
                     time.sleep(INTERVAL)
-            super().handle(*args, **options)
+            self.migrate(*args, **options)
         finally:
             lock.release()  # Before the session, which the server ends a little later.
             session.close()
+
+    def migrate(self, *args: Any, **options: Any) -> None:
+        """Run Django's command; again while a table is locked, such as by a backup.
+
+        A migration is one transaction, so nothing of one that failed is left.
+        """
+        deadline = time.monotonic() + WAIT_SECONDS
+        while True:
+            try:
+                super().handle(*args, **options)
+                return
+            except OperationalError as error:
+                state = getattr(error.__cause__, "sqlstate", None)
+                if state != LOCK_NOT_AVAILABLE or time.monotonic() > deadline:
+                    raise
+                self.stdout.write(
+                    "\nA table is locked by another transaction, such as a backup: trying again."
+                )
+                self.stdout.flush()
+            time.sleep(LOCK_INTERVAL)
