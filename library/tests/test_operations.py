@@ -330,14 +330,16 @@ class TestRecord:
     def test_run_whose_process_was_killed_is_recorded_once(self, recorder, monkeypatch):
         monkeypatch.setattr(record, "get_recorder", lambda: recorder)
         make_run(task_id="id1", status="running")
-        for task_id in ("id1", "id1", "id2", "id2"):
+        # It has noted that it was terminated.
+        make_run(task_id="id2", status="retried")
+        for task_id in ("id1", "id1", "id2", "id2", "id3", "id3"):
             record.note_killed(sample, task_id, TimeLimitExceeded(300), args=[], kwargs={})
         recorder.write()
         record.note_killed(sample, "id1", TimeLimitExceeded(300), args=[], kwargs={})
         recorder.write()
         rows = TaskRun.objects.order_by("task_id").values_list("task_id", "status", "error")
         error = "TimeLimitExceeded: TimeLimitExceeded(300,)"
-        assert list(rows) == [("id1", "failed", error), ("id2", "failed", error)]
+        assert list(rows) == [(name, "failed", error) for name in ("id1", "id2", "id3")]
 
     def test_arguments_that_are_too_long_are_left_out(self, recorder):
         self.note(recorder, 1, args=["x" * 2000])

@@ -2,12 +2,13 @@
 
 import math
 
+import celery
 import pytest
 from celery import current_app
 from django.conf import settings as django_settings
 
 from prodserver_ops.console import task_limits
-from prodserver_ops.console.checks import check_bodies
+from prodserver_ops.console.checks import check_classes_of_tasks
 
 COMPOSE = """
 services:
@@ -43,7 +44,7 @@ def find():
     return [message.id for message in task_limits.find_messages()]
 
 
-def test_tasks_whose_body_would_not_run_are_reported():
+def test_tasks_whose_body_would_not_run_or_with_another_class_are_reported():
     @current_app.task(name="tests.async", shared=False)
     async def waits():
         pass
@@ -52,16 +53,21 @@ def test_tasks_whose_body_would_not_run_are_reported():
     def yields(self):
         yield 1
 
+    @current_app.task(name="tests.plain", shared=False, base=celery.Task)
+    def plain():
+        pass
+
     try:
-        messages = check_bodies()
+        messages = check_classes_of_tasks()
     finally:
-        for name in ("tests.async", "tests.generator"):
+        for name in ("tests.async", "tests.generator", "tests.plain"):
             current_app.tasks.pop(name)
     assert [message.msg.partition(":")[0] for message in messages] == [
         "The task tests.async is async",
         "The task tests.generator is a generator",
+        "The class of the task tests.plain is not a subclass of prodserver_ops's",
     ]
-    assert check_bodies() == []
+    assert check_classes_of_tasks() == []
 
 
 @pytest.mark.parametrize(

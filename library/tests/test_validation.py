@@ -11,6 +11,7 @@ from celery import current_app, shared_task
 from django.urls import reverse
 from django.utils import timezone
 from django_celery_beat.models import (
+    CrontabSchedule,
     IntervalSchedule,
     PeriodicTask,
     SolarSchedule,
@@ -161,6 +162,12 @@ def test_task_that_no_code_has_is_refused(post):
 @pytest.mark.parametrize("task", ["", "a\0", "x" * 201])
 def test_task_that_is_no_name_is_refused(post, task):
     assert "task" in post(regtask="", task=task)
+
+
+def test_crontab_that_never_comes_is_refused_in_one_sentence(post):
+    never = CrontabSchedule.objects.create(minute="0", day_of_month="31", month_of_year="2")
+    (error,) = post(interval="", crontab=never.pk).pop("crontab")
+    assert error.endswith("'2'.")
 
 
 @pytest.mark.parametrize("field", ["kwargs", "headers"])

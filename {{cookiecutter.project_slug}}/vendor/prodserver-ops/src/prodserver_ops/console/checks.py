@@ -32,9 +32,13 @@ from ..scheduling.operations import (
     DeleteSchedule,
     get_migrations,
 )
+from ..worker.app import Task
 from . import retention
 
 Messages = list[checks.CheckMessage]
+
+#: What a task lacks that has another class.
+LACKS = "it may run twice, is not tried again if the database is unavailable, and is never given up"
 
 #: How long a check waits for the broker, in seconds.
 BROKER_TIMEOUT = 3
@@ -133,10 +137,14 @@ def check_queues(app_configs: Any = None, **kwargs: Any) -> Messages:
 
 
 @checks.register
-def check_bodies(app_configs: Any = None, **kwargs: Any) -> Messages:
-    """Report tasks that a worker would only call, without running their body."""
+def check_classes_of_tasks(app_configs: Any = None, **kwargs: Any) -> Messages:
+    """Report tasks whose body a worker does not run, or whose class lacks what is promised."""
     messages: Messages = []
     for name, task in sorted(current_app.tasks.items()):
+        if not isinstance(task, Task) and not name.startswith("celery."):
+            text = f"The class of the task {name} is not a subclass of prodserver_ops's: {LACKS}."
+            hint = "Use prodserver_ops.worker.app.Task in place of celery.Task."
+            messages.append(checks.Warning(text, hint=hint, id="tasks.W004"))
         function = inspect.unwrap(task.run)
         if inspect.iscoroutinefunction(function):
             kind, hint = "async", "Write def, and await in async_to_sync() of asgiref."

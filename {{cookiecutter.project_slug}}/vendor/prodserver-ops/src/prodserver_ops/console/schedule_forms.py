@@ -64,9 +64,8 @@ class ScheduleForm(admin.PeriodicTaskForm):  # type: ignore[misc]
             return
         current_app.loader.import_default_modules()
         for name, problem in validation.find_problems(self.instance).items():
-            self.add_error(
-                name if name in self.fields else None, f"{problem[:1].upper()}{problem[1:]}."
-            )
+            problem = f"{problem[:1].upper()}{problem[1:]}".rstrip(".")
+            self.add_error(name if name in self.fields else None, f"{problem}.")
         self.check_expiry(self.instance)
 
     def has_changed_since(self) -> bool:

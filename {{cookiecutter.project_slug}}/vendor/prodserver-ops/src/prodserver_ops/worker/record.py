@@ -130,7 +130,13 @@ class Note:
     def save_killed(self) -> None:
         """Store the end of a run that its own process could not note."""
         rows = TaskRun.objects.filter(task_id=clean_id(self.task_id))
-        if rows.filter(status="running").update(status=self.status, error=self.error):
+        end = {"status": self.status, "error": self.error}
+        if rows.filter(status=TaskRun.Status.RUNNING).update(**end):
+            return
+        # The process may have noted that it was terminated.
+        last = rows.order_by("-pk").first()
+        if last is not None and (last.status, last.error) == (TaskRun.Status.RETRIED, ""):
+            rows.filter(pk=last.pk).update(**end)
             return
         # Celery reports an exceeded time limit twice.
         if not rows.filter(status=self.status, error=self.error).exists():
