@@ -256,7 +256,7 @@ def require_clean_tree() -> None:
     hint = "commit them first"
     if get_state_path().exists():
         Merge.load()
-        hint = "resolve its conflicts and run: uv run manage.py upgrade --continue"
+        hint = "resolve its conflicts, if there are any, and run: uv run manage.py upgrade --continue"
     raise CommandError(f"the working tree has changes: {shown}: {hint}")
 
 
