@@ -232,7 +232,9 @@ def read_everything(queue):
     for message in messages:
         message.requeue()
     folder = Path(settings.VAR_DIR)
-    parts += [path.read_text(errors="replace") for path in folder.rglob("*") if path.is_file()]
+    files = [path.read_text(errors="replace") for path in folder.rglob("*") if path.is_file()]
+    # A lock is an empty file, which a dry run may create.
+    parts += filter(None, files)
     return "\n".join(parts)
 
 
