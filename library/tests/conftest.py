@@ -30,6 +30,7 @@ import pytest
 import services
 from celery import current_app
 from celery.contrib.testing.worker import TestWorkController, start_worker
+from celery.worker import state
 from django.conf import settings
 from django.contrib.auth import get_user_model
 from django.db import connection
@@ -195,6 +196,12 @@ def run_worker(monkeypatch):
 def _forget_requests():
     """Forget the requests of earlier tests, which throttles would count."""
     throttles.counts.clear()
+
+
+@pytest.fixture(autouse=True)
+def _forget_messages():
+    """Forget the messages of earlier tests, which a worker would hold, or discard as revoked."""
+    state.reset_state()
 
 
 @pytest.fixture(scope="session", autouse=True)
