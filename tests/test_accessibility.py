@@ -22,7 +22,8 @@ author = User.objects.create_user("sam", "sam@example.com")
 for number in range(3):
     Submission.objects.create(author=author, body=f"Number {{number}}\\n\\n" + "long text " * 90)
 now = timezone.now()
-fields = {{"name": "sample", "arguments": "[[1], {{}}]", "started_at": now, "host": "web." + "x" * 60}}
+fields = {{"name": "accessible.tasks.send_digest_to_moderators", "arguments": "[[1], {{}}]"}}
+fields |= {{"started_at": now, "host": "web." + "x" * 60}}
 TaskRun.objects.create(status="failed", error="ValueError: wrong", **fields)
 TaskRun.objects.create(status="running", **fields)
 Heartbeat.objects.create(process="worker", host="x" * 64, pid=1, seen_at=now)
@@ -36,6 +37,9 @@ PAGES = [
     "/emails/",
     "/admin/",
     "/admin/ops/taskrun/operations/",
+    "/admin/ops/taskrun/",
+    "/admin/ops/taskrun/1/change/",
+    "/admin/django_celery_beat/periodictask/",
     "/admin/{slug}/submission/",
     "/admin/{slug}/submission/2/change/",
 ]

@@ -74,6 +74,8 @@ def test_broken_base_template_leaves_a_plain_page(client, monkeypatch, settings)
     response = client.get("/fail/", {"error": "broken"})
     assert response.status_code == 500
     assert settings.SITE_NAME in response.text
+    # The page has no style sheet: the browser gives it the theme of the user.
+    assert '<meta name="color-scheme" content="light dark">' in response.text
 
 
 def test_expired_form_has_a_page(settings):

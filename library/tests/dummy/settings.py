@@ -1,5 +1,6 @@
 """Settings of the project, with the classes that generated services use."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ class Settings(conf.Defaults):
     BASE_DIR = Path(__file__).resolve().parent
     SITE_NAME = "Dummy"
     DOMAIN = "dummy.example.com"
-    TIME_ZONE = "UTC"
+    TIME_ZONE = os.environ.get("TEST_TIME_ZONE", "UTC")
     INSTALLED_APPS = [
         "dummy",
         "prodserver_ops",
@@ -58,7 +59,7 @@ class Settings(conf.Defaults):
         },
     ]
     AUTH_USER_MODEL = "dummy.User"
-    LANGUAGE_CODE = "en"
+    LANGUAGE_CODE = os.environ.get("TEST_LANGUAGE_CODE", "en")
     USE_TZ = True
     LOG_REDACTED_PATHS = ("/unsubscribe/",)
 

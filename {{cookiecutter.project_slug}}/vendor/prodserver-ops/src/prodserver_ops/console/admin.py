@@ -46,6 +46,9 @@ class RecordAdmin(LargeTableAdmin):
     ordering = ("-pk",)
     sortable_by = ()
 
+    class Media:
+        css = {"all": ["ops/records.css"]}
+
     def has_add_permission(self, request: HttpRequest) -> bool:
         """Only code adds rows."""
         return False
@@ -72,7 +75,7 @@ if apps.is_installed("rest_framework"):
 class DigestDeliveryAdmin(RecordAdmin):
     """Lists deliveries of digests, and their recipients."""
 
-    list_display = ("digest", "recipient", "period_end", "status", "reason", "created_at")
+    list_display = ("digest", "recipient", "status", "reason", "period_end", "created_at")
     list_filter = ("status", DigestFilter)
     list_select_related = ("recipient",)
     search_fields = (
@@ -95,11 +98,11 @@ class DelayedTaskAdmin(RecordAdmin):
 class TaskRunAdmin(RecordAdmin, OperationsAdmin):
     """Lists task runs, and provides the page *Operations*."""
 
-    list_display = ("name", "status", "started_at", "duration", "short_error", "host")
+    list_display = ("name", "status", "short_error", "started_at", "duration", "host")
     list_filter = ("status",)
     search_fields = ("name", "error", "request_id")
 
     @admin.display(description="error")
     def short_error(self, run: TaskRun) -> str:
-        """Return the error as one line: its cell is narrow, and would make the row high."""
+        """Return the error in a few words: a long one would make the row high."""
         return Truncator(run.error).chars(60)

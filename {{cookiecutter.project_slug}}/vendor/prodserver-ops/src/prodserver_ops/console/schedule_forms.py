@@ -42,6 +42,8 @@ class ScheduleForm(admin.PeriodicTaskForm):  # type: ignore[misc]
         super().__init__(*args, **kwargs)
         if self.instance.pk and "opened" in self.fields:
             self.fields["opened"].initial = get_state(self.instance)
+        if "task" in self.fields:
+            self.fields["task"].widget.attrs["class"] = "vTextField"  # As wide as names of tasks.
 
     def _clean_json(self, field: str) -> Any:
         # Read below: some JSON raises errors that the original does not expect.
@@ -150,6 +152,8 @@ def run_tasks(self: Any, request: HttpRequest, queryset: "QuerySet[PeriodicTask]
 def install() -> None:
     """Let the admin of django-celery-beat, which registers its models itself, use these forms."""
     admin.PeriodicTaskAdmin.form = ScheduleForm
+    # Without the column of intervals, which "scheduler" has too, the last run is in sight.
+    admin.PeriodicTaskAdmin.list_display = ("name", "enabled", "scheduler", "last_run_at", "one_off")
     admin.PeriodicTaskAdmin.get_fieldsets = get_fieldsets
     admin.PeriodicTaskAdmin.run_tasks = run_tasks
     admin.CrontabScheduleAdmin.form = CrontabForm

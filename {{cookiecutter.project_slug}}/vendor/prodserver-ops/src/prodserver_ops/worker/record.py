@@ -186,7 +186,7 @@ class Recorder:
             failure = self.failures.pop(task_id, None)
             if note is None:
                 return
-            note.duration = time.monotonic() - note.start
+            note.duration = round(time.monotonic() - note.start, 3)
             # A run that was rejected or ignored at once has no row. Another run of the task has one.
             if state not in STATUSES and note.duration < INTERVAL and not note.is_stored:
                 return

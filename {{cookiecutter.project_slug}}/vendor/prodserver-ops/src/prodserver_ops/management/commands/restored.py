@@ -1,7 +1,7 @@
 """``python manage.py restored``: decide what is sent again after a restore."""
 
 import sys
-from argparse import ArgumentParser
+from argparse import ArgumentParser, ArgumentTypeError
 from datetime import datetime
 from typing import Any
 
@@ -104,14 +104,14 @@ class Command(BaseCommand):
 
 
 def parse_time(text: str) -> datetime:
-    """Return a time of the command line, aware; raise CommandError for an invalid one."""
+    """Return a time of the command line, aware."""
     try:
         time = parse_datetime(text)
     except ValueError:
         time = None
     if time is None:
-        raise CommandError(f"--to: {text!r} is not a time such as 2030-01-31T03:00")
+        raise ArgumentTypeError(f"{text!r} is not a time such as 2030-01-31T03:00")
     time = time if timezone.is_aware(time) else timezone.make_aware(time)
     if time > timezone.now():
-        raise CommandError(f"--to: {text} is in the future")
+        raise ArgumentTypeError(f"{text} is in the future")
     return time
