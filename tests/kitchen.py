@@ -138,8 +138,8 @@ class Dish:
         if not command.startswith(("uv add ", "uv remove ")):
             self.run(["sh", "-c", command])
 
-    def run(self, command, **variables):
-        """Run a command in the folder; return its output, or raise CommandFailed."""
+    def run(self, command, status=0, **variables):
+        """Run a command in the folder; return its output, or raise CommandFailed for another status."""
         arguments = shlex.split(command) if isinstance(command, str) else command
         done = subprocess.run(
             arguments,
@@ -150,7 +150,7 @@ class Dish:
             stderr=subprocess.STDOUT,
             text=True,
         )
-        if done.returncode:
+        if done.returncode != status:
             name = arguments[:2] if arguments[1:2] == ["-c"] else arguments
             raise CommandFailed(f"{name} exited with status {done.returncode}:\n{done.stdout}")
         return done.stdout

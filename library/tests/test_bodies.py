@@ -4,11 +4,12 @@ import encodings.aliases
 from inspect import unwrap
 
 import pytest
+from django.core.wsgi import get_wsgi_application
 from django.http import HttpRequest
-from django.test import Client
+from django.test import Client, RequestFactory
 from django.urls import reverse
 
-from prodserver_ops.web import bodies
+from prodserver_ops.web import bodies, gunicorn_worker
 
 FORM = "application/x-www-form-urlencoded"
 MULTIPART = "multipart/form-data; boundary=x"
@@ -123,3 +124,42 @@ def test_patches_are_installed_once():
     """Django calls ``ready()`` again for a test with other ``INSTALLED_APPS``."""
     bodies.install()
     assert unwrap(HttpRequest._set_content_type_params) is not bodies.set_content_type
+
+
+class Chunks:
+    """A body as gunicorn provides it: it ends, or fails, and has no length."""
+
+    def __init__(self, *chunks):
+        self.chunks = iter(chunks)
+
+    def read(self, size):
+        chunk = next(self.chunks, b"")
+        if isinstance(chunk, Exception):
+            raise chunk
+        return chunk
+
+
+def send_chunks(*chunks, path="/api/token/"):
+    """Return status and body of the response to a chunked request that gunicorn has received."""
+    started = []
+    environ = RequestFactory().post(path, content_type="application/json").environ
+    del environ["CONTENT_LENGTH"]
+    environ |= {"HTTP_TRANSFER_ENCODING": "chunked", "wsgi.input": Chunks(*chunks)}
+    application = gunicorn_worker.read_chunks(get_wsgi_application())
+    response = application(environ, lambda *arguments: started.append(arguments[0]))
+    return started[0], b"".join(response)
+
+
+@pytest.mark.django_db
+class TestChunks:
+    def test_body_without_length_is_read(self):
+        status, text = send_chunks(b'{"username": "a",', b' "password": "b"}')
+        assert status.startswith("400")
+        assert b"required" not in text
+        assert b"non_field_errors" in text
+
+    def test_body_of_any_length_is_not_stored(self, settings, monkeypatch):
+        monkeypatch.setattr(gunicorn_worker.uploads, "DRAINED", 0)
+        settings.UPLOAD_MAX_SIZE = settings.DATA_UPLOAD_MAX_MEMORY_SIZE = 1000
+        assert send_chunks(*[b"x" * 100] * 10, OSError()) == ("400 Bad Request", b"")
+        assert send_chunks(*[b"x" * 100] * 11, AssertionError()) == ("413 Content Too Large", b"")

@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from selectors import EVENT_READ
+from tempfile import SpooledTemporaryFile
 from typing import Any
 
 from django.urls import get_resolver
@@ -23,9 +24,13 @@ from gunicorn.workers.gthread import TConn, ThreadWorker
 
 from ..core.urls import get_prefix
 from ..scheduling.heartbeats import start_web_heartbeat
+from . import uploads
 
 #: How long a new connection may be silent, in seconds.
 SILENCE_TIMEOUT = 5
+
+#: How many bytes of a chunked body are stored in memory, before the rest goes to a temporary file.
+MAX_MEMORY = 2**20
 
 #: How many bytes of a request are read to recognize a health check.
 PEEK_SIZE = 4096
@@ -75,6 +80,7 @@ class HealthWorker(ThreadWorker):
     def load_wsgi(self) -> None:
         """Load the application, and start to record heartbeats."""
         super().load_wsgi()
+        self.wsgi = read_chunks(self.wsgi)
         start_web_heartbeat()
 
     def set_accept_enabled(self, enabled: bool | None) -> None:
@@ -129,6 +135,36 @@ class HealthWorker(ThreadWorker):
             return self.health_pools[check["path"].decode()]
         pool: ThreadPoolExecutor = self.tpool
         return pool
+
+
+def read_chunks(application: Any) -> Any:
+    """Wrap a WSGI application: Django would ignore a chunked body, because it has no length."""
+    limit = uploads.get_largest()
+
+    def respond(environ: dict[str, Any], start_response: Any) -> Any:
+        if "HTTP_TRANSFER_ENCODING" not in environ or environ.get("CONTENT_LENGTH"):
+            return application(environ, start_response)
+        with SpooledTemporaryFile(MAX_MEMORY) as body:
+            if problem := copy(environ["wsgi.input"], body, limit):
+                start_response(problem, [("Content-Length", "0")])
+                return []
+            length = {"CONTENT_LENGTH": str(body.tell()), "wsgi.input": body}
+            body.seek(0)
+            return application(environ | length, start_response)
+
+    return respond
+
+
+def copy(source: Any, target: Any, limit: int) -> str | None:
+    """Copy a body; return the status of the response if it is too large or invalid."""
+    try:
+        while chunk := source.read(uploads.CHUNK):
+            target.write(chunk)
+            if target.tell() > limit:
+                return "413 Content Too Large"
+    except OSError:  # gunicorn's errors of chunks are such errors.
+        return "400 Bad Request"
+    return None
 
 
 def make_pattern() -> re.Pattern[bytes]:
