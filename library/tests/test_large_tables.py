@@ -6,6 +6,7 @@ from django.contrib.auth import get_user_model
 from django.db import connection
 from django.urls import reverse
 from django.utils import timezone
+from django_celery_results.models import TaskResult
 
 from prodserver_ops.console import admin as ops_admin
 from prodserver_ops.console import large_tables, list_limits
@@ -179,3 +180,23 @@ class TestLimits:
         with connection.cursor() as cursor:
             cursor.execute("SHOW statement_timeout")
             assert cursor.fetchone() == ("30s",)
+
+
+def test_results_are_listed_and_only_code_adds_them(administrator):
+    """Its own form is without fields: the second row that it saves is a status 500."""
+    result = TaskResult.objects.create(task_id="a", task_name="send", status="SUCCESS")
+    pages = {
+        "changelist": administrator.get(
+            reverse("admin:django_celery_results_taskresult_changelist")
+        ),
+        "change": administrator.get(
+            reverse("admin:django_celery_results_taskresult_change", args=[result.pk])
+        ),
+        "add": administrator.post(reverse("admin:django_celery_results_taskresult_add")),
+    }
+    assert {name: page.status_code for name, page in pages.items()} == {
+        "changelist": 200,
+        "change": 200,
+        "add": 403,
+    }
+    assert "send" in pages["changelist"].text

@@ -106,3 +106,17 @@ class TaskRunAdmin(RecordAdmin, OperationsAdmin):
     def short_error(self, run: TaskRun) -> str:
         """Return the error in a few words: a long one would make the row high."""
         return Truncator(run.error).chars(60)
+
+
+if apps.is_installed("django_celery_results"):
+    from django_celery_results.admin import TaskResultAdmin
+    from django_celery_results.models import TaskResult
+
+    class ResultAdmin(RecordAdmin, TaskResultAdmin):
+        """Lists results. The form of the package saves an empty row, and fails for a second one."""
+
+        date_hierarchy = None  # type: ignore[assignment]
+        list_filter = ("status",)  # type: ignore[assignment]
+
+    admin.site.unregister(TaskResult)
+    admin.site.register(TaskResult, ResultAdmin)
