@@ -160,6 +160,7 @@ class TestChunks:
 
     def test_body_of_any_length_is_not_stored(self, settings, monkeypatch):
         monkeypatch.setattr(gunicorn_worker.uploads, "DRAINED", 0)
+        monkeypatch.setattr(gunicorn_worker.uploads, "_limits", set())
         settings.UPLOAD_MAX_SIZE = settings.DATA_UPLOAD_MAX_MEMORY_SIZE = 1000
         assert send_chunks(*[b"x" * 100] * 10, OSError()) == ("400 Bad Request", b"")
         assert send_chunks(*[b"x" * 100] * 11, AssertionError()) == ("413 Content Too Large", b"")

@@ -139,13 +139,12 @@ class HealthWorker(ThreadWorker):
 
 def read_chunks(application: Any) -> Any:
     """Wrap a WSGI application: Django would ignore a chunked body, because it has no length."""
-    limit = uploads.get_largest()
 
     def respond(environ: dict[str, Any], start_response: Any) -> Any:
         if "HTTP_TRANSFER_ENCODING" not in environ or environ.get("CONTENT_LENGTH"):
             return application(environ, start_response)
         with SpooledTemporaryFile(MAX_MEMORY) as body:
-            if problem := copy(environ["wsgi.input"], body, limit):
+            if problem := copy(environ["wsgi.input"], body, uploads.get_largest()):
                 start_response(problem, [("Content-Length", "0")])
                 return []
             length = {"CONTENT_LENGTH": str(body.tell()), "wsgi.input": body}
