@@ -93,7 +93,7 @@ def test_processes_run_schedules_in_production(
     check_processes(service, smtp, **headers)
 
 
-@pytest.mark.parametrize("django_version", ["6.0", "5.2"])
+@pytest.mark.parametrize("django_version", ["6.0", pytest.param("5.2", marks=pytest.mark.long)])
 def test_system_checks_report_no_issues(bake, make_service, django_version):
     service = make_service(bake(django_version=django_version))
     service.install("--no-dev")

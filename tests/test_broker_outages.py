@@ -118,6 +118,7 @@ def poison():
 """
 
 
+@pytest.mark.long
 def test_a_task_that_kills_each_worker_is_given_up(bake, make_service, postgres_url, rabbitmq_url):
     project = bake(project_slug="poisoned")
     with (project / "poisoned" / "tasks.py").open("a") as tasks:
