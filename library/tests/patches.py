@@ -251,6 +251,13 @@ PATCHES = (
         {"detect_quorum_queues": "(app, driver_type) b7fe1eba"},
     ),
     Patch(
+        "celery.app.amqp",
+        OVERRIDES,
+        "worker.app",
+        "A message to a queue that no process consumes is logged; Celery creates the queue.",
+        {"AMQP.queues_cls": "", "Queues.__missing__": "(self, name)"},
+    ),
+    Patch(
         "celery.app.control.Control",
         OVERRIDES,
         "worker.app",

@@ -6,6 +6,7 @@ import pytest
 from celery import current_app, shared_task
 from django.urls import reverse
 from django_celery_beat.models import IntervalSchedule, PeriodicTask
+from kombu import Queue
 
 from prodserver_ops import broker
 from prodserver_ops.conf import Defaults, processes
@@ -105,6 +106,33 @@ class TestCheck:
 
     def test_destination_without_a_queue_is_not_reported(self, make_task):
         assert get_queue(make_task(exchange="events", routing_key="new")) == ""
+
+
+class TestUnknownQueue:
+    @pytest.fixture
+    def send(self, make_task):
+        """Return a function that sends a task of an app that knows no further queues."""
+        task = make_task()
+        app = CeleryApp("unknown", set_as_current=False)
+        app.conf.update(task_queues=current_app.conf.task_queues, broker_url="memory://")
+        return lambda queue: app.send_task(task.name, queue=queue)
+
+    def get_errors(self, caplog):
+        return [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+
+    def test_is_logged_once(self, send, caplog):
+        for _ in range(2):
+            send("typo")
+        (message,) = self.get_errors(caplog)
+        assert message.startswith(
+            "A message is sent to the queue typo, which no process consumes: "
+        )
+
+    def test_known_ones_are_not_logged(self, send, caplog, settings):
+        use_workers(settings, worker={}, reports={"queues": "reports"})
+        for queue in ("dummy", "dummy.mail", "reports", Queue("other service")):
+            send(queue)
+        assert self.get_errors(caplog) == []
 
 
 def test_own_queues_are_a_setting():

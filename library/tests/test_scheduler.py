@@ -314,6 +314,8 @@ class TestFaultyRows:
             {"args": "1"},
             {"kwargs": "[1]"},
             {"kwargs": "null"},
+            {"args": "[1, 2, 3]"},
+            {"kwargs": '{"unknown": 1}'},
         ],
     )
     def test_are_logged_once_and_do_not_stop_others(self, scheduler, published, caplog, fields):
@@ -328,6 +330,16 @@ class TestFaultyRows:
         (record,) = (record for record in caplog.records if record.levelname == "ERROR")
         assert record.getMessage().startswith("Schedule faulty cannot run: ")
         assert record.exc_info is None
+
+    def test_one_off_schedule_runs_when_it_is_mended(self, scheduler, published):
+        row = make(last_run_at=NOW - HOUR, one_off=True, args="[1, 2, 3]")
+        scheduler.run_pass()
+        row.refresh_from_db()
+        assert (published, row.enabled, row.total_run_count) == ([], True, 0)
+        PeriodicTask.objects.filter(pk=row.pk).update(args="[]")
+        scheduler.run_pass()
+        row.refresh_from_db()
+        assert (len(published), row.enabled) == (1, False)
 
 
 class TestChanges:

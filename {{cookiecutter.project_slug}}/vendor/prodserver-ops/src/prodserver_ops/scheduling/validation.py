@@ -48,6 +48,7 @@ def check(row: PeriodicTask) -> None:
 def check_message(row: PeriodicTask) -> None:
     """Raise InvalidSchedule if the message of a schedule cannot be published, or is read by nobody."""
     _raise_first(_find_json_problems(row))
+    _raise_first(_find_argument_problem(row))
     _raise_first(_find_priority_problem(row))
     if row.queue or row.exchange or row.routing_key:
         _raise_first(_find_queue_problems(row))
@@ -63,7 +64,7 @@ def _find_problems(row: PeriodicTask) -> Iterator[tuple[str, str]]:
         yield "task", f"its task does not exist: {row.task}"
     json_problems = dict(_find_json_problems(row))
     yield from json_problems.items()
-    if row.task in current_app.tasks and not json_problems.keys() & {"args", "kwargs"}:
+    if not json_problems.keys() & {"args", "kwargs"}:
         yield from _find_argument_problem(row)
     yield from _find_queue_problems(row)
     yield from _find_priority_problem(row)
@@ -126,6 +127,8 @@ def _find_unfit(headers: dict[str, Any]) -> str | None:
 
 
 def _find_argument_problem(row: PeriodicTask) -> Iterator[tuple[str, str]]:
+    if row.task not in current_app.tasks:
+        return
     args, kwargs = loads(row.args or "[]"), loads(row.kwargs or "{}")
     try:
         signature(current_app.tasks[row.task].run).bind(*args, **kwargs)

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import celery.app.base
 import django
 from celery import Celery, canvas, signals
-from celery.app import backends, control
+from celery.app import amqp, backends, control
 from celery.contrib.django.task import DjangoTask
 from celery.exceptions import Ignore, Reject
 from celery.states import RETRY
@@ -239,6 +239,30 @@ class Control(control.Control):
         return super().revoke(task_id, *args, **kwargs)
 
 
+class Queues(amqp.Queues):
+    """The queues of an app, which Celery adds to when a message names an unknown one."""
+
+    def __missing__(self, name: str) -> Any:
+        """Add a queue; log an error, once, if no process consumes it."""
+        from ..scheduling.queues import get_consumed
+
+        if name not in get_consumed():
+            logger.error(
+                "A message is sent to the queue %s, which no process consumes: correct its name, or add "
+                "it to QUEUES in the settings. For a queue of another service, send it to "
+                "kombu.Queue(%r).",
+                name,
+                name,
+            )
+        return super().__missing__(name)
+
+
+class AMQP(amqp.AMQP):
+    """The messages of an app."""
+
+    queues_cls = Queues
+
+
 def detect_quorum_queues(app: Celery, driver_type: str) -> tuple[bool, str]:
     """Return that messages of a ``CeleryApp`` are not delayed by RabbitMQ.
 
@@ -274,6 +298,7 @@ class CeleryApp(Celery):
     """A Celery app with the task class, the transports and the beat of this package."""
 
     task_cls: Any = Task
+    amqp_cls: Any = AMQP
     control_cls: Any = Control
 
     def on_init(self) -> None:
