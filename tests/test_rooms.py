@@ -53,6 +53,7 @@ IMPORTS_IN_FUNCTIONS = {
     ("worker/app.py", "scheduling.beat.Beat"),
     ("worker/app.py", "scheduling.claims.claim"),
     ("worker/app.py", "scheduling.claims.finish"),
+    ("worker/app.py", "scheduling.queues.get_consumed"),
     ("console/checks.py", "console.adoption"),
     ("console/checks.py", "console.migration_safety"),
     ("console/checks.py", "console.processes"),
