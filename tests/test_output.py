@@ -256,6 +256,16 @@ def test_hooks_and_filters_are_valid_on_python_3_11():
         ast.parse(path.read_text(), str(path), feature_version=(3, 11))
 
 
+def test_manage_py_without_its_packages_says_how_to_run_it(default_project):
+    command = [sys.executable, "manage.py", "check"]
+    done = subprocess.run(command, cwd=default_project, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (
+        1,
+        "No module named 'prodserver_ops': run it as `uv run manage.py`, or activate the environment "
+        "in .venv.\n",
+    )
+
+
 def test_only_manage_py_is_executable(default_project):
     executable = [path for path in files(default_project) if is_executable(default_project / path)]
     assert executable == ["manage.py"]
