@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
 import amqp
+import jinja2
 import psycopg
 import pytest
 import redis
@@ -180,6 +181,21 @@ def read_procfile(path):
     """Return the commands of a Procfile by process name."""
     lines = (line for line in path.read_text().splitlines() if not line.startswith("#"))
     return dict(line.split(": ", 1) for line in lines)
+
+
+_compile_template = jinja2.Environment.compile
+_compiled = {}
+
+
+def compile_once(environment, *args, **kwargs):
+    """Compile a template once in each test process, which generates many services."""
+    key = (*args, *kwargs.items())
+    if key not in _compiled:
+        _compiled[key] = _compile_template(environment, *args, **kwargs)
+    return _compiled[key]
+
+
+jinja2.Environment.compile = compile_once
 
 
 def generate_project(cookies, **answers):
@@ -478,6 +494,13 @@ class Process:
         self.popen.wait()
 
 
+def digest_files(paths):
+    """Return a digest of the names and contents of files, without bytecode."""
+    files = sorted(path for path in paths if path.is_file() and path.suffix != ".pyc")
+    contents = b"".join(f"{path.name}\n".encode() + path.read_bytes() for path in files)
+    return hashlib.sha256(contents).hexdigest()
+
+
 class Service:
     """A generated service with its own environment variables and processes."""
 
@@ -512,16 +535,18 @@ class Service:
             pytest.fail(f"{command} exited with status {done.returncode}:\n{done.stdout}")
         return done.stdout
 
-    def install(self, *options):
-        """Install the dependencies. Services with the same dependencies share an environment."""
+    def get_digest(self, *options):
+        """Return a digest of the packages that are installed, and of what they are installed for."""
         project = tomllib.loads((self.folder / "pyproject.toml").read_text())
         python = (self.folder / ".python-version").read_text()
         # A test may have changed the library.
-        files = sorted(path for path in (self.folder / "vendor").rglob("*") if path.is_file())
-        library = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
+        library = digest_files((self.folder / "vendor").rglob("*"))
         key = [project["project"]["dependencies"], python, library, options]
-        name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
-        environment = self.environments / name
+        return hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
+
+    def install(self, *options):
+        """Install the dependencies. Services with the same dependencies share an environment."""
+        environment = self.environments / self.get_digest(*options)
         with made_once(environment) as is_missing:
             if is_missing:
                 command = [self.uv, "sync", "--quiet", *options]
@@ -531,8 +556,8 @@ class Service:
     def deploy(self):
         """Install, collect static files and migrate, as a deploy in production mode does.
 
-        The same service is deployed once, if it is on this machine's PostgreSQL; after that its
-        static files and its migrated database are copied.
+        On this machine's PostgreSQL, services with the same packages, models, migrations, settings
+        and static files are deployed once; after that static files and database are copied.
         """
         self.install("--no-dev")
         server, _, name = self.environment.get("DATABASE_URL", "").rpartition("/")
@@ -540,11 +565,11 @@ class Service:
             self.run("python manage.py collectstatic --noinput")
             self.run(self.procfile()["release"])
             return
-        digest = hashlib.sha256()
-        for path in sorted(self.folder.rglob("*")):
-            if path.is_file() and not {".venv", "__pycache__"} & {*path.parts}:
-                digest.update(f"{path.relative_to(self.folder)}\n".encode() + path.read_bytes())
-        deployed = self.environments / f"deployed-{digest.hexdigest()[:16]}"
+        package = next(self.folder.glob("*/settings.py")).parent
+        files = [package / name for name in ("apps.py", "models.py", "settings.py")]
+        folders = [*package.rglob("migrations"), *package.rglob("static")]
+        files += [path for folder in folders for path in folder.rglob("*")]
+        deployed = self.environments / f"deployed-{self.get_digest(digest_files(files))}"
         copy = f"copy_{uuid.uuid5(uuid.NAMESPACE_URL, str(deployed)).hex[:12]}"
         with made_once(deployed) as is_missing:
             if is_missing:
