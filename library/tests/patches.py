@@ -313,8 +313,9 @@ PATCHES = (
         "celery.contrib.django.task.DjangoTask",
         OVERRIDES,
         "worker.app",
-        "The class of what a worker has received; see worker.requests.",
-        {"Request": ""},
+        "The class of what a worker has received; see worker.requests. A time limit that is missing follows "
+        "the other one, and what the library does before a task does not depend on its class.",
+        {"Request": "", "bind": "(cls, app)"},
     ),
     Patch(
         "celery.bin",

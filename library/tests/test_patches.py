@@ -148,7 +148,6 @@ DOCUMENTED = (
     "celery.app.task.Context",
     "celery.app.task.Task.app",
     "celery.app.task.Task.apply_async",
-    "celery.app.task.Task.after_return",
     "celery.app.task.Task.before_start",
     "celery.app.task.Task.delay",
     "celery.app.task.Task.name",

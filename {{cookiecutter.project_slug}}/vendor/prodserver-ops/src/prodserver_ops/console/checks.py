@@ -25,14 +25,14 @@ from ..api import schema
 from ..conf import verification
 from ..core.database import find_pooler
 from ..mail.digests import get_digests
-from ..scheduling import queues
+from ..scheduling import heartbeats, queues
 from ..scheduling.operations import (
     REQUIRED_MIGRATION,
     CreateSchedule,
     DeleteSchedule,
     get_migrations,
 )
-from ..worker.app import Task
+from ..worker.app import Task, find_faulty_limit, get_usual_limits
 from . import retention
 
 Messages = list[checks.CheckMessage]
@@ -154,6 +154,32 @@ def check_classes_of_tasks(app_configs: Any = None, **kwargs: Any) -> Messages:
             continue
         text = f"The task {name} is {kind}: a worker does not run its body."
         messages.append(checks.Error(text, hint=hint, id="tasks.E001"))
+    return messages
+
+
+@checks.register
+def check_time_limits(app_configs: Any = None, **kwargs: Any) -> Messages:
+    """Report time limits that are invalid, or have no effect."""
+    limits: dict[str, tuple[Any, Any]] = {
+        f"The task {name}": (task.time_limit, task.soft_time_limit)
+        for name, task in sorted(current_app.tasks.items())
+    }
+    limits["CELERY_TASK_TIME_LIMIT and CELERY_TASK_SOFT_TIME_LIMIT"] = get_usual_limits(current_app)
+    messages: Messages = [
+        checks.Error(f"{place}: {problem}.", id="tasks.E002")
+        for place, pair in limits.items()
+        if (problem := find_faulty_limit(*pair))
+    ]
+    messages += [
+        checks.Error(
+            f"The argument {option} of the process {name} has no effect: each message has its limits.",
+            hint="Set CELERY_TASK_TIME_LIMIT and CELERY_TASK_SOFT_TIME_LIMIT, or the limits of the task.",
+            id="tasks.E003",
+        )
+        for name in heartbeats.get_workers()
+        for option in ("time-limit", "soft-time-limit")
+        if (settings.PRODUCTION_PROCESSES[name].get("ARGS") or {}).get(option)
+    ]
     return messages
 
 

@@ -30,7 +30,7 @@ from ..models import DelayedTask, Heartbeat, ResumableRun, TaskRun
 from ..scheduling import heartbeats, queues, timing
 from ..scheduling.restores import find_restore
 from ..worker import continuations, delayed, record
-from ..worker.app import get_failed_queue
+from ..worker.app import get_failed_queue, started_within_limit
 from . import alerts, doctor, problems
 from .large_tables import LargeTableAdmin
 
@@ -103,8 +103,7 @@ def get_failures() -> list[TaskRun]:
 
 def get_running() -> list[TaskRun]:
     """Return running tasks; a run whose worker was killed counts until its time limit."""
-    since = timezone.now() - timedelta(seconds=settings.CELERY_TASK_TIME_LIMIT)
-    runs = TaskRun.objects.filter(status="running", started_at__gte=since)
+    runs = TaskRun.objects.filter(started_within_limit("name"), status="running")
     return list(runs.order_by("-pk")[:SHOWN_RUNNING])
 
 

@@ -27,7 +27,7 @@ from ..models import Alert, ScheduleRun, TaskRun
 from ..scheduling import heartbeats, queues, validation
 from ..scheduling.restores import find_restore
 from ..scheduling.timing import RELATIONS
-from ..worker.app import get_failed_queue
+from ..worker.app import get_failed_queue, started_within_limit
 
 #: The age from which an unpublished run is late, and one that no worker has started.
 UNPUBLISHED, UNSTARTED = timedelta(minutes=5), timedelta(minutes=10)
@@ -175,9 +175,8 @@ def find_pile_ups() -> dict[int, str]:
     )
     waiting = runs.filter(published_at__isnull=False, started_at=None)
     waiting = waiting.filter(~Exists(later), schedule__expire_seconds=None)
-    limit = timedelta(seconds=settings.CELERY_TASK_TIME_LIMIT)
     at_work = TaskRun.objects.filter(
-        schedule__isnull=False, status=TaskRun.Status.RUNNING, started_at__gt=now - limit
+        started_within_limit("name"), schedule__isnull=False, status=TaskRun.Status.RUNNING
     )
     counts: dict[int, list[tuple[int, str, datetime]]] = defaultdict(list)
     for query, field, text in (

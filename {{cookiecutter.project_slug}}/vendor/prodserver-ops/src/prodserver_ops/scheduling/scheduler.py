@@ -30,6 +30,7 @@ from kombu.utils.json import loads
 from .. import broker
 from ..core.database import short_transaction
 from ..models import ScheduleRun
+from ..worker.app import started_within_limit
 from . import heartbeats
 from .timing import RELATIONS, get_due, get_next, note_changes
 from .validation import check_message
@@ -206,9 +207,7 @@ class Scheduler(beat.Scheduler):
         if heartbeats.get_alive() & set(heartbeats.get_workers()):
             # A message that waits for longer may be lost.
             waiting &= Q(published_at__gt=Now() - MAX_WAIT)
-        # The task of a worker that was lost ends with its time limit.
-        limit = timedelta(seconds=settings.CELERY_TASK_TIME_LIMIT)
-        at_work = Q(schedule__in=works, started_at__gt=Now() - limit)
+        at_work = Q(schedule__in=works) & started_within_limit("schedule__task")
         return set(published.filter(waiting | at_work).values_list("schedule", flat=True))
 
     def claim_runs(self, now: datetime) -> list[ScheduleRun]:

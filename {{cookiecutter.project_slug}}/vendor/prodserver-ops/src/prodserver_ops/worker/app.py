@@ -7,21 +7,24 @@ import os
 import sys
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable
-from datetime import datetime
-from functools import partial
+from datetime import datetime, timedelta
+from functools import partial, wraps
 from typing import Any, Literal
 
 import celery.app.base
 import django
-from celery import Celery, canvas, signals
+from celery import Celery, canvas, current_app, signals
 from celery.app import amqp, backends, control
 from celery.contrib.django.task import DjangoTask
 from celery.exceptions import Ignore, Reject
-from celery.states import RETRY
+from celery.states import FAILURE, SUCCESS
 from celery.utils import quorum_queues
 from django.conf import settings
 from django.db import transaction
+from django.db.models import Q
+from django.db.models.functions import Now
 from django.utils import timezone, translation
 from django.utils.module_loading import import_string
 from kombu import Queue
@@ -33,6 +36,7 @@ from ..conf.verification import verify_module
 from ..core.database import TEMPORARY_ERRORS
 from ..core.headers import get_time
 from ..core.logs import request_id
+from .messages import MAX_NUMBER
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +92,31 @@ class Task(DjangoTask[Any, Any]):
     retry_backoff = 20  # Wait 20, 40 and 80 seconds.
     retry_jitter = False  # A shorter wait may be shorter than a failover.
 
-    def before_start(self, task_id: str, args: Any, kwargs: Any) -> None:
+    @classmethod
+    def bind(cls, app: Celery) -> Celery:
+        """Complete the time limits, and let ``start()`` run whatever ``before_start()`` does.
+
+        With ``time_limit=3600`` alone, the soft limit is 60 seconds earlier.
+        """
+        own = cls.time_limit, cls.soft_time_limit
+        super().bind(app)
+        usual = get_usual_limits(app)
+        # CELERY_TASK_ANNOTATIONS changes them too.
+        both = zip(own, (cls.time_limit, cls.soft_time_limit), usual, strict=True)
+        given = [None if before is None and now == default else now for before, now, default in both]
+        if not find_faulty_limit(*given):
+            cls.time_limit, cls.soft_time_limit = complete_limits(app, *given)
+        if not hasattr(before_start := cls.before_start, "__wrapped__"):
+
+            @wraps(before_start)
+            def start(self: Task, task_id: str, *args: Any) -> None:
+                self.start(task_id)
+                before_start(self, task_id, *args)
+
+            cls.before_start = start  # type: ignore[method-assign, assignment]
+        return app
+
+    def start(self, task_id: str) -> None:
         """Ignore a second message of the same run of a schedule, or of the same delayed task.
 
         A task that has lost too many workers is given up.
@@ -96,6 +124,9 @@ class Task(DjangoTask[Any, Any]):
         from ..scheduling.claims import claim
         from . import delayed, record
 
+        if self.request.get("is_started"):
+            return  # The class and its base class are both tasks.
+        self.request.update(is_started=True)
         if not (claim(self.request.headers or {}) and delayed.claim(self.request)):
             logger.info("%s ignored: the same run has already been started", self.name)
             # Celery would store a rejected task as failed.
@@ -126,15 +157,6 @@ class Task(DjangoTask[Any, Any]):
             f"{record.GIVEN_UP} {losses} workers, and is in the queue {queue.name}"
         )
 
-    def after_return(
-        self, status: str, retval: Any, task_id: str, args: Any, kwargs: Any, einfo: Any
-    ) -> None:
-        """Let the next run of a schedule start, if they must not overlap."""
-        from ..scheduling.claims import finish
-
-        if self.without_overlapping and status != RETRY:
-            finish(self.request.headers or {})
-
     def apply_async(  # type: ignore[override]
         self, args: Any = None, kwargs: Any = None, **options: Any
     ) -> Any:
@@ -145,6 +167,7 @@ class Task(DjangoTask[Any, Any]):
         """
         headers = options.pop("headers", None) or {}
         headers.setdefault("queued_at", timezone.now().isoformat())
+        set_limits(self.app, options)
         options |= {"args": args, "kwargs": kwargs, "headers": headers}
         return publish_or_join(partial(super().apply_async, **options))
 
@@ -189,6 +212,7 @@ class Task(DjangoTask[Any, Any]):
 
         Celery would drop the message.
         """
+        set_limits(self.app, kwargs)
         try:
             # The exception that it raises may end a transaction.
             with separately():
@@ -207,6 +231,63 @@ class Task(DjangoTask[Any, Any]):
         headers = self.request.headers or {}
         timestamp = self.request.get("queued_at") or headers.get("queued_at")
         return get_time(timestamp) or timezone.now()
+
+
+def get_usual_limits(app: Celery) -> tuple[Any, Any]:
+    """Return the time limit and the soft time limit of tasks that have none of their own."""
+    return app.conf.task_time_limit, app.conf.task_soft_time_limit
+
+
+def find_faulty_limit(hard: Any, soft: Any) -> str:
+    """Return what is wrong with the time limits of a task, or an empty string."""
+    for name, value in (("time_limit", hard), ("soft_time_limit", soft)):
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if value is not None and not (is_number and 0 < value <= MAX_NUMBER):
+            return f"{name} must be a positive number of seconds, not {value!r}"
+    if hard and soft and soft > hard:
+        return f"soft_time_limit is {soft:g} s, which is longer than time_limit, {hard:g} s"
+    return ""
+
+
+def complete_limits(app: Celery, hard: Any, soft: Any) -> tuple[Any, Any]:
+    """Return the time limits of a task; the one that is missing follows the other."""
+    usual_hard, usual_soft = get_usual_limits(app)
+    if not usual_hard or not usual_soft or usual_soft > usual_hard:
+        return hard or usual_hard, soft or usual_soft
+    if hard is None and soft is None:
+        return usual_hard, usual_soft
+    margin = usual_hard - usual_soft
+    if hard is None:
+        return max(usual_hard, soft + margin), soft
+    # At most the same part of it.
+    return hard, soft or max(hard - margin, hard * usual_soft / usual_hard)
+
+
+def set_limits(app: Celery, options: dict[str, Any]) -> None:
+    """Complete the time limits among the options of a message, if there are any."""
+    hard, soft = options.get("time_limit"), options.get("soft_time_limit")
+    if problem := find_faulty_limit(hard, soft):
+        raise ValueError(problem)
+    if (hard, soft) != (None, None):
+        hard, soft = complete_limits(app, hard, soft)
+        options |= {"time_limit": hard, "soft_time_limit": soft}
+
+
+def started_within_limit(field: str) -> Q:
+    """Return a filter of the runs whose task has not reached its time limit.
+
+    ``field`` contains the name of the task. The run of a worker that was lost ends so.
+    """
+    usual: float = settings.CELERY_TASK_TIME_LIMIT
+    names = defaultdict[float, list[str]](list)
+    for name, task in current_app.tasks.items():
+        if (limit := task.time_limit or usual) != usual:
+            names[limit].append(name)
+    found = ~Q((f"{field}__in", [name for group in names.values() for name in group]))
+    found &= Q(started_at__gt=Now() - timedelta(seconds=usual))
+    for limit, group in names.items():
+        found |= Q((f"{field}__in", group), started_at__gt=Now() - timedelta(seconds=limit))
+    return found
 
 
 def publish_or_join(function: Callable[[], Any]) -> Any:
@@ -330,6 +411,8 @@ class CeleryApp(Celery):
 
     def send_task(self, name: str, *args: Any, headers: Any = None, **options: Any) -> Any:
         """Queue a task by name, with the id of the request that it belongs to."""
+        if options.get("task_type") is None:
+            set_limits(self, options)
         if current_id := request_id.get():
             headers = {"request_id": current_id, **(headers or {})}
         return super().send_task(name, *args, headers=headers, **options)
@@ -394,6 +477,17 @@ def reset_activated(task: Any, **kwargs: Any) -> None:
     if not task.request.is_eager:
         translation.deactivate()
         timezone.deactivate()
+
+
+@signals.task_postrun.connect
+def end_run(task: Any, state: str | None, **kwargs: Any) -> None:
+    """Let the next run of a schedule start, if they must not overlap."""
+    from ..scheduling.claims import finish
+
+    # An exception is on its way if the task runs again.
+    has_ended = state in (SUCCESS, FAILURE) and sys.exception() is None
+    if has_ended and getattr(task, "without_overlapping", False):
+        finish(task.request.headers or {})
 
 
 @signals.worker_before_create_process.connect
