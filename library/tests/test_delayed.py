@@ -373,6 +373,26 @@ class TestClaim:
         monkeypatch.setattr("django.db.models.query.QuerySet.update", fail)
         assert start(row, 1)
 
+    def test_task_whose_class_overrides_the_hooks_of_celery(self, task):
+        class Base(task.app.Task):
+            def before_start(self, *args):
+                pass
+
+        @task.app.task(name="tests.hooks", shared=False, base=Base)
+        def other():
+            pass
+
+        try:
+            row = make()
+            assert start(row, 1)
+            eta = delayed.loads(row.message)["headers"]["eta"]
+            other.request_stack.push(Context(id=row.task_id, eta=eta))
+            with pytest.raises(Ignore):
+                other.before_start(row.task_id, [], {})
+        finally:
+            other.request_stack.pop()
+            task.app.tasks.pop("tests.hooks")
+
     def test_second_message_is_ignored(self, task):
         row = make()
         assert start(row, 1)

@@ -754,6 +754,16 @@ class TestWithoutOverlapping:
         self.tick_later(scheduler, clock)
         assert len(published) == 2
 
+    def test_task_with_a_longer_limit_is_still_running(
+        self, running, scheduler, clock, published, settings, monkeypatch
+    ):
+        monkeypatch.setattr(exclusive, "time_limit", 3600)
+        monkeypatch.setattr(waiting, "time_limit", 3600)
+        past = F("started_at") - timedelta(seconds=settings.CELERY_TASK_TIME_LIMIT)
+        ScheduleRun.objects.update(started_at=past)
+        self.tick_later(scheduler, clock)
+        assert len(published) == 1
+
 
 class TestWaiting(TestWithoutOverlapping):
     """The last run that was due meanwhile is queued when the running one has ended."""
