@@ -48,10 +48,33 @@ def read(queue):
 
 pool.read = read
 pool.install()
-processes = prefork.TaskPool.BlockingPool(2, lost_worker_timeout=0.5)
+processes = prefork.TaskPool.BlockingPool(2)
+processes.read_timeout = 0.5
 results = [processes.apply_async(add, (number, 1)) for number in range(4)]
 assert [result.get(timeout=30) for result in results] == [1, 2, 3, 4]
 assert os.path.exists(sys.argv[1]) and not processes._cache
+print("ran")
+os._exit(0)
+"""
+
+#: Ends the processes of two jobs.
+SCRIPT_OF_LOST = """
+import os, signal, time
+from operator import add
+from billiard.exceptions import WorkerLostError
+from celery.concurrency import prefork
+from prodserver_ops.worker import pool
+
+pool.install()
+processes = prefork.TaskPool.BlockingPool(2)
+start = time.monotonic()
+lost = [processes.apply_async(os._exit, (3,)) for _ in range(2)]
+for result in lost:
+    result.wait(30)
+    assert isinstance(result._value.exception.exc, WorkerLostError)
+assert time.monotonic() - start < 8
+assert processes.apply_async(add, (1, 2)).get(timeout=30) == 3
+assert not processes._cache
 print("ran")
 os._exit(0)
 """
@@ -63,6 +86,10 @@ def test_processes_that_are_killed_while_they_wait_keep_no_lock():
 
 def test_job_is_not_lost_with_the_process_that_has_read_it(tmp_path):
     run(SCRIPT_OF_READ, str(tmp_path / "killed"))
+
+
+def test_job_of_a_process_that_is_killed_ends_soon():
+    run(SCRIPT_OF_LOST)
 
 
 def run(*script):

@@ -40,6 +40,9 @@ NAME_LENGTH = 47
 TIMEOUT = 5
 
 
+#: When a message is delivered again that a worker has returned, in seconds.
+RETURN_DELAY = 3
+
 #: The port of PostgreSQL.
 DEFAULT_PORT = 5432
 
@@ -186,9 +189,21 @@ class Channel(pgmq.Channel):
         super().basic_ack(*args, **kwargs)  # type: ignore[no-untyped-call]
         self._wake()
 
-    def basic_reject(self, *args: Any, **kwargs: Any) -> None:
-        """Reject a message, and let the worker take the next one at once."""
-        super().basic_reject(*args, **kwargs)  # type: ignore[no-untyped-call]
+    def basic_reject(self, delivery_tag: Any, requeue: bool = False) -> None:
+        """Reject a message, and let the worker take the next one at once.
+
+        A message that returns is the oldest one: a task that kills its process would keep others
+        waiting, so it returns a little later.
+        """
+        try:
+            info = self.qos.get(delivery_tag).delivery_info if requeue else {}
+        except KeyError:
+            info = {}
+        if "pgmq_msg_id" in info:
+            self.pgmq.set_vt(info["pgmq_queue"], info["pgmq_msg_id"], RETURN_DELAY)
+            self.qos.reject(delivery_tag)
+        else:
+            super().basic_reject(delivery_tag, requeue)  # type: ignore[no-untyped-call]
         self._wake()
 
     def _wake(self) -> None:

@@ -4,16 +4,27 @@ Its processes share a pipe for tasks. With Billiard, one of them holds the pipe'
 a lock outlives a process that is killed: then no other process gets a task. Here they wait without
 the lock, and the system releases the lock of a process that ends. A job that a process had read, but
 not accepted, when it was killed is queued again; Billiard would wait for it for ever.
+
+The job of a process that was killed is lost when all that the process has written is read; Billiard
+waits ten seconds for its result. As many of these jobs as processes would make the worker deaf.
 """
 
 import fcntl
 import tempfile
+import threading
 import time
 from functools import partial
 from typing import Any
 
 from billiard import pool
 from celery.concurrency import prefork
+
+
+#: The state of a job whose process was lost.
+LOST = "lost"
+
+#: After how many seconds a job is queued again that a process has read, but not accepted.
+READ_TIMEOUT = 10
 
 
 class ProcessLock:
@@ -43,7 +54,8 @@ class Pool(pool.Pool):
     _outqueue: Any
     _taskqueue: Any
     _cache: dict[int, Any]
-    lost_worker_timeout: float
+    _result_handler: Any
+    read_timeout: float = READ_TIMEOUT
     #: When each job was first seen that a process has read, but not accepted.
     read_at: dict[Any, float]
 
@@ -53,6 +65,26 @@ class Pool(pool.Pool):
         self._outqueue._wlock = ProcessLock()
         self._inqueue.get_payload = partial(read, self._inqueue)
         self.read_at = {}
+
+    def create_result_handler(self, **options: Any) -> Any:
+        """Return the thread that reads the results, and what follows them."""
+        handler: Any = super().create_result_handler(**options)
+        handler.state_handlers[LOST] = self.end_lost
+        return handler
+
+    def on_job_process_lost(self, job: Any, pid: int, exitcode: int) -> None:
+        """Note behind all that a lost process has written that its job is lost."""
+        if threading.current_thread() is self._result_handler:
+            # The worker stops; this thread would wait for itself.
+            super().on_job_process_lost(job, pid, exitcode)
+        else:
+            self._outqueue.put((LOST, (job._job, exitcode)))
+
+    def end_lost(self, number: int, exitcode: int) -> None:
+        """End a job whose process was lost, unless its result has been read."""
+        job = self._cache.get(number)
+        if job is not None and not job.ready():
+            self.mark_as_worker_lost(job, exitcode)
 
     def apply_async(
         self, func: Any, args: Any = (), kwds: Any = None, *others: Any, **options: Any
@@ -69,15 +101,16 @@ class Pool(pool.Pool):
 
     def queue_lost(self) -> None:
         """Queue jobs again whose process was lost after it had read them."""
-        if not self._taskqueue.empty() or self._inqueue._reader.poll(0):
-            self.read_at.clear()  # They may be in the pipe.
+        pipes = self._inqueue, self._outqueue
+        if not self._taskqueue.empty() or any(pipe._reader.poll(0) for pipe in pipes):
+            self.read_at.clear()  # They may be in a pipe, or have been accepted.
             return
         now = time.monotonic()
         jobs = [job for job in list(self._cache.values()) if hasattr(job, "call")]
         read = [job for job in jobs if not (job.accepted() or job.ready())]
         self.read_at = {job: self.read_at.get(job, now) for job in read}
         for job, since in self.read_at.items():
-            if now - since > self.lost_worker_timeout:
+            if now - since > self.read_timeout:
                 self._taskqueue.put(([(pool.TASK, (job._job, None, *job.call))], None))
 
 
