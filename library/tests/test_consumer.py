@@ -77,12 +77,17 @@ class TestOftenDelivered:
             assert is_taken == message.ack.called == (count == MAX_DELIVERIES)
         assert published == [(current_app, message, ("a", "b"), message.headers)]
 
-    def test_stays_in_its_queue_if_it_cannot_be_replaced(self, monkeypatch, caplog):
-        monkeypatch.setattr(failed, "republish", Mock(side_effect=ConnectionError))
+    def test_is_replaced_soon_if_that_is_not_possible_at_once(self, monkeypatch, caplog):
+        monkeypatch.setattr(failed, "republish", Mock(side_effect=[ConnectionError, None]))
         message = Mock(delivery_info={"exchange": "", "routing_key": "shop"})
-        Consumer.replace(CONSUMER, message, {})
+        consumer = Consumer.__new__(Consumer)
+        consumer.app, consumer.timer = CONSUMER.app, Mock()
+        consumer.replace(message, {})
         assert "Could not replace a message: ConnectionError" in caplog.text
         assert not message.ack.called
+        ((_, function, args),) = [call.args for call in consumer.timer.call_after.mock_calls]
+        function(*args)
+        assert message.ack.called
 
 
 def test_task_that_was_postponed_runs_when_its_rate_limit_allows_it(monkeypatch):

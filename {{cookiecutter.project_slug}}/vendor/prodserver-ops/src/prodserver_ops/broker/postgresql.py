@@ -40,8 +40,9 @@ NAME_LENGTH = 47
 TIMEOUT = 5
 
 
-#: When a message is delivered again that a worker has returned, in seconds.
-RETURN_DELAY = 3
+#: How much later a message is delivered each time that a worker returns it, in seconds, and up to
+#: how many times.
+RETURN_DELAY, MAX_RETURNS = 2, 10
 
 #: The port of PostgreSQL.
 DEFAULT_PORT = 5432
@@ -186,21 +187,26 @@ class Channel(pgmq.Channel):
 
     def basic_ack(self, *args: Any, **kwargs: Any) -> None:
         """Acknowledge a message, and let the worker take the next one at once."""
-        super().basic_ack(*args, **kwargs)  # type: ignore[no-untyped-call]
+        try:
+            super().basic_ack(*args, **kwargs)  # type: ignore[no-untyped-call]
+        except OperationalError:
+            # The connection of the pool was lost; the worker would hold the message until it exits.
+            super().basic_ack(*args, **kwargs)  # type: ignore[no-untyped-call]
         self._wake()
 
     def basic_reject(self, delivery_tag: Any, requeue: bool = False) -> None:
         """Reject a message, and let the worker take the next one at once.
 
-        A message that returns is the oldest one: a task that kills its process would keep others
-        waiting, so it returns a little later.
+        A message that returns is the oldest one: tasks that kill their process would keep others
+        waiting, so it returns later each time.
         """
         try:
             info = self.qos.get(delivery_tag).delivery_info if requeue else {}
         except KeyError:
             info = {}
         if "pgmq_msg_id" in info:
-            self.pgmq.set_vt(info["pgmq_queue"], info["pgmq_msg_id"], RETURN_DELAY)
+            delay = RETURN_DELAY * min(info["pgmq_message"]["read_ct"], MAX_RETURNS)
+            self.pgmq.set_vt(info["pgmq_queue"], info["pgmq_msg_id"], delay)
             self.qos.reject(delivery_tag)
         else:
             super().basic_reject(delivery_tag, requeue)  # type: ignore[no-untyped-call]

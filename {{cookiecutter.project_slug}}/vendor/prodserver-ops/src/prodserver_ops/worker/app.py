@@ -124,9 +124,10 @@ class Task(DjangoTask[Any, Any]):
         from ..scheduling.claims import claim
         from . import delayed, record
 
-        if self.request.get("is_started"):
+        values = vars(self.request)  # Headers are there too, but none with such a name.
+        if "_is_started" in values:
             return  # The class and its base class are both tasks.
-        self.request.update(is_started=True)
+        values["_is_started"] = True
         if not (claim(self.request.headers or {}) and delayed.claim(self.request)):
             logger.info("%s ignored: the same run has already been started", self.name)
             # Celery would store a rejected task as failed.

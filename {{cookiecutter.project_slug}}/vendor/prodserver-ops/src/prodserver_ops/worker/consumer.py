@@ -109,15 +109,10 @@ class Consumer(failed.Consumer):
         entry.timer.cancel()
         if entry.is_extra:
             self.qos.decrement_eventually()
-        try:
-            if not stored:
-                info = message.delivery_info
-                source = info["exchange"], info["routing_key"]
-                failed.republish(self.app, message, source, message.headers)
-            message.ack()
-        except Exception as error:
-            # The broker delivers it again when the worker exits or reconnects.
-            logger.warning("Could not acknowledge a message: %s", type(error).__name__)
+        if stored:
+            failed.acknowledge(message)
+        else:
+            self.replace(message, message.headers)
 
     def find_queue(self, message: Message) -> str:
         """Return the name of the queue that a message came from."""
@@ -169,10 +164,11 @@ class Consumer(failed.Consumer):
             failed.republish(
                 self.app, message, (info["exchange"], info["routing_key"]), headers
             )
-            message.ack()
         except Exception as error:
-            # The broker delivers it again when the worker exits or reconnects.
             logger.warning("Could not replace a message: %s", type(error).__name__)
+            self.try_again(self.replace, message, headers)
+        else:
+            failed.acknowledge(message)
 
 
 class Entry:

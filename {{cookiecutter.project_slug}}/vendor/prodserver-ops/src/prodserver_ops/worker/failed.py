@@ -36,6 +36,9 @@ UNKNOWN_SECONDS = 120
 #: How long a worker holds such a message before returning it, in seconds.
 HOLD_SECONDS = 0.5
 
+#: When a worker tries again to publish what it has received, in seconds.
+AGAIN_SECONDS = 2
+
 #: Maximum length of the reason why a message is given up, in characters.
 MAX_PROBLEM = 300
 
@@ -106,8 +109,8 @@ class Consumer(CeleryConsumer):
                 republish(self.app, message, queue, headers | {"problem": problem})
                 break
             except broker_errors as error:
-                # The broker redelivers it when the worker exits or reconnects.
                 logger.warning("Could not move the message: %s", type(error).__name__)
+                self.try_again(self.give_up, message, problem)
                 return
             except Exception as error:
                 logger.warning("Could not keep all of the message: %s", type(error).__name__)
@@ -135,10 +138,27 @@ class Consumer(CeleryConsumer):
                 republish(self.app, message, make_failed_queue(self.app), headers)
             else:
                 republish(self.app, message, source, headers)
-            message.ack()
         except Exception as error:
-            # The broker redelivers it when the worker exits or reconnects.
             logger.warning("Could not return a message to its queue: %s", type(error).__name__)
+            self.try_again(self.move, message, since, is_given_up)
+        else:
+            acknowledge(message)
+
+    def try_again(self, function: Callable[..., None], *args: Any) -> None:
+        """Call a function soon: a worker that holds a few messages receives no others.
+
+        When the worker reconnects, Celery clears the timer, and the broker delivers the messages again.
+        """
+        self.timer.call_after(AGAIN_SECONDS, function, args)
+
+
+def acknowledge(message: Message) -> None:
+    """Acknowledge a message that was stored or published again."""
+    try:
+        message.ack()
+    except Exception as error:
+        # The broker delivers it again when the worker exits or reconnects.
+        logger.warning("Could not acknowledge a message: %s", type(error).__name__)
 
 
 def get_unknown_since(headers: dict[str, Any]) -> float:
@@ -170,6 +190,9 @@ def republish(
             content_type=message.content_type or "application/data",
             content_encoding=message.content_encoding or "binary",
             headers=headers,
+            # The connection may have been lost since it was last used.
+            retry=True,
+            retry_policy={"max_retries": 1, "interval_start": 0},
             **options,
         )
 
