@@ -87,6 +87,33 @@ def write(number):
 """
 
 #: Creates users, and a schedule of the digest that was due at midnight.
+MODELS = """
+from django.db import models
+from django.db.models import Q
+
+class Note(models.Model):
+    key = models.CharField(max_length=20, primary_key=True)
+    level = models.IntegerField(db_default=12)
+    created_at = models.DateTimeField(auto_now_add=True)
+
+    class Meta:
+        constraints = [
+            models.CheckConstraint(condition=Q(level__gt=1), name="positive"),
+            models.CheckConstraint(condition=Q(key__in=["", "a"]) | ~Q(key="b"), name="known"),
+        ]
+        indexes = [models.Index("level", condition=Q(level__lt=20), name="low")]
+"""
+
+NOTES = """
+from django.db import connection
+from news.models import Note
+Note.objects.bulk_create(Note(key=f"note {n}") for n in range(40))
+cursor = connection.cursor()
+cursor.execute("CREATE FUNCTION notify() RETURNS trigger AS 'BEGIN RAISE NOTICE ''it is low''; RETURN NEW; END' LANGUAGE plpgsql")
+cursor.execute("CREATE TRIGGER notice BEFORE UPDATE ON news_note EXECUTE FUNCTION notify()")
+cursor.execute("CREATE VIEW low_notes AS SELECT key FROM news_note WHERE level = 14")
+"""
+
 CREATE = """
 from datetime import timedelta
 from django.utils import timezone
@@ -120,7 +147,7 @@ class Project(small_project.Project):
             database,
             broker,
             "news",
-            {"digests": DIGESTS, "tasks": TASKS},
+            {"digests": DIGESTS, "models": MODELS, "tasks": TASKS},
             EMAIL_HOST="127.0.0.1",
             EMAIL_PORT=str(self.mailbox.port),
         )
@@ -481,6 +508,7 @@ def play_drill(names=damages.EXPECTED, recipients=RECIPIENTS):
     """Drills of damaged backups: how many say what is wrong, and whether anything is left."""
     with small_project.make(Project, services.RABBITMQ) as project:
         project.create(recipients)
+        project.shell(NOTES)
         project.shell(RESUME)
         right, wrong, seconds = 0, [], [0.0]
         for name in names:

@@ -234,11 +234,15 @@ def count_connections(broker, seconds=9, **variables):
 
 def read_formulas(broker):
     """Return the connections of each process at most, as docs/limits.md of a service says."""
-    text = (ROOT / "{{cookiecutter.project_slug}}" / "docs" / "limits.md").read_text()
-    rows = re.findall(r"^\| `(web|worker|beat)` \| (.*) \|$", text, re.MULTILINE)
+    name = "postgresql" if broker == services.POSTGRESQL else "rabbitmq"
+    text = (ROOT / "templates" / "brokers" / f"{name}.j2").read_text()
+    formulas = json.loads(re.search(r"set connections = (\{.*?\})", text)[1])
+    formulas["web"] = f"WEB_CONCURRENCY * (WEB_THREADS + {formulas['web']})"
     values = {"WEB_CONCURRENCY": 2, "WEB_THREADS": 4, "WORKER_CONCURRENCY": 2}
-    rows = rows[:3] if broker == services.POSTGRESQL else rows[3:]
-    return {name: eval(sum_.replace("`", "").replace("\u00d7", "*"), values) for name, sum_ in rows}
+    return {
+        name: eval(str(formula).replace("`", "").replace("\u00d7", "*"), values)
+        for name, formula in formulas.items()
+    }
 
 
 def play_connections():
@@ -631,7 +635,9 @@ PLAYS = {
     ),
     "rabbitmq": (
         play_rabbitmq,
-        lambda found: is_fine(found) and found["running"] == [None] * 3,
+        lambda found: (
+            is_fine(found) and found["revoked: deep"] == 503 and found["running"] == [None] * 3
+        ),
     ),
     "backlog": (play_backlog, lambda found: is_fine(found) and found["doctor took"] < 30),
     "redis": (

@@ -18,5 +18,10 @@ def test_nobody_reads_the_log(trial):
 
 
 def test_a_drill_restores_a_backup_and_leaves_nothing(trial):
-    found = trial.play_drill(["intact, SQL with gzip"], recipients=10)
+    names = [
+        "intact, SQL with gzip",
+        "another check constraint",
+        "half of a table with keys of text",
+    ]
+    found = trial.play_drill(names, recipients=10)
     assert trial.PLAYS["drill"][1](found), found

@@ -29,6 +29,7 @@ from prodserver_ops.broker import publishing, renewal
 from prodserver_ops.conf.environment import evaluate
 from prodserver_ops.core.logs import request_id
 from prodserver_ops.models import DelayedTask
+from prodserver_ops.web import health
 from prodserver_ops.worker import delayed, failed, record
 from prodserver_ops.worker.app import CeleryApp, get_failed_queue, make_failed_queue
 
@@ -381,7 +382,8 @@ def test_failed_tasks_may_be_read_any_number_of_times(app, note):
     assert count(app, get_failed_queue()) == [0]
 
 
-def test_queue_of_another_type_is_found(app):
+def test_queue_of_another_type_is_found(app, monkeypatch):
+    monkeypatch.setattr(health, "current_app", app)
     assert broker.find_problem(app, 5) is None
     if broker.find(app.conf.broker_url).module != services.RABBITMQ:
         return
@@ -391,6 +393,8 @@ def test_queue_of_another_type_is_found(app):
         channel.queue_delete(name)
         channel.queue_declare(name, durable=True, auto_delete=False)
         problem = broker.find_problem(app, 5)
+        with pytest.raises(health.NotConsumed, match="is not a quorum queue"):
+            health.check_queues()
         channel.queue_delete(name)
     assert problem.startswith(f"The queue {name} of RabbitMQ is not a quorum queue.")
     assert problem.endswith(f"delete_queue {name}")

@@ -164,11 +164,20 @@ def explain(app: Celery, error: BaseException) -> str | None:
 
 
 def find_problem(app: Celery, timeout: float) -> str | None:
-    """Declare the queues of workers; return what to do about one that cannot be used, or None.
+    """Return what to do about a broker that would lose messages or cannot be used, or None.
 
     ``timeout`` limits the time to connect, in seconds. Raises other errors of the broker.
     """
-    if problem := find_eviction(app, timeout) or call(app, "find_full_memory", timeout):
+    return find_eviction(app, timeout) or find_refusal(app, timeout)
+
+
+def find_refusal(app: Celery, timeout: float) -> str | None:
+    """Declare the queues of workers; return what to do if the broker takes no messages, or None.
+
+    ``timeout`` limits the time to connect, in seconds. Raises other errors of the broker, such as
+    one about a permission.
+    """
+    if problem := call(app, "find_full_memory", timeout):
         return problem
     if not hasattr(find(app.conf.broker_url).load(), "explain"):
         return None

@@ -4,6 +4,7 @@ The functions that compare run with the settings of ``conf/drill.py``: ``default
 """
 
 import gzip
+import json
 import os
 import shutil
 import signal
@@ -48,14 +49,51 @@ ALLOWED = (b"\\restrict ", b"\\unrestrict ")
 #: More missing rows than these are a problem; rows may have been added while the dump was made.
 MISSING_PERCENT = 10
 
-#: What a database has besides tables; what belongs to an extension is listed as the extension.
-OBJECTS = """
-SELECT 'schema ' || nspname FROM pg_namespace WHERE nspname !~ '^pg_'
-UNION SELECT 'extension ' || extname FROM pg_extension
-UNION SELECT 'function ' || p.oid::regprocedure FROM pg_proc p
-    JOIN pg_namespace n ON n.oid = pronamespace AND nspname !~ '^pg_|^information_schema$'
-    WHERE NOT EXISTS (SELECT FROM pg_depend d WHERE d.objid = p.oid AND d.deptype = 'e')
-UNION SELECT 'trigger ' || tgname || ' of ' || tgrelid::regclass FROM pg_trigger WHERE NOT tgisinternal
+#: What a database consists of, with definitions: the tables in a list, and what belongs to no extension.
+#: Casts and brackets are left out, because PostgreSQL places them anew when it restores an expression.
+POSTGRESQL_STRUCTURE = r"""
+WITH tables AS (
+    SELECT oid, relname FROM pg_class WHERE relname = ANY(%s) AND pg_table_is_visible(oid)
+), objects AS (
+    SELECT oid, nspname FROM pg_namespace WHERE nspname !~ '^pg_|^information_schema$'
+), extended AS (
+    SELECT objid FROM pg_depend WHERE deptype = 'e'
+), found (name, definition) AS (
+    SELECT 'table ' || relname, '' FROM tables
+    UNION ALL SELECT 'column ' || attname || ' of ' || relname, concat_ws(' ',
+        format_type(atttypid, atttypmod), attnotnull, attidentity, pg_get_expr(adbin, adrelid))
+        FROM tables t JOIN pg_attribute ON attrelid = t.oid AND attnum > 0 AND NOT attisdropped
+        LEFT JOIN pg_attrdef ON adrelid = t.oid AND adnum = attnum
+    UNION ALL SELECT 'constraint or index ' || conname || ' of ' || relname,
+        pg_get_constraintdef(c.oid)
+        FROM tables t JOIN pg_constraint c ON conrelid = t.oid AND contype <> 'n'
+    UNION ALL SELECT 'constraint or index ' || indexrelid::regclass || ' of ' || relname,
+        pg_get_indexdef(indexrelid)
+        FROM tables t JOIN pg_index ON indrelid = t.oid
+        WHERE NOT EXISTS (SELECT FROM pg_constraint WHERE conindid = indexrelid AND conrelid = t.oid)
+    UNION ALL SELECT 'trigger ' || tgname || ' of ' || tgrelid::regclass, pg_get_triggerdef(oid)
+        FROM pg_trigger WHERE NOT tgisinternal
+    UNION ALL SELECT 'schema ' || nspname, '' FROM objects
+    UNION ALL SELECT 'extension ' || extname, '' FROM pg_extension
+    UNION ALL SELECT 'view ' || c.oid::regclass, pg_get_viewdef(c.oid)
+        FROM pg_class c JOIN objects o ON o.oid = relnamespace
+        WHERE relkind IN ('v', 'm') AND c.oid NOT IN (SELECT objid FROM extended)
+    UNION ALL SELECT 'function ' || p.oid::regprocedure,
+        CASE WHEN prokind IN ('f', 'p') THEN pg_get_functiondef(p.oid) END
+        FROM pg_proc p JOIN objects o ON o.oid = pronamespace
+        WHERE p.oid NOT IN (SELECT objid FROM extended)
+)
+SELECT name, regexp_replace(definition, '::[a-z ]+|[][()\s]', '', 'g') FROM found
+"""
+
+SQLITE_STRUCTURE = """
+WITH found AS (
+    SELECT * FROM sqlite_master WHERE tbl_name IN (SELECT value FROM json_each(%s))
+)
+SELECT type || ' ' || name || CASE type WHEN 'table' THEN '' ELSE ' of ' || tbl_name END, ''
+    FROM found
+UNION ALL SELECT 'column ' || c.name || ' of ' || found.name, ''
+    FROM found, pragma_table_info(found.name) c WHERE found.type = 'table'
 """
 
 
@@ -255,21 +293,25 @@ def find_foreign() -> Iterator[str]:
         yield f"it is a backup of a newer version, or of another service: {join(unknown)} is unknown"
 
 
-def find_missing() -> Iterator[str]:
-    """Return what production has and the copy has not."""
+def find_missing(newest: datetime | None) -> Iterator[str]:
+    """Return what production has, and the copy has not or defines in another way."""
     production = connections["production"]
     applied = [
         set(MigrationRecorder(each).applied_migrations()) for each in (production, connection)
     ]
     if applied[0] == applied[1]:
-        missing = get_structure(production) - get_structure(connection)
-        tables = {text.partition(" ")[2] for text in missing if text.startswith("table ")}
-        found = {text for text in missing if text.rpartition(" of ")[2] not in tables}
-        if found:
-            yield f"missing: {join(sorted(found, key=get_rank))}"
+        expected, found = get_structure(production), get_structure(connection)
+        tables = {name[6:] for name in expected.keys() - found if name.startswith("table ")}
+        names = {name for name in expected if name.rpartition(" of ")[2] not in tables}
+        if missing := sorted(names - found.keys(), key=get_rank):
+            yield f"missing: {join(missing)}"
+        if changed := sorted(
+            name for name in names & found.keys() if expected[name] != found[name]
+        ):
+            yield f"not as in production: {join(changed)}"
     for model in get_models():
         with suppress(DatabaseError):  # find_missing() has named a table without its parts.
-            yield from find_missing_rows(model, production)
+            yield from find_missing_rows(model, production, newest)
 
 
 def get_rank(text: str) -> tuple[bool, str]:
@@ -277,37 +319,37 @@ def get_rank(text: str) -> tuple[bool, str]:
     return not text.startswith(("schema ", "extension ", "table ")), text
 
 
-def get_structure(database: BaseDatabaseWrapper) -> set[str]:
-    """Return the tables of models with their columns and constraints, and other objects."""
-    found = set()
+def get_structure(database: BaseDatabaseWrapper) -> dict[str, str]:
+    """Return the parts of the tables of models, and other objects, with their definitions."""
+    tables = [model._meta.db_table for model in get_models()]
     with database.cursor() as cursor:
-        tables = set(database.introspection.table_names(cursor))
-        for table in sorted(tables & {model._meta.db_table for model in get_models()}):
-            found.add(f"table {table}")
-            for column in database.introspection.get_table_description(cursor, table):
-                found.add(f"column {column.name} of {table}")
-            for name in database.introspection.get_constraints(cursor, table):
-                found.add(f"constraint or index {name} of {table}")
-        if database.vendor == "postgresql":
-            cursor.execute(OBJECTS)
-            found |= {row[0] for row in cursor.fetchall()}
-    return found
+        if database.vendor == "sqlite":
+            cursor.execute(SQLITE_STRUCTURE, [json.dumps(tables)])
+        else:
+            cursor.execute(POSTGRESQL_STRUCTURE, [tables])
+        return dict(cursor.fetchall())
 
 
-def find_missing_rows(model: type[Model], production: BaseDatabaseWrapper) -> Iterator[str]:
-    """Compare the rows that existed when the backup was made; its sequence tells which."""
+def find_missing_rows(
+    model: type[Model], production: BaseDatabaseWrapper, newest: datetime | None
+) -> Iterator[str]:
+    """Compare the rows that existed when the backup was made; a sequence or their time tells which."""
     meta = model._meta
-    if not isinstance(meta.pk, AutoField):
+    if isinstance(meta.pk, AutoField):
+        last = get_last_number(connection, model)
+        highest = model._base_manager.aggregate(last=Max("pk"))["last"] or 0
+        # Rows with keys of their own leave the sequence as it is.
+        if highest > last < get_last_number(production, model):
+            yield f"the sequence of {meta.db_table} is at {last}, below the key {highest}"
+            return
+        existed: dict[str, Any] = {"pk__lte": last}
+    elif newest and (stamp := next(filter(is_first_stamp, meta.local_fields), None)):
+        existed = {f"{stamp.name}__lte": newest}
+    else:
         return
-    last = get_last_number(connection, model)
-    newest = model._base_manager.aggregate(last=Max("pk"))["last"] or 0
-    # Rows with keys of their own leave the sequence as it is.
-    if newest > last < get_last_number(production, model):
-        yield f"the sequence of {meta.db_table} is at {last}, below the key {newest}"
-        return
-    count = model._base_manager.filter(pk__lte=last).count()
+    count = model._base_manager.filter(**existed).count()
     try:
-        expected = model._base_manager.using(production.alias).filter(pk__lte=last).count()
+        expected = model._base_manager.using(production.alias).filter(**existed).count()
     except DatabaseError:
         return  # It takes too long.
     if (missing := expected - count) > count * MISSING_PERCENT / 100:
@@ -347,12 +389,18 @@ def find_newest() -> datetime | None:
     return max(filter(None, times), default=None)
 
 
-def is_stamp(field: "Field[Any, Any]") -> bool:
-    """Return whether a field is set to the time at which a row is written."""
+def is_first_stamp(field: "Field[Any, Any]") -> bool:
+    """Return whether a field is set to the time at which a row is created."""
     if not isinstance(field, DateTimeField):
         return False
-    is_now = field.auto_now or field.auto_now_add or field.default is timezone.now
-    return is_now or isinstance(field.db_default, Now) or field is Origin._meta.get_field("seen_at")
+    is_now = field.auto_now_add or field.default is timezone.now
+    return is_now or isinstance(field.db_default, Now)
+
+
+def is_stamp(field: "Field[Any, Any]") -> bool:
+    """Return whether a field is set to the time at which a row is written."""
+    is_changed = getattr(field, "auto_now", False) or field is Origin._meta.get_field("seen_at")
+    return is_changed or is_first_stamp(field)
 
 
 def silence() -> None:

@@ -27,7 +27,7 @@ from django.db import connection, transaction
 from django.db.models import F
 from django.http import HttpRequest, HttpResponse, JsonResponse
 
-from ..broker import call, count_messages
+from ..broker import count_messages, find_refusal
 from ..core import concurrently
 from ..core.urls import get_path
 from ..models import Origin
@@ -72,8 +72,8 @@ def check_heartbeat(process: str) -> None:
 
 def check_queues() -> None:
     """Raise NotConsumed if messages wait in a queue that no process consumes, or none can be queued."""
-    if full := call(current_app, "find_full_memory", BROKER_TIMEOUT):
-        raise NotConsumed(full)
+    if problem := find_refusal(current_app, BROKER_TIMEOUT):
+        raise NotConsumed(problem)
     counts = count_messages(current_app, queues.get_known(), BROKER_TIMEOUT)
     if problem := "; ".join(queues.describe_unconsumed(counts).values()):
         raise NotConsumed(problem)

@@ -115,7 +115,7 @@ class Command(BaseCommand):
         problems = list(drills.find_foreign()) or list(self.migrate())
         if not problems:
             lift_limit(DEFAULT_DB_ALIAS)
-            problems += drills.find_missing()
+            problems += drills.find_missing(newest)
             if newest and max_age and timezone.now() - newest > timedelta(hours=max_age):
                 problems.append(f"the newest record is older than {max_age:g} hours; see --max-age")
         if not problems:
