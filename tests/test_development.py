@@ -138,6 +138,7 @@ def test_start_says_what_to_do_and_mistakes_heal(service):
         assert f" http://localhost:{port}{path}\n" in block
     assert "manage.py createsuperuser" in block
     assert "celery@" in honcho.text()
+    assert honcho.text().index("Loading web") < honcho.text().index("Starting process named web")
     assert "[queues]" not in honcho.text()
 
     # A template needs no restart.

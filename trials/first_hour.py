@@ -65,7 +65,7 @@ SKIPPED = {
     r"honcho|prodserver \w+ --reload": "runs already",
     r"manage.py alerts\b": "only in production; the library's test_alerts.py",
     r"manage.py drill /": "needs a backup; the library's test_drill.py",
-    r"clearsessions|restored --|--overwrite|uv add |pre-commit install": "changes what follows",
+    r"migrate \w+ \d+|clearsessions|restored --|--overwrite|uv add |pre-commit install": "changes what follows",
     r"[A-Z]{3,}(?<!PASSWORD)(?<!TOKEN)\b": "has a value of one's own",
 }
 

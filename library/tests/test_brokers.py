@@ -16,6 +16,7 @@ import pytest
 import services
 from celery import current_app
 from celery.exceptions import Reject
+from django.conf import settings
 from django.db import OperationalError
 from django.utils import timezone, translation
 from dummy.settings import TestSettings
@@ -360,13 +361,13 @@ def test_task_inherits_no_language_or_time_zone(app, run_worker):
     @app.task(name="sample.activate", shared=False)
     def activate():
         done.put((translation.get_language(), timezone.get_current_timezone_name()))
-        translation.activate("de")
+        translation.activate("fr")
         timezone.activate("Asia/Tokyo")
 
     activate.delay()
     activate.delay()
     with run_worker(app):
-        assert get_all(done, 2) == [("en", "UTC")] * 2
+        assert get_all(done, 2) == [(settings.LANGUAGE_CODE, settings.TIME_ZONE)] * 2
 
 
 def test_failed_tasks_may_be_read_any_number_of_times(app, note):

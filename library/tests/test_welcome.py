@@ -96,11 +96,13 @@ class TestState:
 
     def test_runs_are_shown(self, client):
         fields = {"started_at": timezone.now(), "host": "here", "status": "failed"}
-        TaskRun.objects.create(name="sample.task", error="ValueError: wrong", **fields)
+        error = "ValueError: wrong" + " word" * 200
+        TaskRun.objects.create(name="sample.task", error=error, **fields)
         TaskRun.objects.create(name=welcome.HIDDEN_TASKS[0], **fields)
         text = get_state(client)
         assert "sample.task" in text
         assert "ValueError: wrong" in text
+        assert text.count(" word") < 50
         assert welcome.HIDDEN_TASKS[0] not in text
 
 

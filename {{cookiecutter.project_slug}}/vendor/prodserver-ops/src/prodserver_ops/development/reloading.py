@@ -193,6 +193,7 @@ class Supervisor:
         threading.Thread(target=wait_for_parent, args=[self.stopped], daemon=True).start()
         if self.name == "web":
             threading.Thread(target=self.announce, daemon=True).start()
+        self.write(f"Loading {self.name}")
         changes = {"migrations/"}
         while not self.stopped.is_set():
             if any("migrations" in Path(path).parts for path in changes):
