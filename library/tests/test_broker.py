@@ -1,6 +1,7 @@
 """The broker: a worker runs queued tasks, whichever broker is configured."""
 
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -134,6 +135,17 @@ class TestEmbeddedBroker:
         with pytest.raises(Empty):
             channel._get("queue")
         assert channel._get("queue.other") == 9
+
+    def test_nothing_is_left_of_a_message_that_does_not_fit_on_the_disk(self, tmp_path):
+        channel = connect(tmp_path)
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10, limits[1]))
+        try:
+            with pytest.raises(BrokerError):
+                channel._put("queue", "x" * 100)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert list(tmp_path.iterdir()) == []
 
     def test_message_is_visible_only_when_it_is_complete(self, tmp_path):
         received = []

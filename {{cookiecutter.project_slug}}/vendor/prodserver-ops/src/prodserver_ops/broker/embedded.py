@@ -14,6 +14,7 @@ from queue import Empty
 from typing import Any
 from uuid import uuid4
 
+from kombu.exceptions import OperationalError
 from kombu.transport import filesystem
 from kombu.utils.json import dumps
 
@@ -83,7 +84,14 @@ def get_options(settings: Any) -> dict[str, Any]:
 
 
 def write_draft(path: Path, content: Any) -> Path:
-    """Write JSON to a hidden file next to the path, which no queue reads; return its path."""
+    """Write JSON to a hidden file next to the path, which no queue reads; return its path.
+
+    Raises OperationalError, as other brokers do, if it cannot be written.
+    """
     draft = path.with_name(f".{uuid4()}")
-    draft.write_text(dumps(content))
+    try:
+        draft.write_text(dumps(content))
+    except OSError as error:
+        draft.unlink(missing_ok=True)
+        raise OperationalError(str(error)) from error
     return draft
