@@ -30,7 +30,8 @@ from ..models import DelayedTask, Heartbeat, ResumableRun, TaskRun
 from ..scheduling import heartbeats, queues, timing
 from ..scheduling.restores import find_restore
 from ..worker import continuations, delayed, record
-from ..worker.app import get_failed_queue, started_within_limit
+from ..scheduling.claims import started_within_limit
+from ..worker.app import get_failed_queue
 from . import alerts, doctor, problems
 from .large_tables import LargeTableAdmin
 

@@ -27,7 +27,8 @@ from ..models import Alert, ScheduleRun, TaskRun
 from ..scheduling import heartbeats, queues, validation
 from ..scheduling.restores import find_restore
 from ..scheduling.timing import RELATIONS
-from ..worker.app import get_failed_queue, started_within_limit
+from ..scheduling.claims import started_within_limit
+from ..worker.app import get_failed_queue
 
 #: The age from which an unpublished run is late, and one that no worker has started.
 UNPUBLISHED, UNSTARTED = timedelta(minutes=5), timedelta(minutes=10)

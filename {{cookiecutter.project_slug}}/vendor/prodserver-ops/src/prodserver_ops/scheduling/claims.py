@@ -1,8 +1,12 @@
 """Runs of schedules: a worker runs the first message of a run that it gets, and notes its end."""
 
 import logging
+from collections import defaultdict
+from datetime import timedelta
 from typing import Any
 
+from celery import current_app
+from django.conf import settings
 from django.db import DatabaseError, InterfaceError
 from django.db.models import Q
 from django.db.models.functions import Now
@@ -41,3 +45,20 @@ def finish(headers: dict[str, Any]) -> None:
         ScheduleRun.objects.filter(pk=pk, started_by=attempt).update(finished_at=Now())
     except (DatabaseError, InterfaceError) as error:
         logger.warning("The end of a run is not recorded: %s", type(error).__name__)
+
+
+def started_within_limit(field: str) -> Q:
+    """Return a filter of the runs whose task has not reached its time limit.
+
+    ``field`` contains the name of the task. The run of a worker that was lost ends so.
+    """
+    usual: float = settings.CELERY_TASK_TIME_LIMIT
+    names = defaultdict[float, list[str]](list)
+    for name, task in current_app.tasks.items():
+        if (limit := task.time_limit or usual) != usual:
+            names[limit].append(name)
+    found = ~Q((f"{field}__in", [name for group in names.values() for name in group]))
+    found &= Q(started_at__gt=Now() - timedelta(seconds=usual))
+    for limit, group in names.items():
+        found |= Q((f"{field}__in", group), started_at__gt=Now() - timedelta(seconds=limit))
+    return found

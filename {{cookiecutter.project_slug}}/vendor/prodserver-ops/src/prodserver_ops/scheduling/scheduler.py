@@ -30,8 +30,8 @@ from kombu.utils.json import loads
 from .. import broker
 from ..core.database import short_transaction
 from ..models import ScheduleRun
-from ..worker.app import started_within_limit
 from . import heartbeats
+from .claims import started_within_limit
 from .timing import RELATIONS, get_due, get_next, note_changes
 from .validation import check_message
 

@@ -7,7 +7,6 @@ import os
 import sys
 import threading
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterable
 from datetime import datetime, timedelta
 from functools import partial, wraps
@@ -23,8 +22,6 @@ from celery.states import FAILURE, SUCCESS
 from celery.utils import quorum_queues
 from django.conf import settings
 from django.db import transaction
-from django.db.models import Q
-from django.db.models.functions import Now
 from django.utils import timezone, translation
 from django.utils.module_loading import import_string
 from kombu import Queue
@@ -272,23 +269,6 @@ def set_limits(app: Celery, options: dict[str, Any]) -> None:
     if (hard, soft) != (None, None):
         hard, soft = complete_limits(app, hard, soft)
         options |= {"time_limit": hard, "soft_time_limit": soft}
-
-
-def started_within_limit(field: str) -> Q:
-    """Return a filter of the runs whose task has not reached its time limit.
-
-    ``field`` contains the name of the task. The run of a worker that was lost ends so.
-    """
-    usual: float = settings.CELERY_TASK_TIME_LIMIT
-    names = defaultdict[float, list[str]](list)
-    for name, task in current_app.tasks.items():
-        if (limit := task.time_limit or usual) != usual:
-            names[limit].append(name)
-    found = ~Q((f"{field}__in", [name for group in names.values() for name in group]))
-    found &= Q(started_at__gt=Now() - timedelta(seconds=usual))
-    for limit, group in names.items():
-        found |= Q((f"{field}__in", group), started_at__gt=Now() - timedelta(seconds=limit))
-    return found
 
 
 def publish_or_join(function: Callable[[], Any]) -> Any:
