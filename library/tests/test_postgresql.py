@@ -3,6 +3,7 @@
 import threading
 import time
 from functools import partial
+from unittest.mock import Mock
 from urllib.parse import urlsplit
 from uuid import uuid4
 
@@ -155,3 +156,25 @@ def test_server_that_is_read_only_counts_as_one_that_is_away(broker_url, monkeyp
     set_read_only("off")
     with connect() as opened:
         assert queue(opened.default_channel).get() is None
+
+
+@pytest.mark.parametrize(("deliveries", "delay"), [(1, 2), (3, 6), (15, 20)])
+def test_message_that_a_worker_returns_comes_after_others(monkeypatch, deliveries, delay):
+    client, info = Mock(), {"pgmq_queue": "shop", "pgmq_msg_id": 7}
+    monkeypatch.setattr(postgresql.Channel, "pgmq", client)
+    channel = postgresql.Channel.__new__(postgresql.Channel)
+    channel.connection, channel._qos = Mock(_notify_waiter=None), Mock()
+    info["pgmq_message"] = {"read_ct": deliveries}
+    channel._qos.get.return_value.delivery_info = info
+    channel.basic_reject("tag", requeue=True)
+    client.set_vt.assert_called_once_with("shop", 7, delay)
+    channel._qos.reject.assert_called_once_with("tag")
+
+
+def test_message_is_acknowledged_over_a_new_connection(monkeypatch):
+    acknowledge = Mock(side_effect=[psycopg.OperationalError, None])
+    monkeypatch.setattr(postgresql.pgmq.Channel, "basic_ack", acknowledge)
+    channel = postgresql.Channel.__new__(postgresql.Channel)
+    channel.connection = Mock(_notify_waiter=None)
+    channel.basic_ack("tag")
+    assert acknowledge.call_count == 2
