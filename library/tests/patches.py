@@ -372,8 +372,15 @@ PATCHES = (
         "celery.concurrency.prefork.TaskPool",
         REPLACES,
         "worker.pool",
-        "Workers use that pool.",
-        {"BlockingPool": ""},
+        "Workers use these pools.",
+        {"BlockingPool": "", "Pool": ""},
+    ),
+    Patch(
+        "celery.concurrency.asynpool.AsynPool",
+        OVERRIDES,
+        "worker.pool",
+        "A process that has ended while the connection was lost does not end the worker.",
+        {"_track_child_process": "(self, proc, hub) 0e4d2a8b"},
     ),
     Patch(
         "celery.worker.request.Request",

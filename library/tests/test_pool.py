@@ -4,8 +4,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import prodserver_ops
+from prodserver_ops.worker import pool
 
 #: Runs tasks, and kills all processes of the pool while they wait for others, several times.
 SCRIPT = """
@@ -97,3 +100,14 @@ def run(*script):
     environment = {**os.environ, "PYTHONPATH": str(Path(prodserver_ops.__file__).parent.parent)}
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
     assert done.stdout == "ran\n", done.stderr
+
+
+def test_a_process_that_ended_while_the_connection_was_lost_is_watched_again():
+    reader, writer = os.pipe()
+    process = SimpleNamespace(_sentinel_poll=None, _popen=SimpleNamespace(sentinel=reader))
+    hub = Mock()
+    pool.EventPool._track_child_process(pool.EventPool.__new__(pool.EventPool), process, hub)
+    os.close(writer)
+    os.close(reader)
+    assert hub.add_reader.call_args.args[0] == process._sentinel_poll
+    os.close(process._sentinel_poll)

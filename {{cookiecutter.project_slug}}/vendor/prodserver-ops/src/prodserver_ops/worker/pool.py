@@ -1,6 +1,6 @@
-"""The pool of processes of a worker whose broker has no event loop, such as PGMQ.
+"""The pools of processes of a worker.
 
-Its processes share a pipe for tasks. With Billiard, one of them holds the pipe's lock while it waits, and
+That of a worker whose broker has no event loop, such as PGMQ, is ``Pool``. Its processes share a pipe for tasks. With Billiard, one of them holds the pipe's lock while it waits, and
 a lock outlives a process that is killed: then no other process gets a task. Here they wait without
 the lock, and the system releases the lock of a process that ends. A job that a process had read, but
 not accepted, when it was killed is queued again; Billiard would wait for it for ever.
@@ -17,8 +17,7 @@ from functools import partial
 from typing import Any
 
 from billiard import pool
-from celery.concurrency import prefork
-
+from celery.concurrency import asynpool, prefork
 
 #: The state of a job whose process was lost.
 LOST = "lost"
@@ -125,6 +124,18 @@ def read(queue: Any) -> bytes:
                 return message
 
 
+class EventPool(asynpool.AsynPool):
+    """The pool of a worker whose broker has an event loop."""
+
+    def _track_child_process(self, process: Any, hub: Any) -> None:
+        """Watch a process, also one that has ended while the connection was lost."""
+        if vars(process).get("_sentinel_poll", 0) is None:
+            # Celery would end the worker: "file descriptor is None".
+            vars(process).pop("_sentinel_poll")
+        super()._track_child_process(process, hub)  # type: ignore[misc]
+
+
 def install() -> None:
-    """Let workers use this pool in place of Billiard's."""
+    """Let workers use these pools."""
+    prefork.TaskPool.Pool = EventPool
     prefork.TaskPool.BlockingPool = Pool
