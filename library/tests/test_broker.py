@@ -181,7 +181,9 @@ def test_a_worker_that_fails_exits_with_its_status(monkeypatch, status):
 
 
 @pytest.mark.parametrize("is_lost", [False, True])
-def test_a_worker_that_has_to_stop_ends_without_the_broker_or_lost_tasks(monkeypatch, is_lost):
+def test_a_worker_that_has_to_stop_ends_without_the_broker_or_lost_tasks(
+    monkeypatch, caplog, is_lost
+):
     process = subprocess.Popen([sys.executable, "-c", ""])
     process.wait()
     lost = [Mock(worker_pid=process.pid)] if is_lost else []
@@ -194,6 +196,7 @@ def test_a_worker_that_has_to_stop_ends_without_the_broker_or_lost_tasks(monkeyp
     monkeypatch.setattr(app.logging, "shutdown", lambda: None)
     app.end_when_idle()
     assert (ended, next(waits, None)) == ([1], None)
+    assert "lost (get_place in app.py:" in caplog.text
 
 
 class Tasks:

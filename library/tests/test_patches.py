@@ -178,7 +178,15 @@ DOCUMENTED = (
     "rest_framework.throttling.*Throttle.scope",
     "rest_framework.views.APIView.*",
 )
-DOCUMENTED_PRIVATE = {"_base_manager", "_default_manager", "_exit", "_meta", "_replace", "_srcfile"}
+DOCUMENTED_PRIVATE = {
+    "_base_manager",
+    "_current_frames",
+    "_default_manager",
+    "_exit",
+    "_meta",
+    "_replace",
+    "_srcfile",
+}
 
 #: Modules whose documentation, if any, does not describe every name that can be imported.
 INTERNAL = re.compile(

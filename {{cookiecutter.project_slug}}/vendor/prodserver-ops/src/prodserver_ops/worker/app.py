@@ -7,9 +7,11 @@ import os
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterable
 from datetime import datetime, timedelta
 from functools import partial, wraps
+from pathlib import Path
 from typing import Any, Literal
 
 import celery.app.base
@@ -501,9 +503,19 @@ def end_when_idle() -> None:
         time.sleep(1)
         if any(has_process(request) for request in tuple(state.active_requests)):
             since = time.monotonic()
-    logger.warning("The worker exits: the broker does not respond, or the process of a task was lost")
+    logger.warning(
+        "The worker exits: the broker does not respond, or the process of a task was lost (%s)",
+        get_place(threading.main_thread()),
+    )
     logging.shutdown()
     os._exit(1)
+
+
+def get_place(thread: threading.Thread) -> str:
+    """Return the functions that a thread is in, the innermost first."""
+    stack = traceback.extract_stack(sys._current_frames()[thread.ident or 0])
+    names = [f"{frame.name} in {Path(frame.filename).name}:{frame.lineno}" for frame in stack]
+    return ", ".join(names[:-9:-1])
 
 
 def has_process(request: Any) -> bool:
