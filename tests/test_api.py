@@ -63,7 +63,7 @@ def test_schema_of_a_new_service_is_current(bake, make_service, name, descriptio
     assert service.run("python manage.py openapi --check") == "openapi.yaml is up to date.\n"
 
 
-@pytest.mark.parametrize("examples", [10, pytest.param(60, marks=pytest.mark.long)])
+@pytest.mark.parametrize("examples", [5, pytest.param(60, marks=pytest.mark.long)])
 def test_responses_conform_to_the_openapi_schema(
     bake, make_service, postgres_url, rabbitmq_url, examples
 ):

@@ -444,7 +444,9 @@ PATCHES = (
         "Anything that a queue contains becomes a message.",
         {
             "_pgmq_message_to_python": "(self, pgmq_message, queue) 25012aa2",
+            "_pgmq_messages_to_python": "(self, messages, queue)",
             "_noack_queues": "",
+            "closed": "",
         },
     ),
     Patch(

@@ -26,7 +26,7 @@ from kombu.transport import native_delayed_delivery as native
 from kombu.transport import resolve_transport
 
 from prodserver_ops import broker
-from prodserver_ops.broker import publishing, renewal
+from prodserver_ops.broker import postgresql, publishing, renewal
 from prodserver_ops.conf.environment import evaluate
 from prodserver_ops.core.logs import request_id
 from prodserver_ops.models import DelayedTask
@@ -46,6 +46,7 @@ def app(request, make_part, settings, monkeypatch):
     for name, value in values.items():
         if name.startswith("CELERY_"):
             setattr(settings, name, value)
+    monkeypatch.setattr(postgresql, "RETURN_DELAY", 0)
     before = current_app._get_current_object()
     app = CeleryApp(package["PACKAGE"], set_as_current=False)
     app.config_from_object(SimpleNamespace(**values), namespace="CELERY")
@@ -284,6 +285,12 @@ def test_rejected_message_is_delivered_again(app, run_worker):
     with run_worker(app):
         assert get_all(done, 3) == [0, 1, 2]
     assert count(app, app.conf.task_default_queue) == [0]
+
+
+def test_reply_to_a_process_that_has_ended_is_dropped(app):
+    with app.connection() as connection:
+        mailbox = app.control.mailbox(connection)
+        mailbox._publish_reply({}, mailbox.reply_exchange.name, str(uuid4()), str(uuid4()))
 
 
 def test_messages_of_each_queue_are_counted(app, note):

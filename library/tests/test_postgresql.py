@@ -3,6 +3,7 @@
 import threading
 import time
 from functools import partial
+from types import SimpleNamespace
 from unittest.mock import Mock
 from urllib.parse import urlsplit
 from uuid import uuid4
@@ -178,3 +179,14 @@ def test_message_is_acknowledged_over_a_new_connection(monkeypatch):
     channel.connection = Mock(_notify_waiter=None)
     channel.basic_ack("tag")
     assert acknowledge.call_count == 2
+
+
+def test_channel_that_is_closed_delivers_no_more():
+    channel = object.__new__(postgresql.Channel)
+    channel.closed, channel._noack_queues = False, {"commands"}
+    messages = [SimpleNamespace(message={"number": number}) for number in range(3)]
+    delivered = []
+    for message in channel._pgmq_messages_to_python(messages, "commands"):
+        delivered.append(message["number"])
+        channel.closed = message["number"] == 1
+    assert delivered == [0, 1]

@@ -17,6 +17,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from itertools import takewhile
 from typing import Any
 
 from django.db import connection, transaction
@@ -26,7 +27,7 @@ from pgmq import PGMQueue
 from pgmq.install import get_embedded_install_sql
 from psycopg import DatabaseError, OperationalError
 from psycopg.conninfo import make_conninfo
-from psycopg.errors import ReadOnlySqlTransaction
+from psycopg.errors import ReadOnlySqlTransaction, UndefinedTable
 from psycopg_pool import ConnectionPool
 
 from ..core.database import CONNECT_OPTIONS
@@ -175,10 +176,22 @@ class Channel(pgmq.Channel):
             return raw.execute(HAS_TRIGGER, [TRIGGER, name]).fetchone() is not None
 
     def _put(self, queue: str, message: Any, **kwargs: Any) -> None:
-        with self._join() as raw:
-            self.pgmq.send(
-                self._queue_name(queue), message, **self._pgmq_send_kwargs(message), conn=raw
-            )
+        try:
+            with self._join() as raw:
+                self.pgmq.send(
+                    self._queue_name(queue), message, **self._pgmq_send_kwargs(message), conn=raw
+                )
+        except UndefinedTable:
+            # The process that waited for a reply has ended.
+            if ".reply." not in queue:
+                raise
+
+    def _pgmq_messages_to_python(  # type: ignore[override]
+        self, messages: Any, queue: str
+    ) -> Iterator[Any]:
+        messages = super()._pgmq_messages_to_python(messages, queue)
+        # A worker closes the channel of a control command that fails.
+        yield from takewhile(lambda message: not self.closed, messages)
 
     def _put_topic(self, exchange: str, message: Any, routing_key: str, **kwargs: Any) -> None:
         key = self._topic_key(exchange, routing_key)
