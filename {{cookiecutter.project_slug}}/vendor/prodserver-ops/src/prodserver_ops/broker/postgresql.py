@@ -40,7 +40,6 @@ NAME_LENGTH = 47
 #: Timeout for a connection from the pool, in seconds.
 TIMEOUT = 5
 
-
 #: How much later a message is delivered each time that a worker returns it, in seconds, and up to
 #: how many times.
 RETURN_DELAY, MAX_RETURNS = 2, 10

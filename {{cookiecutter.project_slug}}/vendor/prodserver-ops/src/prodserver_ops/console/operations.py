@@ -28,9 +28,9 @@ from .. import broker
 from ..core import concurrently
 from ..models import DelayedTask, Heartbeat, ResumableRun, TaskRun
 from ..scheduling import heartbeats, queues, timing
+from ..scheduling.claims import started_within_limit
 from ..scheduling.restores import find_restore
 from ..worker import continuations, delayed, record
-from ..scheduling.claims import started_within_limit
 from ..worker.app import get_failed_queue
 from . import alerts, doctor, problems
 from .large_tables import LargeTableAdmin

@@ -25,9 +25,9 @@ from ..core.limits import entries, get_key
 from ..mail import transport
 from ..models import Alert, ScheduleRun, TaskRun
 from ..scheduling import heartbeats, queues, validation
+from ..scheduling.claims import started_within_limit
 from ..scheduling.restores import find_restore
 from ..scheduling.timing import RELATIONS
-from ..scheduling.claims import started_within_limit
 from ..worker.app import get_failed_queue
 
 #: The age from which an unpublished run is late, and one that no worker has started.

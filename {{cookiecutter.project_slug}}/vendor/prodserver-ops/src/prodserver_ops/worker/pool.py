@@ -1,9 +1,10 @@
 """The pools of processes of a worker.
 
-That of a worker whose broker has no event loop, such as PGMQ, is ``Pool``. Its processes share a pipe for tasks. With Billiard, one of them holds the pipe's lock while it waits, and
-a lock outlives a process that is killed: then no other process gets a task. Here they wait without
-the lock, and the system releases the lock of a process that ends. A job that a process had read, but
-not accepted, when it was killed is queued again; Billiard would wait for it for ever.
+That of a worker whose broker has no event loop, such as PGMQ, is ``Pool``. Its processes share a pipe
+for tasks. With Billiard, one of them holds the pipe's lock while it waits, and a lock outlives a
+process that is killed: then no other process gets a task. Here they wait without the lock, and the
+system releases the lock of a process that ends. A job that a process had read, but not accepted, when
+it was killed is queued again; Billiard would wait for it for ever.
 
 The job of a process that was killed is lost when all that the process has written is read; Billiard
 waits ten seconds for its result. As many of these jobs as processes would make the worker deaf.
